@@ -1,0 +1,1 @@
+"""Dataset distillation for sequential recommendation by Tucker decomposition, fast."""

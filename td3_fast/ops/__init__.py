@@ -1,0 +1,18 @@
+"""Operations that meet every item of a catalogue, without a tensor of rows x items."""
+
+from td3_fast.ops.item_cross_entropy import item_cross_entropy
+from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
+from td3_fast.ops.soft_embedding import soft_embedding
+from td3_fast.ops.target_rank import target_rank
+from td3_fast.ops.tucker import tucker_queries, tucker_soft_embedding
+
+__all__ = [
+    "FusedUnavailableWarning",
+    "build_facts",
+    "has_fused",
+    "item_cross_entropy",
+    "soft_embedding",
+    "target_rank",
+    "tucker_queries",
+    "tucker_soft_embedding",
+]

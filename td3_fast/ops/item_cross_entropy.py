@@ -1,0 +1,64 @@
+"""Cross-entropy over all items, for class targets and for soft-embedding targets."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from td3_fast.ops.library import Backend, use_fused
+from td3_fast.ops.soft_embedding import check_tables
+
+
+def item_cross_entropy(
+    hidden: Tensor,  # (rows, d)
+    item_embeddings: Tensor,  # (n, d)
+    target: Tensor,  # (rows,) int64, or (rows, d) floating
+    *,
+    backend: Backend = "fused",
+) -> Tensor:
+    """``logsumexp(hidden @ item_embeddings.T) - target_score``, one value per row.
+
+    For an integer target the score is that of the item, and the value is the cross-entropy. A floating
+    target is a row of ``soft_embedding(c, v, item_embeddings)``; its score is ``hidden . target``, and the
+    value is the cross-entropy to the distribution softmax(c v^T) that it stands for.
+
+    The fused backend reads the item table once per pass and keeps (rows, n) numbers between orders only
+    while they fit a cache-sized budget. Twice differentiable in hidden, item_embeddings and a floating
+    target; a third order raises.
+
+    Args:
+        hidden: (rows, d).
+        item_embeddings: (n, d), n >= 1, of the dtype of ``hidden``, or float16 or bfloat16 beside float32.
+        target: (rows,) int64 item ids, or (rows, d) of the dtype of ``hidden``.
+        backend: "fused" kernels, or the dense "reference" in plain PyTorch.
+
+    Returns:
+        (rows,), in the dtype of ``hidden`` or float32, whichever is wider.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or there is no item.
+        IndexError: a target is not an item id.
+    """
+    if use_fused(backend, hidden.device):
+        logsumexp = torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
+    else:
+        logsumexp = reference_logsumexp(hidden, item_embeddings)
+    return logsumexp - target_score(hidden, item_embeddings, target)
+
+
+def target_score(hidden: Tensor, item_embeddings: Tensor, target: Tensor) -> Tensor:
+    """The score of each row's target: ``hidden . item_embeddings[target]``, or ``hidden . target``."""
+    if target.is_floating_point():
+        if target.shape != hidden.shape:
+            raise ValueError(f"expected a target of shape {tuple(hidden.shape)}, got {tuple(target.shape)}")
+        return (hidden * target).sum(-1)
+    if target.shape != hidden.shape[:1]:
+        raise ValueError(f"expected a target of shape {tuple(hidden.shape[:1])}, got {tuple(target.shape)}")
+    # F.embedding sums the gradients of repeated targets in a fixed order.
+    return (hidden * F.embedding(target, item_embeddings)).sum(-1)
+
+
+def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
+    """``logsumexp(hidden @ item_embeddings.T)`` with the scores formed, differentiable to any order."""
+    check_tables(hidden, item_embeddings, item_embeddings)
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    return (hidden.to(accumulate) @ item_embeddings.to(accumulate).T).logsumexp(-1)

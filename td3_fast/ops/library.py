@@ -1,0 +1,67 @@
+"""The compiled library: whether it is here, and which devices it serves."""
+
+import importlib
+import warnings
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+Backend = Literal["fused", "reference"]
+
+
+class FusedUnavailableWarning(UserWarning):
+    """The fused kernels were asked for where none are built; the dense reference ran in their place."""
+
+
+def _load() -> ModuleType | None:
+    # Importing the module registers torch.ops.td3_fast.
+    try:
+        return importlib.import_module("td3_fast._kernels")
+    except ModuleNotFoundError as error:
+        if error.name != "td3_fast._kernels":
+            raise
+        return None
+
+
+_kernels = _load()
+_warned: set[str] = set()
+
+
+def build_facts() -> dict[str, object] | None:
+    """Compiler, flags, versions and GPU architectures of the compiled library; None where it is absent."""
+    return None if _kernels is None else dict(_kernels.build_facts())
+
+
+def has_fused(device: torch.device | str = "cpu") -> bool:
+    """Whether fused kernels are built for the type of ``device``."""
+    if _kernels is None:
+        return False
+    kind = torch.device(device).type
+    return kind != "cuda" or bool(_kernels.build_facts()["cuda_architectures"])
+
+
+def use_fused(backend: Backend, device: torch.device) -> bool:
+    """Whether a call that asked for ``backend`` on ``device`` runs the fused kernels.
+
+    A request for kernels that are not built is granted the reference, with one
+    `FusedUnavailableWarning` per device type.
+
+    Raises:
+        ValueError: ``backend`` is neither "fused" nor "reference".
+    """
+    if backend == "fused":
+        if has_fused(device):
+            return True
+        if device.type not in _warned:
+            _warned.add(device.type)
+            warnings.warn(
+                f"td3_fast was built without fused kernels for {device.type}: its ops run the dense reference, "
+                "which is slower and forms tensors of rows x items",
+                FusedUnavailableWarning,
+                stacklevel=3,
+            )
+        return False
+    if backend != "reference":
+        raise ValueError(f'backend must be "fused" or "reference", got {backend!r}')
+    return False

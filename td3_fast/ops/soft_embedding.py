@@ -1,0 +1,59 @@
+"""Soft embedding: the expectation of item values under a softmax over all items."""
+
+import torch
+from torch import Tensor
+
+from td3_fast.ops.library import Backend, use_fused
+
+
+def soft_embedding(
+    queries: Tensor,  # (rows, rank)
+    keys: Tensor,  # (n, rank)
+    values: Tensor,  # (n, d)
+    *,
+    backend: Backend = "fused",
+) -> tuple[Tensor, Tensor]:
+    """``softmax(queries @ keys.T) @ values`` and ``logsumexp(queries @ keys.T)``, both over the items.
+
+    The fused backend reads the two tables once per pass and never forms a (rows, n) tensor.
+    Twice differentiable in every input and through both outputs; a third order raises.
+
+    Args:
+        queries: (rows, rank).
+        keys: (n, rank), n >= 1, of the dtype of ``queries``, or float16 or bfloat16 beside float32 queries.
+        values: (n, d), of the dtype of ``keys``.
+        backend: "fused" kernels, or the dense "reference" in plain PyTorch.
+
+    Returns:
+        The embedding (rows, d) in the dtype of ``queries``, and the logsumexp (rows,) in that dtype or
+        float32, whichever is wider.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, or there is no item.
+    """
+    if use_fused(backend, queries.device):
+        return torch.ops.td3_fast.soft_embedding(queries, keys, values)
+    return reference(queries, keys, values)
+
+
+def check_tables(queries: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError where the inputs of a soft embedding do not fit together."""
+    if queries.dim() != 2 or keys.dim() != 2 or values.dim() != 2:
+        raise ValueError("queries, keys and values must be matrices")
+    if queries.shape[1] != keys.shape[1] or keys.shape[0] != values.shape[0] or keys.shape[0] == 0:
+        raise ValueError(
+            "expected queries (rows, rank), keys (n, rank) and values (n, d) with n >= 1, "
+            f"got {tuple(queries.shape)}, {tuple(keys.shape)}, {tuple(values.shape)}"
+        )
+    half_table = queries.dtype == torch.float32 and keys.dtype in (torch.float16, torch.bfloat16)
+    if keys.dtype != values.dtype or (keys.dtype != queries.dtype and not half_table):
+        raise ValueError(f"dtypes do not fit together: {queries.dtype}, {keys.dtype}, {values.dtype}")
+
+
+def reference(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`soft_embedding` with every intermediate formed, differentiable to any order."""
+    check_tables(queries, keys, values)
+    accumulate = torch.promote_types(queries.dtype, torch.float32)
+    scores = queries.to(accumulate) @ keys.to(accumulate).T  # (rows, n)
+    embedding = scores.softmax(-1) @ values.to(accumulate)
+    return embedding.to(queries.dtype), scores.logsumexp(-1)
