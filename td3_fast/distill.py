@@ -1,0 +1,461 @@
+"""Step 2 of the method: learning a summary by differentiating through the training it leads to (Algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from td3_fast.data import Batch, Examples, Split, cut_batch, shuffled
+from td3_fast.learners import FlatParameters, Learner
+from td3_fast.ops import (
+    DropoutStream,
+    derive_seed,
+    item_cross_entropy,
+    seeded_generator,
+    tucker_queries,
+    tucker_soft_embedding,
+)
+from td3_fast.progress import Progress, silent
+from td3_fast.summary import TuckerSummary
+from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
+from td3_fast.unroll import (
+    AdamConfig,
+    AdamState,
+    FixedEmbeddings,
+    InnerLoop,
+    ItemEmbedding,
+    ItemMixture,
+    adam_step_,
+    fit_on_summary,
+    initial_state,
+    make_mixture,
+    pull_back_with_higher,
+)
+
+Window = Literal["random", "fixed", "full"]
+Engine = Literal["native", "higher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semantics:
+    """Where the released program departs from the paper, one switch each; the defaults follow the paper."""
+
+    reload_learner: Literal["step", "epoch"] = "step"  # "epoch": the warm-up steps of one outer step carry to the next
+    alignment_dropout: bool = False  # features of the pretrained model from passes with dropout
+    outer_dropout: bool = False  # dropout in the pass over real examples
+    validation_dropout: bool = False  # dropout on while the epochs' summaries are compared
+    redraw_negatives: bool = False  # at each evaluation
+    shuffle: bool = True  # a new order of the real examples in each epoch
+    restart_batches: bool = False  # the cycle of synthetic users starts over at the window
+    separate_passes: bool = False  # an encoder pass for each inner target, with its own dropout
+    carry_embeddings: bool = False  # evaluation runs start from the item table that the last one left
+    ddof: int = 1  # of reported standard deviations
+
+
+SEMANTICS = {
+    "paper": Semantics(),
+    "authors": Semantics(
+        reload_learner="epoch",
+        alignment_dropout=True,
+        outer_dropout=True,
+        validation_dropout=True,
+        redraw_negatives=True,
+        shuffle=False,
+        restart_batches=True,
+        separate_passes=True,
+        carry_embeddings=True,
+        ddof=0,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Everything that a distillation depends on, besides the data, the pretrained model and the seed."""
+
+    users: int  # synthetic users, μ
+    positions: int  # of each, ζ
+    user_rank: int  # d1
+    position_rank: int  # d2
+    batch_size: int  # real examples per outer step
+    users_per_step: int  # synthetic users per inner step
+    summary_lr: float  # α
+    learner_lr: float  # η
+    epochs: int = 30
+    inner_steps: int = 200  # N
+    window: int = 40  # W
+    window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
+    summary_weight_decay: float = 1e-4
+    learner_weight_decay: float = 5e-5
+    max_norm: float = 1.0
+    alignment: float = 1.0  # weight of feature space alignment, 0 switches it off
+    augmentation: bool = True
+    item_embedding: ItemEmbedding = "trained"
+    normalize: Literal["softmax", "none"] = "softmax"
+    engine: Engine = "native"
+    semantics: Semantics = field(default_factory=Semantics)
+    selection: Protocol = "uni100"
+    validation_runs: int = 1
+    micro_batch: int = 1024  # real examples per pass, shortest histories first
+
+    def __post_init__(self) -> None:
+        counts = ("users", "user_rank", "position_rank", "batch_size", "users_per_step", "epochs", "window")
+        for name in (*counts, "inner_steps", "validation_runs", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.positions < 2:
+            raise ValueError(f"a summary needs at least 2 positions to predict one, got {self.positions}")
+        if self.window > self.inner_steps and self.window_kind != "full":
+            raise ValueError(
+                f"the window ({self.window}) cannot be longer than the inner loop ({self.inner_steps}): "
+                "shorten `window` or raise `inner_steps`"
+            )
+        if self.semantics.carry_embeddings and self.item_embedding == "frozen":
+            raise ValueError('carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry')
+
+    def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
+        """(warm-up steps, differentiated steps) of one outer step."""
+        if self.window_kind == "full":
+            return 0, self.inner_steps
+        latest = self.inner_steps - self.window
+        if self.window_kind == "fixed":
+            return latest, self.window
+        return int(torch.randint(latest + 1, (), generator=generator)), self.window
+
+
+@dataclass(kw_only=True)
+class DistillState:
+    """Where a distillation stands: enough to go on with the same bits."""
+
+    factors: AdamState  # core, user factors, position factors
+    step: int = 0  # outer steps taken
+    carried: tuple[Tensor, ...] | None = None  # the learner between outer steps, where it is not reloaded
+    validation_items: Tensor | None = None  # the item table between evaluations, where it is carried over
+    best: tuple[Tensor, ...] | None = None
+    best_epoch: int = 0
+    best_score: float = float("-inf")
+    history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
+    losses: list[dict[str, float]] = field(default_factory=list)  # of the current epoch's outer steps
+
+
+class OuterObjective:
+    """Cross-entropy of the next item plus alignment of features, on one batch of real examples."""
+
+    def __init__(
+        self, config: DistillConfig, teacher: Learner, examples: Examples, index: np.ndarray, *, seed: int
+    ) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._count = len(index)
+        by_length = index[np.argsort(examples.lengths[index], kind="stable")]
+        self._parts = [
+            cut_batch(examples, by_length[first : first + config.micro_batch], teacher.max_len)
+            for first in range(0, len(index), config.micro_batch)
+        ]
+        self._seed = seed
+
+    def _dropout(self, switch: bool, *path: int | str) -> DropoutStream | None:
+        return DropoutStream(derive_seed(self._seed, *path)) if switch else None
+
+    def losses(self, encode: Callable[..., Tensor], items: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each micro-batch its share of the cross-entropy and of the alignment."""
+        semantics = self._config.semantics
+        for i, part in enumerate(self._parts):
+            batch = Batch(*(t.to(items.device) for t in part))
+            positions = (batch.lengths - 1).unsqueeze(1)
+            embeds = F.embedding(batch.histories, items)
+            hidden = encode(embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)).squeeze(1)
+            share = len(batch.targets) / self._count
+            fit = item_cross_entropy(hidden, items, batch.targets).mean() * share
+            aligned = hidden.new_zeros(())
+            if self._config.alignment:
+                with torch.no_grad():
+                    dropout = self._dropout(semantics.alignment_dropout, "teacher", i)
+                    features = self._teacher(batch.histories, batch.lengths, dropout=dropout)
+                aligned = F.mse_loss(hidden, features) * (share * self._config.alignment)
+            yield fit, aligned
+
+    def gradient(
+        self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor
+    ) -> tuple[float, float, tuple[Tensor, ...]]:
+        """Cross-entropy, alignment, and the gradient of their sum with respect to the parameters."""
+        leaves = [p.detach().requires_grad_() for p in parameters]
+        table = leaves[1] if len(leaves) > 1 else items
+        total = [torch.zeros_like(p) for p in parameters]
+        fit = aligned = 0.0
+
+        def encode(embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None) -> Tensor:
+            return flat.encode(leaves[0], embeds, positions, dropout=dropout)
+
+        for part_fit, part_aligned in self.losses(encode, table):
+            for sum_, gradient in zip(total, torch.autograd.grad(part_fit + part_aligned, leaves), strict=True):
+                sum_ += gradient
+            fit += float(part_fit.detach())
+            aligned += float(part_aligned.detach())
+        return fit, aligned, tuple(total)
+
+
+class Distiller:
+    """Algorithm 1 on given data. `run` does the whole; `outer_step` one step, for tests and benchmarks."""
+
+    def __init__(self, split: Split, pretrained: Pretrained, config: DistillConfig, *, seed: int) -> None:
+        self.split = split
+        self.pretrained = pretrained
+        self.config = config
+        self.seed = seed
+        self.teacher = pretrained.learner()
+        self.items = self.teacher.item_embeddings.detach()
+        self.flat = FlatParameters(self.teacher)
+        self.pool = [
+            (self.flat.gather(checkpoint), checkpoint.get("item_embeddings", self.items))
+            for checkpoint in pretrained.pool
+        ]
+        self.steps_per_epoch = -(-len(split.train) // config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def initial_state(self) -> DistillState:
+        """The factors before the first outer step."""
+        summary = TuckerSummary.initialise(
+            users=self.config.users,
+            positions=self.config.positions,
+            user_rank=self.config.user_rank,
+            position_rank=self.config.position_rank,
+            item_factors=self.items,
+            seed=derive_seed(self.seed, "factors"),
+            normalize=self.config.normalize,
+        )
+        return DistillState(
+            factors=initial_state((summary.core, summary.user_factors, summary.position_factors))
+        )
+
+    def summary(self, factors: tuple[Tensor, ...]) -> TuckerSummary:
+        """Core, user and position factors as a summary."""
+        return TuckerSummary(*(f.detach().clone() for f in factors), self.items, normalize=self.config.normalize)
+
+    def batch_index(self, step: int) -> np.ndarray:
+        """The real examples of an outer step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        shuffle_of = epoch if self.config.semantics.shuffle else 0
+        if self._order is None or self._order[0] != shuffle_of:
+            order = shuffled(len(self.split.train), seed=derive_seed(self.seed, "order", shuffle_of))
+            self._order = (shuffle_of, order)
+        return self._order[1][position * self.config.batch_size : (position + 1) * self.config.batch_size]
+
+    def _start(self, state: DistillState, generator: torch.Generator) -> AdamState:
+        """The learner of an outer step, with a fresh optimiser."""
+        drawn = int(torch.randint(len(self.pool), (), generator=generator))
+        reload = self.config.semantics.reload_learner == "step" or state.step % self.steps_per_epoch == 0
+        if not reload and state.carried is not None:
+            return initial_state(state.carried)
+        theta, items = self.pool[drawn]
+        return initial_state((theta, items) if self.config.item_embedding == "trained" else (theta,))
+
+    def meta_gradient(
+        self, state: DistillState, *, window: tuple[int, int] | None = None
+    ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        """The gradient of one outer step with respect to core, user and position factors, and its losses.
+
+        window: (warm-up, differentiated) steps instead of the drawn ones.
+        """
+        config = self.config
+        seed = derive_seed(self.seed, "outer", state.step)
+        generator = seeded_generator(seed, "draws")
+        start = self._start(state, generator)
+        warm_up, differentiated = window or config.draw_window(generator)
+        objective = OuterObjective(
+            config, self.teacher, self.split.train, self.batch_index(state.step), seed=derive_seed(seed, "real")
+        )
+        loop = InnerLoop(
+            learner=self.teacher,
+            num_users=config.users,
+            num_positions=config.positions,
+            batch_size=config.users_per_step,
+            adam=AdamConfig(learning_rate=config.learner_lr, weight_decay=config.learner_weight_decay),
+            seed=derive_seed(seed, "inner"),
+            augmentation=config.augmentation,
+            separate_passes=config.semantics.separate_passes,
+            restart_batches_at=warm_up if config.semantics.restart_batches else None,
+        )
+        if config.engine == "higher":
+            return self._with_higher(state, loop, start, objective, warm_up, differentiated)
+        factors = [f.detach().requires_grad_() for f in state.factors.parameters]
+        made: Tensor
+        mixture: ItemMixture
+        if config.item_embedding == "trained":
+            made = tucker_queries(*factors)
+            mixture = make_mixture(made.detach(), self.items, normalize=config.normalize)
+        else:
+            made = tucker_soft_embedding(*factors, self.items, self.items, normalize=config.normalize)
+            mixture = FixedEmbeddings(made)
+        learner, inner = loop.run(start, self.items, mixture, until=warm_up)
+        if config.semantics.reload_learner == "epoch":
+            state.carried = learner.clone().parameters
+        kept: list[AdamState] = []
+        learner, window_losses = loop.run(learner, self.items, mixture, until=warm_up + differentiated, kept=kept)
+        fit, aligned, cotangents = objective.gradient(self.flat, learner.parameters, self.items)
+        gradients = torch.autograd.grad(made, factors, loop.pull_back(kept, cotangents, self.items, mixture))
+        inner += window_losses
+        return gradients, {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner[-1]}
+
+    def _with_higher(
+        self,
+        state: DistillState,
+        loop: InnerLoop,
+        start: AdamState,
+        objective: OuterObjective,
+        warm_up: int,
+        differentiated: int,
+    ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        if self.config.semantics.reload_learner == "epoch":
+            raise ValueError('engine="higher" reloads the learner at every outer step: use engine="native"')
+        factors = [f.detach().requires_grad_() for f in state.factors.parameters]
+        learner = copy.deepcopy(self.teacher)
+        self.flat.write(learner, *start.parameters)
+        parts: list[float] = [0.0, 0.0]
+
+        def probabilities(users: Tensor) -> Tensor:
+            core, user_factors, position_factors = factors
+            scores = tucker_queries(core, user_factors[users], position_factors) @ self.items.T
+            return scores.softmax(-1) if self.config.normalize == "softmax" else scores
+
+        def outer_loss(encode: Callable[..., Tensor], items: Tensor) -> Tensor:
+            total = items.new_zeros(())
+            for fit, aligned in objective.losses(encode, items):
+                parts[0] += float(fit.detach())
+                parts[1] += float(aligned.detach())
+                total = total + fit + aligned
+            return total
+
+        loss, gradients = pull_back_with_higher(
+            loop,
+            learner,
+            probabilities,
+            outer_loss,
+            factors,
+            warm_up=warm_up,
+            window=differentiated,
+            trained=self.config.item_embedding == "trained",
+        )
+        return gradients, {"loss": loss, "cross_entropy": parts[0], "alignment": parts[1]}
+
+    def outer_step(self, state: DistillState) -> dict[str, float]:
+        """One outer step, overwriting `state`; returns its losses."""
+        config = self.config
+        gradients, losses = self.meta_gradient(state)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        losses["gradient_norm"] = float(norm)
+        if not math.isfinite(losses["gradient_norm"]) or not math.isfinite(losses["loss"]):
+            raise FloatingPointError(
+                f"outer step {state.step + 1}: the meta-gradient is not finite (loss {losses['loss']:.4g}); "
+                "lower learner_lr or summary_lr, or shorten the window"
+            )
+        scale = min(1.0, config.max_norm / (losses["gradient_norm"] + 1e-6))
+        rate = config.summary_lr * 0.5 * (1 + math.cos(math.pi * state.step / self.total_steps))
+        adam = AdamConfig(learning_rate=rate, weight_decay=config.summary_weight_decay)
+        state.factors = adam_step_(state.factors, [g * scale for g in gradients], adam)
+        state.step += 1
+        state.losses.append(losses)
+        return losses
+
+    def validate(self, state: DistillState, ranker: Ranker, progress: Progress = silent) -> dict[str, float]:
+        """Validation metrics of learners trained on the summary as it stands, averaged over `validation_runs`."""
+        config = self.config
+        epoch = state.step // self.steps_per_epoch
+        runs = []
+        for run in range(config.validation_runs):
+            seed = derive_seed(self.seed, "validation", run)
+            learner = fresh_like(self.teacher, seed=seed)
+            if config.semantics.carry_embeddings and state.validation_items is not None:
+                with torch.no_grad():
+                    learner.item_embeddings.copy_(state.validation_items)
+            fit_on_summary(learner, self.summary(state.factors.parameters), seed=seed, **self.fit_options())
+            if config.semantics.carry_embeddings:
+                state.validation_items = learner.item_embeddings.detach().clone()
+            if config.semantics.redraw_negatives:
+                ranker.redraw_negatives(epoch * config.validation_runs + run)
+            dropout_seed = derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
+            runs.append(ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection])
+        return {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+
+    def fit_options(self) -> dict[str, Any]:
+        """How a learner is trained on this summary, as `fit_on_summary` takes it."""
+        config = self.config
+        return {
+            "steps": config.inner_steps,
+            "learning_rate": config.learner_lr,
+            "weight_decay": config.learner_weight_decay,
+            "batch_size": config.users_per_step,
+            "item_embedding": config.item_embedding,
+            "augmentation": config.augmentation,
+            "separate_passes": config.semantics.separate_passes,
+        }
+
+    def run(
+        self,
+        state: DistillState | None = None,
+        *,
+        on_step: Callable[[DistillState], None] | None = None,
+        progress: Progress = silent,
+    ) -> DistillState:
+        """Distil to the end, from the start or from `state`; `on_step` sees the state after every outer step."""
+        state = state or self.initial_state()
+        ranker = Ranker(
+            self.split.validation, seed=derive_seed(self.seed, "ranker"), protocols=(self.config.selection,)
+        )
+        while state.step < self.total_steps:
+            losses = self.outer_step(state)
+            progress("distill", state.step, self.total_steps, losses)
+            if state.step % self.steps_per_epoch == 0:
+                self._end_epoch(state, ranker)
+                progress("distill", state.step, self.total_steps, state.history[-1])
+            if on_step is not None:
+                on_step(state)
+        return state
+
+    def _end_epoch(self, state: DistillState, ranker: Ranker) -> None:
+        metrics = self.validate(state, ranker)
+        epoch = state.step // self.steps_per_epoch
+        means = {name: sum(s[name] for s in state.losses) / len(state.losses) for name in state.losses[0]}
+        state.history.append({"epoch": epoch, **means, **metrics})
+        state.losses.clear()
+        if metrics[SELECTION_METRIC] > state.best_score:
+            state.best_score, state.best_epoch = metrics[SELECTION_METRIC], epoch
+            state.best = tuple(p.clone() for p in state.factors.parameters)
+
+
+def distill(
+    split: Split,
+    pretrained: Pretrained,
+    config: DistillConfig,
+    *,
+    seed: int,
+    state: DistillState | None = None,
+    on_step: Callable[[DistillState], None] | None = None,
+    progress: Progress = silent,
+) -> tuple[TuckerSummary, DistillState]:
+    """Distil the training part of `split` into a summary of `config.users` × `config.positions`.
+
+    Returns the summary of the epoch with the best validation MRR@10, and the final state with the history. `state`
+    continues an interrupted run, with the bits of an unbroken one. Source: TD3 (WWW '25), Algorithm 1.
+    """
+    distiller = Distiller(split, pretrained, config, seed=seed)
+    state = distiller.run(state, on_step=on_step, progress=progress)
+    assert state.best is not None
+    return distiller.summary(state.best), state
+
+
+def with_semantics(config: DistillConfig, name: Literal["paper", "authors"]) -> DistillConfig:
+    """`config` under the paper's or the released program's semantics; the latter trains the item table."""
+    changes: dict[str, Any] = {"semantics": SEMANTICS[name]}
+    if name == "authors":
+        changes["item_embedding"] = "trained"
+    return replace(config, **changes)

@@ -1,0 +1,27 @@
+"""Sequential recommenders that can be trained on real data, on a summary, and inside a differentiated window."""
+
+from typing import Any
+
+from td3_fast.learners.base import FlatParameters, Learner, next_item_loss
+from td3_fast.learners.sasrec import SASRec, SASRecConfig
+
+LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {"SASRec": (SASRec, SASRecConfig)}
+
+
+def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> Learner:
+    """A learner by the name of its class and its `hyperparameters()`."""
+    if name not in LEARNERS:
+        raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
+    learner_class, config_class = LEARNERS[name]
+    return learner_class(config_class(**hyperparameters), seed=seed)
+
+
+__all__ = [
+    "LEARNERS",
+    "FlatParameters",
+    "Learner",
+    "SASRec",
+    "SASRecConfig",
+    "build_learner",
+    "next_item_loss",
+]

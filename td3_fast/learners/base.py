@@ -1,0 +1,126 @@
+"""What a learner offers, and its parameters as one flat vector."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from td3_fast.ops import DropoutStream, item_cross_entropy
+
+
+class Learner(nn.Module, ABC):
+    """A recommender that maps a sequence of item embeddings to a vector scored against the item table.
+
+    Two tables are named, because summaries hand them over: `item_embeddings` (num_items, d), row 0 the padding item,
+    and `position_embeddings` (max_len, d), None for architectures that have none. All else is the encoder.
+    """
+
+    item_embeddings: nn.Parameter
+    position_embeddings: nn.Parameter | None
+
+    @property
+    @abstractmethod
+    def max_len(self) -> int:
+        """The longest history that is read, in items."""
+
+    @abstractmethod
+    def encode(self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
+        """Outputs at the asked positions only.
+
+        inputs_embeds: (batch, length, d); positions: (batch, k) int64, 0-based; an output depends on the inputs up to
+        its own position. Without `dropout` the pass is deterministic. Returns (batch, k, d); differentiable twice.
+        """
+
+    @abstractmethod
+    def reset_encoder(self, *, seed: int) -> None:
+        """Draw every parameter anew, except the item and position embeddings."""
+
+    @abstractmethod
+    def hyperparameters(self) -> dict[str, Any]:
+        """What `type(self)` needs to be built again, as plain JSON values."""
+
+    def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
+        """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
+        embeds = F.embedding(histories, self.item_embeddings)
+        return self.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
+
+
+def next_item_loss(
+    learner: Learner,
+    histories: Tensor,  # (batch, length) int64
+    lengths: Tensor,  # (batch,) int64
+    targets: Tensor,  # (batch,) int64
+    *,
+    dropout: DropoutStream | None = None,
+) -> Tensor:
+    """Mean cross-entropy of the next item over the whole catalogue."""
+    hidden = learner(histories, lengths, dropout=dropout)
+    return item_cross_entropy(hidden, learner.item_embeddings, targets).mean()
+
+
+class _Encode(nn.Module):
+    def __init__(self, learner: Learner) -> None:
+        super().__init__()
+        self.learner = learner
+
+    def forward(self, inputs_embeds: Tensor, positions: Tensor, dropout: DropoutStream | None) -> Tensor:
+        return self.learner.encode(inputs_embeds, positions, dropout=dropout)
+
+
+class FlatParameters:
+    """A learner as a function of one vector that holds all its parameters but the item table.
+
+    One vector makes an optimiser step a handful of operations, and its adjoint as well.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self._encode = _Encode(learner)
+        parameters = {k: v for k, v in learner.named_parameters() if k != "item_embeddings"}
+        self._names = ["learner." + name for name in parameters]
+        self._shapes = [p.shape for p in parameters.values()]
+        self._sizes = [p.numel() for p in parameters.values()]
+        self.size = sum(self._sizes)
+
+    def gather(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The vector (size,) of a learner's `state_dict()`."""
+        return torch.cat([state[name.removeprefix("learner.")].detach().reshape(-1) for name in self._names])
+
+    def scatter(self, flat: Tensor) -> dict[str, Tensor]:
+        """The named tensors of a vector, as views."""
+        parts = zip(self._names, torch.split(flat, self._sizes), self._shapes, strict=True)
+        return {name.removeprefix("learner."): part.view(shape) for name, part, shape in parts}
+
+    @torch.no_grad()
+    def write(self, learner: Learner, flat: Tensor, items: Tensor | None = None) -> None:
+        """Copy a vector, and an item table where one is given, into the parameters of a learner."""
+        named = dict(learner.named_parameters())
+        for name, value in self.scatter(flat).items():
+            named[name].copy_(value)
+        if items is not None:
+            learner.item_embeddings.copy_(items)
+
+    def encode(
+        self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
+    ) -> Tensor:
+        """`learner.encode` with the parameters of `flat` (size,)."""
+        parts = zip(self._names, torch.split(flat, self._sizes), self._shapes, strict=True)
+        parameters = {name: part.view(shape) for name, part, shape in parts}
+        return torch.func.functional_call(self._encode, parameters, (inputs_embeds, positions, dropout))
+
+
+def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill in place with N(0, std²)."""
+    with torch.no_grad():
+        tensor.normal_(0.0, std, generator=generator)
+
+
+def causal_bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """(batch, k, length): 0 where an output may look, -inf at later inputs."""
+    later = torch.arange(length, device=positions.device) > positions.unsqueeze(-1)
+    return torch.zeros(later.shape, dtype=dtype, device=positions.device).masked_fill_(later, -math.inf)

@@ -1,0 +1,76 @@
+"""Step 1 of the method: a learner trained on the log, and the pool of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from td3_fast.data import Split
+from td3_fast.learners import FlatParameters, Learner
+from td3_fast.ops import derive_seed
+from td3_fast.progress import Progress, silent
+from td3_fast.training import FitConfig, FitState, Pretrained, Ranker, fit_examples
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """How the pretrained learner is made; checkpoints of epochs `pool_first` to `pool_last` form the pool."""
+
+    fit: FitConfig = field(default_factory=FitConfig)
+    pool_first: int = 5
+    pool_last: int = 30
+
+
+@dataclass(kw_only=True)
+class PretrainState:
+    """Where pretraining stands after an epoch."""
+
+    fit: FitState
+    pool: list[tuple[Tensor, Tensor]]  # flat parameters and item table
+
+
+def pretrain(
+    split: Split,
+    learner: Learner,
+    config: PretrainConfig,
+    *,
+    seed: int,
+    state: PretrainState | None = None,
+    on_epoch: Callable[[PretrainState], None] | None = None,
+    progress: Progress = silent,
+) -> Pretrained:
+    """Train `learner` in place on the training part of `split` with early stopping, keeping the pool.
+
+    `state` continues an interrupted run, with the bits of an unbroken one; `on_epoch` sees the state after each epoch.
+    A run that stops before `pool_first` has its best checkpoint for a pool.
+    """
+    flat = FlatParameters(learner)
+    pool = [] if state is None else state.pool
+
+    def keep(fit: FitState) -> None:
+        if config.pool_first <= fit.epoch <= config.pool_last:
+            theta, items = fit.optimiser.parameters
+            pool.append((theta.clone(), items.clone()))
+        if on_epoch is not None:
+            on_epoch(PretrainState(fit=fit, pool=pool))
+
+    fit = fit_examples(
+        learner,
+        split.train,
+        Ranker(split.validation, seed=derive_seed(seed, "ranker"), protocols=(config.fit.selection,)),
+        config.fit,
+        seed=seed,
+        state=None if state is None else state.fit,
+        on_epoch=keep,
+        progress=progress,
+    )
+    best = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+    return Pretrained(
+        learner_name=type(learner).__name__,
+        learner_config=learner.hyperparameters(),
+        best=best,
+        pool=[{**flat.scatter(theta), "item_embeddings": items} for theta, items in pool] or [best],
+        history=fit.history,
+        best_epoch=fit.best_epoch,
+    )

@@ -1,0 +1,202 @@
+"""Training a learner on real examples with early stopping, and ranking with a trained one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from td3_fast.data import Examples, cut_batch, history_csr, sample_negatives, shuffled
+from td3_fast.learners import FlatParameters, Learner, build_learner
+from td3_fast.metrics import metrics_from_ranks
+from td3_fast.ops import DropoutStream, derive_seed, item_cross_entropy, target_rank
+from td3_fast.progress import Progress, silent
+from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state
+
+Protocol = Literal["full", "uni100"]
+PROTOCOLS: tuple[Protocol, ...] = ("full", "uni100")
+NUM_NEGATIVES = 100
+SELECTION_METRIC = "MRR@10"
+
+
+class Ranker:
+    """Ranks the targets of fixed examples, under both protocols, for one learner after another.
+
+    The 100 negatives of `uni100` are drawn once from `seed`. Memory: examples × 101 ids and the batch's scores.
+    """
+
+    def __init__(self, examples: Examples, *, seed: int, protocols: tuple[Protocol, ...] = PROTOCOLS) -> None:
+        if len(examples) == 0:
+            raise ValueError(
+                "there is no example to rank: no user has 3 or more interactions, "
+                "so nothing was left out for validation and test"
+            )
+        self.examples = examples
+        self.protocols = protocols
+        self._seed = seed
+        self._candidates = self._draw(seed) if "uni100" in protocols else None
+        self._history = history_csr(examples) if "full" in protocols else None
+
+    def _draw(self, seed: int) -> Tensor:
+        negatives = sample_negatives(self.examples, NUM_NEGATIVES, seed=derive_seed(seed, "negatives"))
+        return torch.from_numpy(np.ascontiguousarray(negatives)).long()
+
+    def redraw_negatives(self, draw: int) -> None:
+        """Replace the negatives, as the authors' program does at each evaluation."""
+        self._candidates = self._draw(derive_seed(self._seed, "redraw", draw))
+
+    @torch.no_grad()
+    def ranks(
+        self, learner: Learner, protocol: Protocol, *, batch_size: int = 4096, dropout_seed: int | None = None
+    ) -> Tensor:
+        """The rank of each example's target: (examples,) int64, 1 the best; ties count against the model."""
+        device = learner.item_embeddings.device
+        ranks = []
+        order = np.argsort(self.examples.lengths, kind="stable")
+        for first in range(0, len(order), batch_size):
+            index = order[first : first + batch_size]
+            batch = cut_batch(self.examples, index, learner.max_len)
+            dropout = None if dropout_seed is None else DropoutStream(derive_seed(dropout_seed, first))
+            hidden = learner(batch.histories.to(device), batch.lengths.to(device), dropout=dropout)
+            targets = batch.targets.to(device)
+            rows = torch.from_numpy(index)
+            if protocol == "uni100":
+                assert self._candidates is not None
+                rank = target_rank(
+                    hidden, learner.item_embeddings, targets, candidates=self._candidates[rows].to(device)
+                )
+            else:
+                assert self._history is not None
+                excluded = tuple(t.to(device) for t in select_rows(self._history, rows))
+                rank = target_rank(hidden, learner.item_embeddings, targets, excluded=excluded)
+            ranks.append(rank.cpu())
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return torch.cat(ranks)[torch.from_numpy(inverse)]
+
+    def metrics(
+        self, learner: Learner, *, batch_size: int = 4096, dropout_seed: int | None = None
+    ) -> dict[Protocol, dict[str, float]]:
+        """HR, NDCG and MRR at 5, 10 and 20 under each protocol."""
+        return {
+            protocol: metrics_from_ranks(
+                self.ranks(learner, protocol, batch_size=batch_size, dropout_seed=dropout_seed)
+            )
+            for protocol in self.protocols
+        }
+
+
+def select_rows(csr: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The asked rows of (offsets (r + 1,), items (nnz,)), in the same form."""
+    offsets, items = csr
+    counts = (offsets[1:] - offsets[:-1])[rows]
+    new_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    shift = torch.repeat_interleave(offsets[rows] - new_offsets[:-1], counts)
+    return new_offsets, items[torch.arange(len(shift)) + shift]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Training on real examples: Adam on the next item's full cross-entropy, stopped by validation MRR@10."""
+
+    learning_rate: float = 1e-3
+    batch_size: int = 2048
+    max_epochs: int = 200
+    patience: int = 10
+    selection: Protocol = "uni100"
+    weight_decay: float = 0.0
+
+
+@dataclass(kw_only=True)
+class FitState:
+    """Where training stands after `epoch` epochs; enough to go on with the same bits."""
+
+    optimiser: AdamState
+    best: tuple[Tensor, ...]
+    epoch: int = 0
+    best_epoch: int = 0
+    best_score: float = float("-inf")
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit_examples(
+    learner: Learner,
+    train: Examples,
+    validation: Ranker,
+    config: FitConfig,
+    *,
+    seed: int,
+    state: FitState | None = None,
+    on_epoch: Callable[[FitState], None] | None = None,
+    progress: Progress = silent,
+) -> FitState:
+    """Train `learner` in place until validation stops improving, and leave the best epoch's parameters in it.
+
+    `state` continues an interrupted run; `on_epoch` sees the state after every epoch.
+    """
+    if len(train) == 0:
+        raise ValueError("there is no training example: every training sequence has fewer than 2 items")
+    flat = FlatParameters(learner)
+    if state is None:
+        start = (flat.gather(learner.state_dict()), learner.item_embeddings.detach())
+        state = FitState(optimiser=initial_state(start), best=tuple(t.clone() for t in start))
+    adam = AdamConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    num_batches = -(-len(train) // config.batch_size)
+    while state.epoch < config.max_epochs and state.epoch - state.best_epoch < config.patience:
+        order = shuffled(len(train), seed=derive_seed(seed, "order", state.epoch))
+        total = 0.0
+        for batch_index in range(num_batches):
+            index = order[batch_index * config.batch_size : (batch_index + 1) * config.batch_size]
+            dropout = DropoutStream(derive_seed(seed, "dropout", state.epoch, batch_index))
+            theta, items = (p.detach().requires_grad_() for p in state.optimiser.parameters)
+            batch = cut_batch(train, index, learner.max_len)
+            histories, lengths, targets = (t.to(items.device) for t in (batch.histories, batch.lengths, batch.targets))
+            embeds = torch.nn.functional.embedding(histories, items)
+            hidden = flat.encode(theta, embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
+            loss = item_cross_entropy(hidden, items, targets).mean()
+            state.optimiser = adam_step_(state.optimiser, torch.autograd.grad(loss, (theta, items)), adam)
+            total += float(loss.detach()) * len(index)
+            done = state.epoch * num_batches + batch_index + 1
+            progress("train", done, config.max_epochs * num_batches, {"loss": total / (done * len(index))})
+        flat.write(learner, *state.optimiser.parameters)
+        metrics = validation.metrics(learner)[config.selection]
+        state.epoch += 1
+        state.history.append({"epoch": state.epoch, "loss": total / len(train), **metrics})
+        if metrics[SELECTION_METRIC] > state.best_score:
+            state.best_score, state.best_epoch = metrics[SELECTION_METRIC], state.epoch
+            state.best = tuple(p.clone() for p in state.optimiser.parameters)
+        progress("train", state.epoch * num_batches, config.max_epochs * num_batches, state.history[-1])
+        if on_epoch is not None:
+            on_epoch(state)
+    flat.write(learner, *state.best)
+    return state
+
+
+@dataclass(kw_only=True)
+class Pretrained:
+    """The best checkpoint and the pool, as state dicts of the learner `learner_name`."""
+
+    learner_name: str
+    learner_config: dict[str, Any]
+    best: dict[str, Tensor]
+    pool: list[dict[str, Tensor]]
+    history: list[dict[str, float]]
+    best_epoch: int
+
+    def learner(self) -> Learner:
+        """The best checkpoint as a learner of its own."""
+        learner = build_learner(self.learner_name, self.learner_config, seed=0)
+        learner.load_state_dict(self.best)
+        return learner
+
+
+def fresh_like(learner: Learner, *, seed: int) -> Learner:
+    """A learner with the item and position embeddings of `learner` and an encoder drawn anew from `seed`."""
+    fresh = copy.deepcopy(learner)
+    fresh.reset_encoder(seed=seed)
+    return fresh
