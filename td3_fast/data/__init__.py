@@ -3,7 +3,8 @@
 from td3_fast.data.batches import Batch, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.data.generator import generate_interactions
 from td3_fast.data.interactions import Interactions, load_interactions
-from td3_fast.data.readers import FORMATS, DataError
+from td3_fast.data.raw_log import DataError
+from td3_fast.data.readers import FORMATS
 from td3_fast.data.split import Examples, Split, leave_one_out
 
 __all__ = [

@@ -56,9 +56,9 @@ def shuffled(num_examples: int, *, seed: int) -> NDArray[np.int64]:
 def sample_negatives(examples: Examples, count: int, *, seed: int) -> NDArray[np.int64]:
     """For each example `count` items that its user never interacted with, uniformly at random.
 
-    The whole log of the user counts, target included. Items are distinct within a row; where fewer than `count` are
-    left they are drawn with replacement. The same seed gives the same negatives. Memory O(examples x count +
-    interactions): no examples x items array is made.
+    The whole log of the user counts, target included. Items are distinct within a row; where fewer than
+    `count` are left they are drawn with replacement. The same seed gives the same negatives. Memory
+    O(examples x count + interactions): no examples x items array is made.
 
     Returns:
         (examples, count) int64.
@@ -80,8 +80,8 @@ def sample_negatives(examples: Examples, count: int, *, seed: int) -> NDArray[np
         raise ValueError(
             f"user {log.user_ids[exhausted[0]]!r} has interacted with every item: no negative is left"
         )
-    # unseen items of the user that are smaller than each seen one: ascending inside a user, so that one binary search
-    # over (user, unseen below) turns the r-th unseen item into an item number
+    # unseen items of the user that are smaller than each seen one: ascending inside a user, so that one
+    # binary search over (user, unseen below) turns the r-th unseen item into an item number
     unseen_below = seen_item - 1 - (np.arange(len(seen)) - starts[seen_user])
     keys = seen_user * log.num_items + unseen_below
 
@@ -102,8 +102,8 @@ def history_csr(examples: Examples) -> tuple[Tensor, Tensor]:
     """The whole history of every example, which full ranking leaves out of the candidates.
 
     Returns:
-        offsets (examples + 1,) and items (total,), both int64. Memory is the sum of the history lengths: meant for
-        validation and test, one example per user.
+        offsets (examples + 1,) and items (total,), both int64. Memory is the sum of the history lengths:
+        meant for validation and test, one example per user.
     """
     lengths = examples.lengths
     offsets = np.zeros(len(examples) + 1, dtype=np.int64)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from td3_fast.data.interactions import Interactions, assemble
-from td3_fast.data.readers import Log
+from td3_fast.data.raw_log import RawLog
 
 _PROPOSALS = 8  # attempts at an item that the user has not had; then a repeat is accepted
 
@@ -27,11 +27,12 @@ def generate_interactions(
 ) -> Interactions:
     """Users who walk through clusters of items along planted item-to-item transitions.
 
-    Every item belongs to one cluster and has `num_successors` successors in it. The next item of a user is, with
-    probability `follow`, a successor of the last one (the first successor most often); with probability `switch`, a
-    popular item of the cluster that comes next in a fixed cycle; otherwise a popular item of the same cluster.
-    Popularity is Zipf's: the k-th item has weight 1 / k^popularity_exponent. Users rarely meet an item twice. A
-    sequential learner can use all of it, a popularity count next to nothing. Memory O(interactions + items).
+    Every item belongs to one cluster and has `num_successors` successors in it. The next item of a user is,
+    with probability `follow`, a successor of the last one (the first successor most often); with
+    probability `switch`, a popular item of the cluster that comes next in a fixed cycle; otherwise a
+    popular item of the same cluster. Popularity is Zipf's: the k-th item has weight 1 /
+    k^popularity_exponent. Users rarely meet an item twice. A sequential learner can use all of it, a
+    popularity count next to nothing. Memory O(interactions + items).
 
     Args:
         num_users, num_items: without padding; items that nobody met are left out.
@@ -92,7 +93,7 @@ def generate_interactions(
         items[offsets[active] + step] = chosen
         last[active] = chosen
 
-    log = Log(
+    log = RawLog(
         users=np.repeat(np.arange(num_users, dtype=np.int32), lengths),
         items=items.astype(np.int32),
         times=None,

@@ -1,13 +1,12 @@
 """An interaction log as flat arrays: reading, checking, filtering, renumbering.
 
-Memory is O(interactions): one array of items, one of offsets. Sequences, prefixes and batches are cut out of it on
-demand (`split.py`, `batches.py`).
+Memory is O(interactions): one array of items, one of offsets. Sequences, prefixes and batches are cut out
+of it on demand (`split.py`, `batches.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from td3_fast.data.readers import PADDING, Log, read_frame, read_log
+from td3_fast.data.raw_log import PADDING, RawLog
+from td3_fast.data.readers import Columns, read_file, read_frame
 
 Repeats = Literal["keep", "first", "last"]
 
@@ -26,9 +26,9 @@ Repeats = Literal["keep", "first", "last"]
 class Interactions:
     """Who interacted with what, in time order inside each user. The arrays are read-only.
 
-    The interactions of user `u` are `items[offsets[u]:offsets[u + 1]]`, oldest first; equal times keep the order of
-    the file. Item 0 is padding and never occurs in `items`. Items and users are numbered by their first appearance
-    in the filtered file.
+    The interactions of user `u` are `items[offsets[u]:offsets[u + 1]]`, oldest first; equal times keep the
+    order of the file. Item 0 is padding and never occurs in `items`. Items and users are numbered by their
+    first appearance in the filtered file.
     """
 
     offsets: NDArray[np.int64]  # (users + 1,)
@@ -81,7 +81,7 @@ def load_interactions(
     source: str | Path | pd.DataFrame,
     *,
     format: str | None = None,
-    columns: Mapping[str, str | None] | None = None,
+    columns: Columns | None = None,
     min_item_interactions: int = 0,
     min_user_interactions: int = 0,
     filter_passes: int | None = 1,
@@ -93,12 +93,16 @@ def load_interactions(
     Args:
         source: a file (plain or gzip) or a DataFrame.
         format: one of `td3_fast.data.FORMATS`; guessed from the file's name and first line when None.
-        columns: which columns hold "user", "item" and "timestamp", where the names differ from the usual ones.
-            `{"timestamp": None}` ignores the times. Without times, the order of the file counts as time order.
-        min_item_interactions, min_user_interactions: items with fewer interactions are left out, then users with
+        columns: which columns hold "user", "item" and "timestamp", where the names differ from the usual
+        ones.
+            `{"timestamp": None}` ignores the times. Without times, the order of the file counts as time
+            order.
+        min_item_interactions, min_user_interactions: items with fewer interactions are left out, then users
+        with
             fewer remaining ones.
         filter_passes: how often that pair of filters is applied; None: until nothing changes (k-core).
-        repeats: "keep" every interaction, or only the "first" or "last" of each (user, item). Before the filters.
+        repeats: "keep" every interaction, or only the "first" or "last" of each (user, item). Before the
+        filters.
         name: defaults to the file's name without its endings.
 
     Raises:
@@ -116,7 +120,7 @@ def load_interactions(
         name = name or "frame"
     else:
         path = Path(source)
-        log = read_log(path, format=format, columns=columns)
+        log = read_file(path, format=format, columns=columns)
         name = name or path.name.split(".")[0] or path.name
     kept = np.arange(len(log.users))
     if repeats != "keep":
@@ -131,7 +135,7 @@ def load_interactions(
     return assemble(log, kept, name)
 
 
-def _time_order(log: Log, kept: NDArray[np.int64]) -> NDArray[np.int64]:
+def _time_order(log: RawLog, kept: NDArray[np.int64]) -> NDArray[np.int64]:
     """`kept` sorted by user, then time; stable, so that equal times keep the order of the file."""
     users = log.users[kept]
     if log.times is None:
@@ -139,7 +143,7 @@ def _time_order(log: Log, kept: NDArray[np.int64]) -> NDArray[np.int64]:
     return kept[np.lexsort((log.times[kept], users))]
 
 
-def _without_repeats(log: Log, *, last: bool) -> NDArray[np.int64]:
+def _without_repeats(log: RawLog, *, last: bool) -> NDArray[np.int64]:
     """Rows, in file order, that are the first (last) interaction in time of their user with their item."""
     order = _time_order(log, np.arange(len(log.users)))
     if last:
@@ -150,7 +154,7 @@ def _without_repeats(log: Log, *, last: bool) -> NDArray[np.int64]:
 
 
 def _filtered(
-    log: Log, kept: NDArray[np.int64], min_item: int, min_user: int, passes: int | None
+    log: RawLog, kept: NDArray[np.int64], min_item: int, min_user: int, passes: int | None
 ) -> NDArray[np.int64]:
     done = 0
     while passes is None or done < passes:
@@ -172,12 +176,12 @@ def _renumber(codes: NDArray[np.int32], ids: list[str]) -> tuple[NDArray[np.int3
     return numbers.astype(np.int32), [ids[code] for code in present]
 
 
-def assemble(log: Log, kept: NDArray[np.int64], name: str) -> Interactions:
+def assemble(log: RawLog, kept: NDArray[np.int64], name: str) -> Interactions:
     """The rows `kept` (ascending) of a log as `Interactions`."""
     users, user_ids = _renumber(log.users[kept], log.user_ids)
     items, item_ids = _renumber(log.items[kept], log.item_ids)
     times = None if log.times is None else log.times[kept]
-    filtered = Log(users=users, items=items, times=times, user_ids=user_ids, item_ids=item_ids)
+    filtered = RawLog(users=users, items=items, times=times, user_ids=user_ids, item_ids=item_ids)
     order = _time_order(filtered, np.arange(len(users)))
     offsets = np.zeros(len(user_ids) + 1, dtype=np.int64)
     np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])

@@ -1,4 +1,4 @@
-"""Leave-one-out: the last interaction of a user is the test, the one before the validation, the rest the training."""
+"""Leave-one-out: the last interaction of a user tests, the one before validates, the rest trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ MIN_LENGTH = 3  # one interaction to train on, one to validate, one to test
 class Examples:
     """(history, next item) pairs as two integers each; `batches.cut_batch` cuts the histories out.
 
-    Example `k` has the target `items[ends[k]]` and the history `items[offsets[users[k]]:ends[k]]`, never empty.
+    Example `k` has the target `items[ends[k]]` and the history `items[offsets[users[k]]:ends[k]]`, never
+    empty.
     """
 
     interactions: Interactions
@@ -60,9 +61,9 @@ class Split(NamedTuple):
 def leave_one_out(interactions: Interactions) -> Split:
     """Split by time inside each user; equal times keep the order of the file.
 
-    Training examples: every prefix of a user's training part with at least one item of history. The history of a
-    test example contains the validation item. A user with fewer than 3 interactions has neither validation nor test,
-    and all of them train.
+    Training examples: every prefix of a user's training part with at least one item of history. The history
+    of a test example contains the validation item. A user with fewer than 3 interactions has neither
+    validation nor test, and all of them train.
     """
     lengths = interactions.lengths
     tested = np.flatnonzero(lengths >= MIN_LENGTH)

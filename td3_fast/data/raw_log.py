@@ -1,0 +1,124 @@
+"""What every reader produces, and what it says about malformed data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PADDING = "[PAD]"
+_MAX_ID = 256  # characters; ids are kept in arrays as wide as the longest
+_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+
+
+class DataError(ValueError):
+    """Malformed data: `source:line:column: expected ..., found ...`.
+
+    Line and column count from 1, the column in characters. For a DataFrame or a Parquet file they are the
+    row and the number of the column.
+    """
+
+    def __init__(self, source: str, line: int, column: int, expected: str, found: str) -> None:
+        super().__init__(source, line, column, expected, found)
+        self.source, self.line, self.column, self.expected, self.found = source, line, column, expected, found
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawLog:
+    """Rows in file order. `users` and `items` index `user_ids` and `item_ids`."""
+
+    users: NDArray[np.int32]  # (rows,)
+    items: NDArray[np.int32]  # (rows,)
+    times: NDArray[Any] | None  # (rows,) int64 or float64, finite
+    user_ids: list[str]
+    item_ids: list[str]
+
+
+class EncodedIds(NamedTuple):
+    """A column of ids: row i holds `distinct[codes[i]]`."""
+
+    codes: NDArray[Any]  # (rows,) integers
+    distinct: list[str]
+
+
+class Rows(NamedTuple):
+    """The parsed rows of one block."""
+
+    users: EncodedIds
+    items: EncodedIds
+    times: NDArray[Any] | None
+
+
+def encode_ids(ids: Iterable[str]) -> EncodedIds:
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(id_, len(numbers)) for id_ in ids]
+    return EncodedIds(np.array(codes, dtype=np.int32), list(numbers))
+
+
+def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:
+    """Join blocks, numbering ids by first appearance. `first_row` is the line to blame when there are
+    none."""
+    user_numbers: dict[str, int] = {}
+    item_numbers: dict[str, int] = {}
+    users: list[NDArray[np.int32]] = []
+    items: list[NDArray[np.int32]] = []
+    times: list[NDArray[Any]] = []
+    for block in blocks:
+        for column, numbers, parts in (
+            (block.users, user_numbers, users),
+            (block.items, item_numbers, items),
+        ):
+            known = [numbers.setdefault(id_, len(numbers)) for id_ in column.distinct]
+            parts.append(np.array(known, dtype=np.int32)[column.codes])
+        if block.times is not None:
+            times.append(block.times)
+    if not user_numbers:
+        raise DataError(source, first_row, 1, "at least one interaction", "none")
+    return RawLog(
+        users=np.concatenate(users),
+        items=np.concatenate(items),
+        times=np.concatenate(times) if times else None,
+        user_ids=list(user_numbers),
+        item_ids=list(item_numbers),
+    )
+
+
+def id_fault(role: str, text: str) -> tuple[str, str] | None:
+    """What was expected and found, if `text` cannot be the id of a user or an item."""
+    if not text:
+        return f"a {role} id", "nothing"
+    if len(text) > _MAX_ID:
+        return f"a {role} id of at most {_MAX_ID} characters", f"{len(text)} characters"
+    if control := _CONTROL.search(text):
+        return f"a {role} id without control characters", f"{control[0]!r} in {show(text)}"
+    if text != text.strip():
+        return f"a {role} id without blanks around it", show(text)
+    if role == "item" and text == PADDING:
+        return "an item id other than the one reserved for padding", show(text)
+    return None
+
+
+def parse_number(text: str) -> int | float | None:
+    """The finite number that `text` is, or None. Integers stay exact while they fit 64 bits."""
+    if _INTEGER.fullmatch(text):
+        integer = int(text)
+        return integer if abs(integer) < 2**63 else float(integer)
+    if not _NUMBER.fullmatch(text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def show(text: str) -> str:
+    """`text` quoted, and cut where it is long."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")
