@@ -39,6 +39,7 @@ class Ranker:
         self.examples = examples
         self.protocols = protocols
         self._seed = seed
+        self._targets = torch.from_numpy(examples.targets)
         self._candidates = self._draw(seed) if "uni100" in protocols else None
         self._history = history_csr(examples) if "full" in protocols else None
 
@@ -55,29 +56,32 @@ class Ranker:
         self, learner: Learner, protocol: Protocol, *, batch_size: int = 4096, dropout_seed: int | None = None
     ) -> Tensor:
         """The rank of each example's target: (examples,) int64, 1 the best; ties count against the model."""
-        device = learner.item_embeddings.device
-        ranks = []
-        order = np.argsort(self.examples.lengths, kind="stable")
-        for first in range(0, len(order), batch_size):
-            index = order[first : first + batch_size]
-            batch = cut_batch(self.examples, index, learner.max_len)
+        items = learner.item_embeddings
+        by_length = np.argsort(self.examples.lengths, kind="stable")
+        ranks = torch.empty(len(by_length), dtype=torch.int64)
+        for first in range(0, len(by_length), batch_size):
+            index = by_length[first : first + batch_size]
+            histories, lengths, _ = (t.to(items.device) for t in cut_batch(self.examples, index, learner.max_len))
             dropout = None if dropout_seed is None else DropoutStream(derive_seed(dropout_seed, first))
-            hidden = learner(batch.histories.to(device), batch.lengths.to(device), dropout=dropout)
-            targets = batch.targets.to(device)
+            hidden = learner(histories, lengths, dropout=dropout)
             rows = torch.from_numpy(index)
-            if protocol == "uni100":
-                assert self._candidates is not None
-                rank = target_rank(
-                    hidden, learner.item_embeddings, targets, candidates=self._candidates[rows].to(device)
-                )
-            else:
-                assert self._history is not None
-                excluded = tuple(t.to(device) for t in select_rows(self._history, rows))
-                rank = target_rank(hidden, learner.item_embeddings, targets, excluded=excluded)
-            ranks.append(rank.cpu())
-        inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order))
-        return torch.cat(ranks)[torch.from_numpy(inverse)]
+            ranks[rows] = self._rank(hidden, items, rows, protocol).cpu()
+        return ranks
+
+    def _rank(self, hidden: Tensor, items: Tensor, rows: Tensor, protocol: Protocol) -> Tensor:
+        targets = self._targets[rows].to(items.device)
+        if protocol == "uni100":
+            assert self._candidates is not None
+            return target_rank(hidden, items, targets, candidates=self._candidates[rows].to(items.device))
+        assert self._history is not None
+        offsets, seen = select_rows(self._history, rows)
+        return target_rank(hidden, items, targets, excluded=(offsets.to(items.device), seen.to(items.device)))
+
+    def score_items(self, scores: Tensor) -> dict[Protocol, dict[str, float]]:
+        """Metrics of one score per item (n,), the same for every example."""
+        rows = torch.arange(len(self.examples))
+        same = scores.new_ones(len(rows), 1)
+        return {p: metrics_from_ranks(self._rank(same, scores.unsqueeze(1), rows, p)) for p in self.protocols}
 
     def metrics(
         self, learner: Learner, *, batch_size: int = 4096, dropout_seed: int | None = None
@@ -190,7 +194,7 @@ class Pretrained:
 
     def learner(self) -> Learner:
         """The best checkpoint as a learner of its own."""
-        learner = build_learner(self.learner_name, self.learner_config, seed=0)
+        learner = build_learner(self.learner_name, self.learner_config, seed=0).to(self.best["item_embeddings"].dtype)
         learner.load_state_dict(self.best)
         return learner
 

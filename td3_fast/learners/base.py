@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from td3_fast.ops import DropoutStream, item_cross_entropy
 
 
-class Learner(nn.Module, ABC):
+class Learner(nn.Module):
     """A recommender that maps a sequence of item embeddings to a vector scored against the item table.
 
     Two tables are named, because summaries hand them over: `item_embeddings` (num_items, d), row 0 the padding item,

@@ -1,0 +1,197 @@
+"""Step 3 of the method: fresh learners trained on a summary and scored, beside the baselines it has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from td3_fast.data import Examples, Split
+from td3_fast.learners import Learner, build_learner
+from td3_fast.metrics import mean_and_sd, metrics_from_ranks, recovery
+from td3_fast.ops import derive_seed
+from td3_fast.progress import Progress, silent
+from td3_fast.summary import TuckerSummary
+from td3_fast.training import PROTOCOLS, FitConfig, Protocol, Ranker, fit_examples, fresh_like
+from td3_fast.unroll import fit_on_summary
+
+ROWS = (
+    "summary",
+    "full",
+    "random",
+    "random+embeddings",
+    "longest",
+    "longest+embeddings",
+    "popularity",
+    "zero-step",
+)
+Scores = dict[Protocol, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How the rows of an evaluation are made."""
+
+    seeds: int = 3  # learners per row
+    rows: tuple[str, ...] = ROWS
+    fit: FitConfig = field(default_factory=FitConfig)  # of the learners trained on real interactions
+    redraw_negatives: bool = False
+    carry_embeddings: bool = False  # each run on the summary starts from the item table that the last one left
+    ddof: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = [row for row in self.rows if row not in ROWS]
+        if unknown:
+            raise ValueError(f"unknown row {unknown[0]!r}: expected some of {', '.join(ROWS)}")
+        if self.seeds < 1:
+            raise ValueError(f"EvaluateConfig.seeds must be at least 1, got {self.seeds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One training set under one protocol."""
+
+    name: str
+    protocol: Protocol
+    metrics: dict[str, dict[str, float]]  # metric -> {"mean", "sd"}, fractions
+    recovery: dict[str, float | None]  # metric -> (this - zero-step) / (full - zero-step)
+
+
+def evaluate(
+    summary: TuckerSummary,
+    split: Split,
+    teacher: Learner,
+    *,
+    fit_options: Mapping[str, Any],
+    config: EvaluateConfig | None = None,
+    seed: int = 0,
+    on_run: Callable[[str, int, Scores], None] | None = None,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Test metrics of learners trained on `summary`, and of the baselines, each from `config.seeds` seeds.
+
+    summary: what is evaluated; split: real data, its items numbered as the summary's; teacher: the pretrained learner,
+    whose item and position embeddings are handed to every row but those trained from nothing; fit_options: how a
+    learner is trained on the summary, as `fit_on_summary` takes it; on_run: sees the scores of every single run.
+
+    Rows: `summary`; `full`, the whole training part; `random` and `longest`, users that hold as many interactions as
+    the summary, from nothing and with the teacher's embeddings (`+embeddings`), trained with early stopping like
+    `full`; `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
+    """
+    config = config or EvaluateConfig()
+    if summary.num_items != split.interactions.num_items:
+        raise ValueError(
+            f"the summary is over {summary.num_items} items, the data has {split.interactions.num_items}: "
+            "evaluate on the data it was distilled from, with the same filters"
+        )
+    ranker = Ranker(split.test, seed=derive_seed(seed, "ranker"))
+    runs: dict[str, list[Scores]] = {}
+    evaluation = _Evaluation(summary, split, teacher, dict(fit_options), config, seed)
+    total = len(config.rows) * config.seeds
+    for name in config.rows:
+        for run in range(1 if name == "popularity" else config.seeds):
+            done = sum(map(len, runs.values()))
+            progress("evaluate", done, total, {})
+            if config.redraw_negatives:
+                ranker.redraw_negatives(done)
+            scores = evaluation.scores(name, run, ranker, progress)
+            runs.setdefault(name, []).append(scores)
+            if on_run is not None:
+                on_run(name, run, scores)
+    progress("evaluate", total, total, {})
+    return [
+        _row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS
+    ]
+
+
+def _row(name: str, protocol: Protocol, runs: dict[str, list[Scores]], *, ddof: int) -> Row:
+    means = {row: mean_and_sd([scores[protocol] for scores in runs[row]], ddof=ddof) for row in runs}
+    recovered: dict[str, float | None] = {}
+    if "zero-step" in means and "full" in means:
+        plain = {row: {metric: v["mean"] for metric, v in means[row].items()} for row in means}
+        recovered = recovery(plain[name], plain["zero-step"], plain["full"])
+    return Row(name=name, protocol=protocol, metrics=means[name], recovery=recovered)
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        summary: TuckerSummary,
+        split: Split,
+        teacher: Learner,
+        fit_options: dict[str, Any],
+        config: EvaluateConfig,
+        seed: int,
+    ) -> None:
+        self.summary = summary
+        self.split = split
+        self.teacher = teacher
+        self.fit_options = fit_options
+        self.config = config
+        self.seed = seed
+        self._validation: Ranker | None = None
+        self._carried: torch.Tensor | None = None
+
+    @property
+    def validation(self) -> Ranker:
+        if self._validation is None:
+            self._validation = Ranker(
+                self.split.validation,
+                seed=derive_seed(self.seed, "validation"),
+                protocols=(self.config.fit.selection,),
+            )
+        return self._validation
+
+    def scores(self, name: str, run: int, ranker: Ranker, progress: Progress) -> Scores:
+        seed = derive_seed(self.seed, "run", run)
+        if name == "popularity":
+            return popularity_scores(self.split, ranker)
+        if name == "zero-step":
+            return ranker.metrics(fresh_like(self.teacher, seed=seed))
+        if name == "summary":
+            learner = fresh_like(self.teacher, seed=seed)
+            if self.config.carry_embeddings and self._carried is not None:
+                with torch.no_grad():
+                    learner.item_embeddings.copy_(self._carried)
+            fit_on_summary(learner, self.summary, seed=seed, progress=progress, **self.fit_options)
+            self._carried = learner.item_embeddings.detach().clone()
+            return ranker.metrics(learner)
+        training = self.split.train
+        base, _, embeddings = name.partition("+")
+        if base != "full":
+            training = chosen_users(
+                self.split.train, base, self.summary.num_users * self.summary.num_positions, seed=seed
+            )
+        learner = (
+            fresh_like(self.teacher, seed=seed)
+            if embeddings
+            else build_learner(type(self.teacher).__name__, self.teacher.hyperparameters(), seed=seed)
+        )
+        fit_examples(learner, training, self.validation, self.config.fit, seed=seed, progress=progress)
+        return ranker.metrics(learner)
+
+
+def chosen_users(train: Examples, how: str, num_interactions: int, *, seed: int) -> Examples:
+    """The training examples of whole users, `how` = "random" or "longest" first, until they hold as many
+    interactions as asked; the last user's sequence is cut where it would exceed them."""
+    users, first = np.unique(train.users, return_index=True)
+    lengths = np.diff(np.append(first, len(train))) + 1  # a user's first interaction is no target
+    if how == "random":
+        order = np.random.Generator(np.random.Philox(seed)).permutation(len(users))
+    else:
+        order = np.argsort(-lengths, kind="stable")
+    left = num_interactions - np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
+    kept = np.minimum(lengths[order], left)
+    parts = [np.arange(first[u], first[u] + k - 1) for u, k in zip(order, kept, strict=True) if k >= 2]
+    return train.subset(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
+
+
+def popularity_scores(split: Split, ranker: Ranker) -> Scores:
+    """Every user is shown the items in the order of their training counts."""
+    log, train = split.interactions, split.train
+    counts = np.bincount(train.targets, minlength=log.num_items)
+    counts += np.bincount(log.items[log.offsets[np.unique(train.users)]], minlength=log.num_items)
+    return ranker.score_items(torch.from_numpy(counts).float())

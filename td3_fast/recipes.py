@@ -1,0 +1,98 @@
+"""Named configurations: what the paper used for each data set, and what suits a new one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from td3_fast.distill import DistillConfig
+from td3_fast.pretrain import PretrainConfig
+from td3_fast.training import FitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All of a run but the data and the seed."""
+
+    name: str
+    distill: DistillConfig
+    learner: dict[str, Any]  # hyperparameters of SASRec, without num_items
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    min_item_interactions: int = 0  # filters of the log
+    min_user_interactions: int = 0
+
+    def sized(self, size: str) -> Recipe:
+        """The same for a summary of `size` ("50x50": users × positions), with positions enough in the learner."""
+        users, positions = parse_size(size)
+        return replace(
+            self,
+            distill=replace(self.distill, users=users, positions=positions),
+            learner={**self.learner, "max_len": max(self.learner["max_len"], positions)},
+        )
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(users, positions) of "50x50"."""
+    users, separator, positions = size.lower().partition("x")
+    if not separator or not users.isdecimal() or not positions.isdecimal() or int(users) < 1 or int(positions) < 2:
+        raise ValueError(f'a size is USERSxPOSITIONS, as in "50x50", with at least 2 positions; got {size!r}')
+    return int(users), int(positions)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="magazine",
+            learner={"max_len": 20, "hidden": 32, "inner": 64},
+            distill=DistillConfig(
+                users=30, positions=20, user_rank=8, position_rank=8, batch_size=1024, users_per_step=15,
+                summary_lr=0.01, learner_lr=0.005,
+            ),
+            min_item_interactions=3,
+            min_user_interactions=5,
+        ),
+        Recipe(
+            name="epinions",
+            learner={"max_len": 50, "hidden": 32, "inner": 32, "layers": 2},
+            distill=DistillConfig(
+                users=15, positions=30, user_rank=8, position_rank=8, batch_size=2048, users_per_step=15,
+                summary_lr=0.01, learner_lr=0.003,
+            ),
+            min_item_interactions=3,
+            min_user_interactions=5,
+        ),
+        Recipe(
+            name="ml-100k",
+            learner={"max_len": 50, "hidden": 32, "inner": 64},
+            distill=DistillConfig(
+                users=50, positions=50, user_rank=16, position_rank=16, batch_size=4096, users_per_step=25,
+                summary_lr=0.03, learner_lr=0.005,
+            ),
+        ),
+        Recipe(
+            name="ml-1m",
+            learner={"max_len": 50, "hidden": 32, "inner": 64},
+            distill=DistillConfig(
+                users=50, positions=50, user_rank=16, position_rank=16, batch_size=32768, users_per_step=25,
+                summary_lr=0.03, learner_lr=0.01,
+            ),
+        ),
+        Recipe(
+            name="synthetic",
+            learner={"max_len": 30, "hidden": 32, "inner": 64},
+            pretrain=PretrainConfig(fit=FitConfig(batch_size=1024, max_epochs=40, learning_rate=3e-3)),
+            distill=DistillConfig(
+                users=20, positions=20, user_rank=8, position_rank=8, batch_size=2048, users_per_step=20,
+                summary_lr=0.03, learner_lr=0.005, epochs=10,
+            ),
+        ),
+    )
+}  # fmt: skip
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]

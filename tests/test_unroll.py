@@ -1,0 +1,178 @@
+"""The meta-gradient: native = higher = finite differences, for what is inside a window."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from td3_fast.data import generate_interactions, leave_one_out
+from td3_fast.distill import DistillConfig, Distiller, DistillState, Semantics
+from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
+from td3_fast.training import Pretrained
+from td3_fast.unroll import (
+    AdamConfig,
+    CachedMixture,
+    LinearMixture,
+    StreamedMixture,
+    adam_adjoint,
+    adam_step_,
+    initial_state,
+)
+
+NUM_ITEMS = 23
+
+
+def small_distiller(**changes: object) -> tuple[Distiller, DistillState]:
+    split = leave_one_out(generate_interactions(num_users=30, num_items=NUM_ITEMS, mean_length=9, seed=3))
+    sizes = {"num_items": split.interactions.num_items, "max_len": 9, "hidden": 8, "inner": 12}
+    learners = [SASRec(SASRecConfig(**sizes, heads=2, layers=2), seed=seed).double() for seed in (1, 2)]
+    for learner in learners:
+        for parameter in learner.parameters():
+            torch.nn.init.normal_(parameter, 0.0, 0.3, generator=torch.Generator().manual_seed(5))
+    state_dicts = [{k: v.detach() for k, v in learner.state_dict().items()} for learner in learners]
+    pretrained = Pretrained(
+        learner_name="SASRec",
+        learner_config=learners[0].hyperparameters(),
+        best=state_dicts[0],
+        pool=state_dicts,
+        history=[],
+        best_epoch=1,
+    )
+    options = {
+        "users": 5, "positions": 8, "user_rank": 3, "position_rank": 4, "batch_size": 40, "users_per_step": 3,
+        "summary_lr": 0.01, "learner_lr": 0.01, "inner_steps": 12, "window": 5, "micro_batch": 16,
+    }  # fmt: skip
+    distiller = Distiller(split, pretrained, DistillConfig(**{**options, **changes}), seed=11)
+    state = distiller.initial_state()
+    for factor in state.factors.parameters:
+        torch.nn.init.normal_(factor, 0.0, 0.8, generator=torch.Generator().manual_seed(7))
+    return distiller, state
+
+
+VARIANTS = {
+    "plain": {},
+    "without alignment": {"alignment": 0.0},
+    "without augmentation": {"augmentation": False},
+    "separate passes, dropout everywhere": {
+        "semantics": Semantics(separate_passes=True, outer_dropout=True, restart_batches=True, shuffle=False)
+    },
+}
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_meta_gradient_equals_that_of_higher(item_embedding: str, variant: str) -> None:
+    native, state = small_distiller(item_embedding=item_embedding, **VARIANTS[variant])
+    oracle, _ = small_distiller(item_embedding=item_embedding, engine="higher", **VARIANTS[variant])
+    ours, losses = native.meta_gradient(state, window=(3, 5))
+    theirs, oracle_losses = oracle.meta_gradient(state, window=(3, 5))
+    assert losses["loss"] == pytest.approx(oracle_losses["loss"], rel=1e-10)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.linalg.vector_norm(a - b) <= 1e-9 * torch.linalg.vector_norm(b)
+        assert torch.linalg.vector_norm(b) > 0
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+@pytest.mark.parametrize("normalize", ["softmax", "none"])
+def test_meta_gradient_equals_central_differences(item_embedding: str, normalize: str) -> None:
+    distiller, state = small_distiller(item_embedding=item_embedding, normalize=normalize)
+    # without warm-up the whole dependence lies inside the window
+    gradients, _ = distiller.meta_gradient(state, window=(0, 5))
+    generator = torch.Generator().manual_seed(0)
+    for factor, gradient in zip(state.factors.parameters, gradients, strict=True):
+        direction = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
+        values = []
+        for step in (2e-6, -4e-6):
+            factor += step * direction
+            values.append(distiller.meta_gradient(state, window=(0, 5))[1]["loss"])
+        factor += 2e-6 * direction
+        difference = (values[0] - values[1]) / 4e-6
+        assert float((gradient * direction).sum()) == pytest.approx(difference, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_adjoint_equals_automatic_differentiation(weight_decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, m, g, *cotangents = (torch.randn(7, dtype=torch.float64, generator=generator) for _ in range(6))
+    v = torch.rand(7, dtype=torch.float64, generator=generator)
+    config = AdamConfig(learning_rate=0.1, weight_decay=weight_decay)
+
+    def step(p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        g = g + weight_decay * p
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        return p - 0.1 * (1 - 0.999**3) ** 0.5 / (1 - 0.9**3) * m / (v.sqrt() + 1e-8), m, v
+
+    leaves = [x.clone().requires_grad_() for x in (p, m, v, g)]
+    expected = torch.autograd.grad(step(*leaves), leaves, cotangents)
+    actual = adam_adjoint((p, m, v), g, tuple(cotangents), 3, config)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    state = initial_state((p,))._replace(first_moments=(m.clone(),), second_moments=(v.clone(),), step=2)
+    torch.testing.assert_close(adam_step_(state, (g,), config).parameters[0], step(p, m, v, g)[0])
+
+
+def test_no_derivative_flows_where_the_second_moment_is_zero() -> None:
+    zero, one = torch.zeros(3), torch.ones(3)
+    adjoint = adam_adjoint((zero, zero, zero), zero, (one, one, one), 1, AdamConfig(learning_rate=0.1))
+    assert torch.equal(adjoint.second_moment, zero)
+    assert all(torch.isfinite(t).all() for t in adjoint)
+
+
+def test_streamed_mixture_equals_the_cached_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, items, other = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((4, 6, 5), (NUM_ITEMS, 5), (NUM_ITEMS, 7), (NUM_ITEMS, 7))
+    )
+    cotangent = torch.randn(3, 6, 7, dtype=torch.float64, generator=generator)
+    for users in (torch.tensor([1, 2, 3]), torch.tensor([3, 0, 1])):
+        results = []
+        for mixture in (CachedMixture(queries, keys), StreamedMixture(queries, keys)):
+            mixture.note(users, cotangent, items)
+            mixture.note(users.flip(0), cotangent, other)
+            results.append(
+                (mixture.embed(users, items), mixture.embed_transposed(users, cotangent), mixture.gradient())
+            )
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_bare_product_is_the_product_with_the_dense_tensor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, items = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((4, 6, 5), (NUM_ITEMS, 5), (NUM_ITEMS, 7))
+    )
+    users = torch.tensor([2, 0])
+    mixture = LinearMixture(queries, keys)
+    leaf, table = queries.clone().requires_grad_(), items.clone().requires_grad_()
+    dense = (leaf[users] @ keys.T) @ table
+    cotangent = torch.randn(dense.shape, dtype=torch.float64, generator=generator)
+    to_queries, to_table = torch.autograd.grad(dense, (leaf, table), cotangent)
+    mixture.note(users, cotangent, items)
+    torch.testing.assert_close(mixture.embed(users, items), dense.detach())
+    torch.testing.assert_close(mixture.embed_transposed(users, cotangent), to_table)
+    torch.testing.assert_close(mixture.gradient(), to_queries)
+
+
+def test_window_draws_cover_their_range() -> None:
+    distiller, _ = small_distiller()
+    generator = torch.Generator().manual_seed(0)
+    draws = {distiller.config.draw_window(generator) for _ in range(200)}
+    assert draws == {(warm_up, 5) for warm_up in range(8)}
+    fixed, _ = small_distiller(window_kind="fixed")
+    full, _ = small_distiller(window_kind="full")
+    assert fixed.config.draw_window(generator) == (7, 5)
+    assert full.config.draw_window(generator) == (0, 12)
+
+
+def test_flat_parameters_round_trip() -> None:
+    learner = SASRec(SASRecConfig(num_items=NUM_ITEMS, max_len=4), seed=0)
+    flat = FlatParameters(learner)
+    vector = flat.gather(learner.state_dict())
+    other = SASRec(SASRecConfig(num_items=NUM_ITEMS, max_len=4), seed=1)
+    flat.write(other, vector, learner.item_embeddings)
+    for name, value in learner.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    assert np.prod(vector.shape) == sum(p.numel() for n, p in learner.named_parameters() if n != "item_embeddings")
