@@ -1,0 +1,63 @@
+"""Writing a file so that a reader, or a crash, only ever meets the whole old one or the whole new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path` when the block ends without an exception.
+
+    It is written under a temporary name in the destination folder, which must exist, flushed to the disk and
+    renamed; the folder is flushed too. After an exception `path` is as it was and the temporary file is gone.
+    A symbolic link is followed: the file that it names is replaced.
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+    # "x": the mode bits come from the umask, and a file that is already there is an error
+    file = temporary.open("xb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Flush the names in `folder` to the disk, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes | bytearray | memoryview) -> None:
+    """Replace `path` by `content`, atomically."""
+    with open_atomically(path) as file:
+        file.write(content)
+
+
+def write_text(path: str | os.PathLike[str], content: str) -> None:
+    """Replace `path` by `content` in UTF-8, atomically; line ends are written as they are."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Replace `path` by `value` as JSON, atomically; ValueError where a number is not finite."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
