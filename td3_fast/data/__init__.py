@@ -1,24 +1,42 @@
 """Interaction data: reading, splitting, batching, generating."""
 
 from td3_fast.data.batches import Batch, cut_batch, history_csr, sample_negatives, shuffled
+from td3_fast.data.catalogue import DATASETS, Dataset, FetchError, fetch, find_dataset, resolve
 from td3_fast.data.generator import generate_interactions
-from td3_fast.data.interactions import Interactions, load_interactions
+from td3_fast.data.interactions import (
+    Interactions,
+    Report,
+    check_interactions,
+    filter_interactions,
+    load_interactions,
+    write_interactions,
+)
 from td3_fast.data.raw_log import DataError
 from td3_fast.data.readers import FORMATS
 from td3_fast.data.split import Examples, Split, leave_one_out
 
 __all__ = [
+    "DATASETS",
     "FORMATS",
     "Batch",
     "DataError",
+    "Dataset",
     "Examples",
+    "FetchError",
     "Interactions",
+    "Report",
     "Split",
+    "check_interactions",
     "cut_batch",
+    "fetch",
+    "filter_interactions",
+    "find_dataset",
     "generate_interactions",
     "history_csr",
     "leave_one_out",
     "load_interactions",
+    "resolve",
     "sample_negatives",
     "shuffled",
+    "write_interactions",
 ]

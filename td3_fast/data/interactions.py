@@ -6,7 +6,9 @@ of it on demand (`split.py`, `batches.py`).
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from td3_fast.data.atomic import atomic_file
 from td3_fast.data.raw_log import PADDING, RawLog
 from td3_fast.data.readers import Columns, read_file, read_frame
 
 Repeats = Literal["keep", "first", "last"]
+_ROWS_PER_WRITE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -77,6 +81,25 @@ class Interactions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an interaction log holds, before any filter."""
+
+    name: str
+    num_users: int
+    num_items: int  # without padding
+    num_interactions: int
+    shortest: int  # interactions of the user with the fewest
+    median_length: float
+    mean_length: float
+    longest: int
+    short_users: int  # users with fewer than 3 interactions: leave-one-out cannot test them
+    repeats: int  # interactions of a user with an item they had met before
+    has_times: bool
+    ties: int  # neighbouring interactions of a user at the same time: their order is that of the file
+    neighbours: int  # neighbouring interactions of a user in all
+
+
 def load_interactions(
     source: str | Path | pd.DataFrame,
     *,
@@ -90,47 +113,145 @@ def load_interactions(
 ) -> Interactions:
     """Read an interaction log, check it, filter it and number its users and items.
 
+    Ids are strings ("007" is not "7"). Times only order the interactions of a user; where a file has none,
+    its order counts as time order.
+
     Args:
-        source: a file (plain or gzip) or a DataFrame.
-        format: one of `td3_fast.data.FORMATS`; guessed from the file's name and first line when None.
-        columns: which columns hold "user", "item" and "timestamp", where the names differ from the usual
-        ones.
-            `{"timestamp": None}` ignores the times. Without times, the order of the file counts as time
-            order.
-        min_item_interactions, min_user_interactions: items with fewer interactions are left out, then users
-        with
-            fewer remaining ones.
-        filter_passes: how often that pair of filters is applied; None: until nothing changes (k-core).
-        repeats: "keep" every interaction, or only the "first" or "last" of each (user, item). Before the
-        filters.
-        name: defaults to the file's name without its endings.
+        source: a file, plain or gzip, or a DataFrame.
+        format: one of `td3_fast.data.FORMATS`. None: guessed from the name and the first line of the file.
+        columns: the names of the columns of "user", "item" and "timestamp", where they are not the usual
+        ones;
+            `{"timestamp": None}` ignores the times. Other columns are counted, not read.
+        min_item_interactions: items with fewer interactions are left out.
+        min_user_interactions: then users with fewer remaining interactions are left out.
+        filter_passes: how often both filters are applied in turn. None: until nothing changes (k-core).
+        repeats: "keep" every interaction, or only the "first" or the "last" of a user with an item; done
+        before
+            the filters.
+        name: what to call the data; the name of the file without endings when None.
 
     Raises:
-        DataError: the first malformed line, as `file:line:column: expected ..., found ...`.
+        DataError: malformed data, as `file:line:column: expected ..., found ...`.
         ValueError: an argument out of range, or nothing left after the filters.
     """
-    if min_item_interactions < 0 or min_user_interactions < 0:
+    log, name = _read(source, format, columns, name)
+    return _select(log, name, min_item_interactions, min_user_interactions, filter_passes, repeats)
+
+
+def filter_interactions(
+    interactions: Interactions,
+    *,
+    min_item_interactions: int = 0,
+    min_user_interactions: int = 0,
+    filter_passes: int | None = 1,
+    repeats: Repeats = "keep",
+    name: str | None = None,
+) -> Interactions:
+    """What `load_interactions` does after reading, with the same arguments and errors, to data at hand.
+
+    Items are numbered anew, by first appearance in user order.
+    """
+    log = RawLog(
+        users=np.repeat(np.arange(interactions.num_users, dtype=np.int32), interactions.lengths),
+        items=interactions.items - 1,
+        times=None,
+        user_ids=interactions.user_ids.tolist(),
+        item_ids=interactions.item_ids[1:].tolist(),
+    )
+    name = name or interactions.name
+    return _select(log, name, min_item_interactions, min_user_interactions, filter_passes, repeats)
+
+
+def check_interactions(
+    source: str | Path | pd.DataFrame, *, format: str | None = None, columns: Columns | None = None
+) -> Report:
+    """Read an interaction log and count. Arguments and errors as in `load_interactions`."""
+    log, name = _read(source, format, columns, None)
+    rows = np.arange(len(log.users))
+    order = _time_order(log, rows)
+    users = log.users[order]
+    same_user = users[1:] == users[:-1]
+    ties = 0
+    if log.times is not None:
+        times = log.times[order]
+        ties = int(np.count_nonzero(same_user & (times[1:] == times[:-1])))
+    lengths = np.bincount(log.users)
+    return Report(
+        name=name,
+        num_users=len(log.user_ids),
+        num_items=len(log.item_ids),
+        num_interactions=len(rows),
+        shortest=int(lengths.min()),
+        median_length=float(np.median(lengths)),
+        mean_length=float(lengths.mean()),
+        longest=int(lengths.max()),
+        short_users=int(np.count_nonzero(lengths < 3)),
+        repeats=len(rows) - len(_without_repeats(log, last=False)),
+        has_times=log.times is not None,
+        ties=ties,
+        neighbours=int(np.count_nonzero(same_user)),
+    )
+
+
+def write_interactions(interactions: Interactions, path: str | Path) -> None:
+    """Write a RecBole `.inter` file (gzip where the name ends in `.gz`), user by user, whole or not at all.
+
+    `timestamp` is the position in the user's sequence. Reading it back gives the same sequences; items are
+    numbered anew, by first appearance in this order.
+    """
+    path = Path(path)
+    users = np.repeat(np.arange(interactions.num_users), interactions.lengths)
+    positions = np.arange(interactions.num_interactions) - interactions.offsets[users]
+    with atomic_file(path) as file:
+        compressed = None
+        if path.suffix == ".gz":
+            # no name and time in the gzip header: the same data give the same bytes
+            compressed = gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0)
+        stream = io.TextIOWrapper(compressed or file, encoding="utf-8", newline="\n")
+        stream.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for first in range(0, len(users), _ROWS_PER_WRITE):
+            rows = slice(first, first + _ROWS_PER_WRITE)
+            columns = (
+                interactions.user_ids[users[rows]].tolist(),
+                interactions.item_ids[interactions.items[rows]].tolist(),
+                positions[rows].tolist(),
+            )
+            for user, item, position in zip(*columns, strict=True):
+                stream.write(f"{user}\t{item}\t{position}\n")
+        stream.detach()
+        if compressed is not None:
+            compressed.close()
+
+
+def _read(
+    source: str | Path | pd.DataFrame, format: str | None, columns: Columns | None, name: str | None
+) -> tuple[RawLog, str]:
+    if isinstance(source, pd.DataFrame):
+        if format is not None:
+            raise ValueError(f"format is for files, not for a DataFrame; got {format!r}")
+        return read_frame(source, columns=columns), name or "DataFrame"
+    path = Path(source)
+    return read_file(path, format=format, columns=columns), name or path.name.split(".")[0] or path.name
+
+
+def _select(
+    log: RawLog, name: str, min_item: int, min_user: int, filter_passes: int | None, repeats: Repeats
+) -> Interactions:
+    if min_item < 0 or min_user < 0:
         raise ValueError("min_item_interactions and min_user_interactions must not be negative")
     if filter_passes is not None and filter_passes < 1:
         raise ValueError(f"filter_passes must be at least 1, or None for until stable, not {filter_passes}")
     if repeats not in ("keep", "first", "last"):
         raise ValueError(f'repeats must be "keep", "first" or "last", not {repeats!r}')
-    if isinstance(source, pd.DataFrame):
-        log = read_frame(source, columns=columns)
-        name = name or "frame"
-    else:
-        path = Path(source)
-        log = read_file(path, format=format, columns=columns)
-        name = name or path.name.split(".")[0] or path.name
     kept = np.arange(len(log.users))
     if repeats != "keep":
         kept = _without_repeats(log, last=repeats == "last")
-    if min_item_interactions > 1 or min_user_interactions > 1:
-        kept = _filtered(log, kept, min_item_interactions, min_user_interactions, filter_passes)
+    if min_item > 1 or min_user > 1:
+        kept = _filtered(log, kept, min_item, min_user, filter_passes)
         if not len(kept):
             raise ValueError(
-                f"{name}: no interaction is left with min_item_interactions={min_item_interactions} and "
-                f"min_user_interactions={min_user_interactions}"
+                f"{name}: no interaction is left with min_item_interactions={min_item} and "
+                f"min_user_interactions={min_user}"
             )
     return assemble(log, kept, name)
 

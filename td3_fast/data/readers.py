@@ -158,6 +158,8 @@ def _find_columns(
             expected = f"a column for the {role} ({', '.join(_USUAL_NAMES[role])}, or what `columns` says)"
             raise DataError(source, 1, 1, expected, f"the columns {found}")
         places[role] = None if name is None else names.index(name)
+    if places["user"] == places["item"]:
+        raise ValueError(f"columns names {columns['user']!r} for both the user and the item")
     return Places(**places)
 
 
@@ -342,13 +344,11 @@ def _frame_times(column: pd.Series, place: int, source: str, first_row: int) -> 
     check(~missing)
     kind = column.dtype
     if pd.api.types.is_datetime64_any_dtype(kind) or pd.api.types.is_signed_integer_dtype(kind):
-        return column.to_numpy(
-            dtype="datetime64[ns]" if pd.api.types.is_datetime64_any_dtype(kind) else np.int64
-        ).astype(np.int64)
+        return column.astype(np.int64).to_numpy()
     if pd.api.types.is_float_dtype(kind) or pd.api.types.is_unsigned_integer_dtype(kind):
         values = column.to_numpy(dtype=np.float64)
         check(np.isfinite(values))
         return values
-    numbers = [parse_number(value if isinstance(value, str) else repr(value)) for value in column.tolist()]
+    numbers = [parse_number(str(value)) for value in column.tolist()]
     check(np.array([number is not None for number in numbers]))
     return np.array(numbers)
