@@ -296,15 +296,14 @@ class Distiller:
         else:
             made = tucker_soft_embedding(*factors, self.items, self.items, normalize=config.normalize)
             mixture = FixedEmbeddings(made)
-        learner, inner = loop.run(start, self.items, mixture, until=warm_up)
+        learner, _ = loop.run(start, self.items, mixture, until=warm_up)
         if config.semantics.reload_learner == "epoch":
             state.carried = learner.clone().parameters
-        kept: list[AdamState] = []
-        learner, window_losses = loop.run(learner, self.items, mixture, until=warm_up + differentiated, kept=kept)
+        learner, steps = loop.run_window(learner, self.items, mixture, until=warm_up + differentiated)
+        inner = steps[-1].evaluation.loss
         fit, aligned, cotangents = objective.gradient(self.flat, learner.parameters, self.items)
-        gradients = torch.autograd.grad(made, factors, loop.pull_back(kept, cotangents, self.items, mixture))
-        inner += window_losses
-        return gradients, {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner[-1]}
+        gradients = torch.autograd.grad(made, factors, loop.pull_back(steps, cotangents, mixture))
+        return gradients, {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner}
 
     def _with_higher(
         self,

@@ -2,13 +2,13 @@
 
 The inner loop touches the summary only through its soft embeddings X, and the item table only through log-sum-exps,
 so nothing of size positions × items takes part in it. The adjoint of a window of steps is taken one step at a time,
-last to first: one step's graph is alive at any time.
+last to first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ from td3_fast.unroll.mixture import ItemMixture
 
 ItemEmbedding = Literal["frozen", "trained"]
 FIRST_MIDDLE_POSITION = 5
+
+
+class Evaluation(NamedTuple):
+    """The loss of one step and its derivatives."""
+
+    loss: float
+    users: Tensor
+    gradients: tuple[Tensor, ...]  # of the state's parameters
+    first_order: tuple[Tensor, ...]  # the same with X held fixed, then that of X; on a graph inside a window
+    sources: list[Tensor]  # what they can be differentiated by: the state's parameters and X
+
+
+class WindowStep(NamedTuple):
+    """What the adjoint of a step needs."""
+
+    state: AdamState
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,67 +116,82 @@ class InnerLoop:
         mixture: ItemMixture,
         *,
         until: int,
-        kept: list[AdamState] | None = None,
         progress: Progress = silent,
     ) -> tuple[AdamState, list[float]]:
         """Take optimiser steps, overwriting the tensors of `state`, until `until` steps are taken in all.
 
-        items: (n, d), the table where `state` holds none. Appends to `kept` a copy of the state before each step.
-        Returns the last state and the loss of each step.
+        items: (n, d), the table where `state` holds none. Returns the last state and the loss of each step.
         """
         flat = FlatParameters(self.learner)
         losses: list[float] = []
         first = state.step
         for step in range(first, until):
-            if kept is not None:
-                kept.append(state.clone())
-            users = self.batch(step)
-            leaves = [p.detach().requires_grad_() for p in state.parameters]
-            table = leaves[1] if len(leaves) > 1 else items
-            embeds = mixture.embed(users, table.detach())
-            sources = [*leaves, embeds.requires_grad_()] if len(leaves) > 1 else leaves
-            loss = self.loss(flat, leaves[0], table, embeds, step)
-            gradients = torch.autograd.grad(loss, sources)
-            if len(leaves) > 1:
-                gradients = (gradients[0], gradients[1] + mixture.embed_transposed(users, gradients[2]))
-            state = adam_step_(state, gradients, self.adam)
-            losses.append(float(loss.detach()))
-            progress("fit", step + 1 - first, until - first, {"loss": losses[-1]})
+            evaluated = self._evaluate(flat, state, items, mixture, create_graph=False)
+            state = adam_step_(state, evaluated.gradients, self.adam)
+            losses.append(evaluated.loss)
+            progress("fit", step + 1 - first, until - first, {"loss": evaluated.loss})
         return state, losses
 
-    def pull_back(
-        self, states: list[AdamState], cotangents: tuple[Tensor, ...], items: Tensor, mixture: ItemMixture
-    ) -> Tensor:
-        """The gradient of the tensor that `mixture` was made from, pulled back through a window of steps.
+    def run_window(
+        self, state: AdamState, items: Tensor, mixture: ItemMixture, *, until: int
+    ) -> tuple[AdamState, list[WindowStep]]:
+        """The same, keeping of each step what `pull_back` needs: the state before it and the graph of its gradients.
 
-        states: before each step of the window, as `run` keeps them; cotangents: of the parameters after the last one.
+        A graph holds activations of a batch of synthetic users and nothing of the size of the catalogue, so keeping
+        it costs less than evaluating the step again.
         """
         flat = FlatParameters(self.learner)
+        steps: list[WindowStep] = []
+        for _ in range(state.step, until):
+            before = state.clone()
+            evaluated = self._evaluate(flat, before, items, mixture, create_graph=True)
+            steps.append(WindowStep(before, evaluated))
+            state = adam_step_(state, evaluated.gradients, self.adam)
+        return state, steps
+
+    def _evaluate(
+        self, flat: FlatParameters, state: AdamState, items: Tensor, mixture: ItemMixture, *, create_graph: bool
+    ) -> Evaluation:
+        users = self.batch(state.step)
+        leaves = [p.detach().requires_grad_() for p in state.parameters]
+        trained = len(leaves) > 1
+        table = leaves[1] if trained else items
+        embeds = mixture.embed(users, table.detach())
+        if trained or create_graph:
+            embeds.requires_grad_()
+        loss = self.loss(flat, leaves[0], table, embeds, state.step)
+        sources = [*leaves, embeds]
+        first_order = torch.autograd.grad(loss, sources if trained else leaves, create_graph=create_graph)
+        gradients = [g.detach() for g in first_order[: len(leaves)]]
+        if trained:
+            gradients[1] = gradients[1] + mixture.embed_transposed(users, first_order[2].detach())
+        return Evaluation(float(loss.detach()), users, tuple(gradients), first_order, sources)
+
+    def pull_back(self, window: list[WindowStep], cotangents: tuple[Tensor, ...], mixture: ItemMixture) -> Tensor:
+        """The gradient of the tensor that `mixture` was made from, pulled back through a window of steps.
+
+        window: as `run_window` returns it, emptied on the way; cotangents: of the parameters after the last step.
+        """
         to_p = list(cotangents)
         to_m = [torch.zeros_like(c) for c in cotangents]
         to_v = [torch.zeros_like(c) for c in cotangents]
-        for state in reversed(states):
-            users = self.batch(state.step)
-            leaves = [p.detach().requires_grad_() for p in state.parameters]
-            trained = len(leaves) > 1
-            table = leaves[1] if trained else items
-            embeds = mixture.embed(users, table.detach()).requires_grad_()
-            loss = self.loss(flat, leaves[0], table, embeds, state.step)
-            first = torch.autograd.grad(loss, [*leaves, embeds] if trained else leaves, create_graph=True)
-            gradients = [g.detach() for g in first[: len(leaves)]]
-            if trained:
-                gradients[1] = gradients[1] + mixture.embed_transposed(users, first[2].detach())
+        while window:
+            state, evaluated = window.pop()
+            users, first_order, sources = evaluated.users, evaluated.first_order, evaluated.sources
+            to_gradients: list[Tensor] = []
             for i, (p, m, v) in enumerate(zip(*state[:3], strict=True)):
-                to_p[i], to_m[i], to_v[i], gradients[i] = adam_adjoint(
-                    (p, m, v), gradients[i], (to_p[i], to_m[i], to_v[i]), state.step + 1, self.adam
+                to_p[i], to_m[i], to_v[i], to_gradient = adam_adjoint(
+                    (p, m, v), evaluated.gradients[i], (to_p[i], to_m[i], to_v[i]), state.step + 1, self.adam
                 )
-            # gradients now holds the cotangents of the step's gradients; X feeds the table's one as well
+                to_gradients.append(to_gradient)
+            trained = len(to_p) > 1
             if trained:
-                mixture.note(users, first[2].detach(), gradients[1])
-                gradients.append(mixture.embed(users, gradients[1]))
-            second = torch.autograd.grad(first, [*leaves, embeds], gradients)
-            mixture.note(users, second[-1], table.detach())
-            to_p = [p + h for p, h in zip(to_p, second, strict=False)]
+                # the table's gradient has a part that came through X
+                mixture.note(users, first_order[2].detach(), to_gradients[1])
+                to_gradients.append(mixture.embed(users, to_gradients[1]))
+            second_order = torch.autograd.grad(first_order, sources, to_gradients)
+            mixture.note(users, second_order[-1], state.parameters[-1])
+            to_p = [p + h for p, h in zip(to_p, second_order, strict=False)]
             if trained:
-                to_p[1] += mixture.embed_transposed(users, second[-1])
+                to_p[1] += mixture.embed_transposed(users, second_order[-1])
         return mixture.gradient()
