@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,3 +62,31 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
     """Replace `path` by `value` as JSON, atomically; ValueError where a number is not finite."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Write `files` (contents by name) into the folder `path`; it and its parents are made where missing.
+
+    A new folder appears with everything in it. In one that has files already each is replaced whole, in the
+    order given, and files of other names stay.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+    staging.mkdir()
+    try:
+        for name, content in files.items():
+            write_bytes(staging / name, content)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            for name in files:
+                (staging / name).replace(target / name)
+            staging.rmdir()
+            sync_folder(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(target.parent)

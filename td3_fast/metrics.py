@@ -27,8 +27,8 @@ def metrics_from_ranks(
         Fractions by name: "HR@5", "NDCG@5", "MRR@5" and so on for every cut-off.
 
     Raises:
-        ValueError: there is no rank, `ranks` is not one-dimensional or not of integers, a rank or a cut-off is
-            below 1.
+        ValueError: there is no rank, `ranks` is not one-dimensional or not of integers, a rank or a cut-off
+            is below 1.
     """
     if ranks.ndim != 1 or ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
         raise ValueError(
@@ -48,7 +48,7 @@ def metrics_from_ranks(
 
 
 def mean_and_sd(runs: Sequence[Mapping[str, float]], *, ddof: int = 1) -> dict[str, dict[str, float]]:
-    """{"mean", "sd"} of every metric over runs; sd = sqrt(sum (x - mean)^2 / (runs - ddof)), 0 for a single run.
+    """{"mean", "sd"} of every metric; sd = sqrt(sum (x - mean)^2 / (runs - ddof)), 0 for a single run.
 
     Raises:
         ValueError: there is no run, or two runs do not have the same metrics.

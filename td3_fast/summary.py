@@ -1,23 +1,40 @@
-"""A summary of synthetic users: its factors, what they stand for, and the file that holds both."""
+"""A summary of synthetic users: the factors of the tensor that they stand for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from td3_fast.artefact import check_keys
+from td3_fast.distilled_data import (
+    DistilledDataConfig,
+    LearnerTrainConfig,
+    read_distilled_data,
+    write_distilled_data,
+)
 from td3_fast.ops import seeded_generator, tucker_queries, tucker_soft_embedding
 from td3_fast.ops.tucker import Normalize
+from td3_fast.summary_file import (
+    Preprocessing,
+    SummaryError,
+    SummaryMetadata,
+    TrainingRecipe,
+    read_summary,
+    write_summary,
+)
 
 if TYPE_CHECKING:
     from td3_fast.learners import Learner
 
+__all__ = ["Preprocessing", "SummaryError", "SummaryMetadata", "TrainingRecipe", "TuckerSummary"]
+
 FACTOR_SD = 0.02
-
-
-class SummaryError(ValueError):
-    """A summary cannot be read or written; the message names the file, what is wrong and what to do."""
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class TuckerSummary(nn.Module):
@@ -27,18 +44,25 @@ class TuckerSummary(nn.Module):
     for. `core`, `user_factors` and `position_factors` are parameters; `item_factors`, the item table of the
     pretrained learner, is a buffer and never learned. Source: TD3 (WWW '25).
 
+    It also answers to the interface of `DistilledData` in the paper's released program: `get_batch`,
+    `data_dict`, `load_data_dict`, `save_pretrained`, `from_pretrained`, `config`, `train_config`, `item_num`
+    and `cuda`.
+
     Args:
         core: (d1, d2, d3).
         user_factors: (users, d1).
         position_factors: (positions, d2).
         item_factors: (n, d3), row 0 the padding item.
+        position_embeddings: (max_len, d3), the pretrained learner's, for fresh learners to start from.
         normalize: "softmax" over items, or "none", the bare product.
+        metadata: what the summary stands for; needed for `save`.
 
     Raises:
-        ValueError: the shapes do not agree, or `normalize` is unknown.
+        ValueError: shapes or dtypes do not agree, or `normalize` is unknown.
     """
 
     item_factors: Tensor
+    position_embeddings: Tensor | None
 
     def __init__(
         self,
@@ -47,16 +71,23 @@ class TuckerSummary(nn.Module):
         position_factors: Tensor,
         item_factors: Tensor,
         *,
+        position_embeddings: Tensor | None = None,
         normalize: Normalize = "softmax",
+        metadata: SummaryMetadata | None = None,
     ) -> None:
         super().__init__()
         if normalize not in ("softmax", "none"):
             raise ValueError(f'normalize must be "softmax" or "none", got {normalize!r}')
+        _check_factors(core, user_factors, position_factors, item_factors, position_embeddings)
         self.core = nn.Parameter(core)
         self.user_factors = nn.Parameter(user_factors)
         self.position_factors = nn.Parameter(position_factors)
         self.register_buffer("item_factors", item_factors)
+        self.register_buffer("position_embeddings", position_embeddings)
         self.normalize: Normalize = normalize
+        self.metadata = metadata
+        self.fix_order = True
+        self._train_config: LearnerTrainConfig | None = None
 
     @classmethod
     def initialise(
@@ -72,22 +103,24 @@ class TuckerSummary(nn.Module):
     ) -> TuckerSummary:
         """A summary to start from: user and position factors ~ N(0, 0.02^2), the core Kaiming-normal.
 
-        The core's standard deviation is sqrt(2 / (d2 d3)). Drawn on the CPU in float64, then cast and moved to
-        the dtype and device of `item_factors`: the same seed gives the same summary everywhere.
+        The core's standard deviation is sqrt(2 / (d2 d3)). Drawn on the CPU in float64, then cast and
+        moved to where `item_factors` are: the same seed gives the same summary everywhere.
         """
-        for name, count in {
+        sizes = {
             "users": users,
             "positions": positions,
             "user_rank": user_rank,
             "position_rank": position_rank,
-        }.items():
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         generator = seeded_generator(seed, "summary")
 
         def normal(*shape: int, sd: float) -> Tensor:
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * sd
-            return drawn.to(item_factors.device, item_factors.dtype)
+            # an item table may be kept in 16 bits, what is learned is not
+            return drawn.to(item_factors.device, torch.promote_types(item_factors.dtype, torch.float32))
 
         rank = item_factors.shape[-1]
         return cls(
@@ -117,7 +150,7 @@ class TuckerSummary(nn.Module):
         return f"{self.num_users}x{self.num_positions}"
 
     def queries(self, users: Tensor | None = None) -> Tensor:
-        """core x_1 user_factors x_2 position_factors of the users (u,) at these indices: (u, positions, d3)."""
+        """core x_1 user_factors x_2 position_factors, (u, positions, d3), of the users at (u,) indices."""
         return tucker_queries(self.core, self._chosen(users), self.position_factors)
 
     def forward(self, users: Tensor | None = None, item_embeddings: Tensor | None = None) -> Tensor:
@@ -125,26 +158,179 @@ class TuckerSummary(nn.Module):
 
         users: (u,) int64 indices, all users by default; item_embeddings: (n, d), `item_factors` by default.
         """
-        table = self.item_factors if item_embeddings is None else item_embeddings
         return tucker_soft_embedding(
             self.core,
             self._chosen(users),
             self.position_factors,
             self.item_factors,
-            table,
+            self.item_factors if item_embeddings is None else item_embeddings,
             normalize=self.normalize,
         )
 
     def probabilities(self, users: Tensor | None = None) -> Tensor:
-        """S itself, (u, positions, n): as many numbers as that. With `normalize="none"` the bare product."""
-        scores = self.queries(users) @ self.item_factors.T
+        """S itself, (u, positions, n), formed in full; under `normalize="none"` the bare product."""
+        scores = self.queries(users) @ self.item_factors.T.to(self.core.dtype)
         return scores.softmax(-1) if self.normalize == "softmax" else scores
 
     def fit(self, learner: Learner, **options: Any) -> list[float]:
-        """Train `learner` in place on this summary; `options` and result as `td3_fast.unroll.fit_on_summary`."""
+        """Train `learner` in place on this summary and return the loss of each step.
+
+        Options are those of `td3_fast.unroll.fit_on_summary`; the recipe in `metadata` gives those left out.
+        """
         from td3_fast.unroll import fit_on_summary
 
-        return fit_on_summary(learner, self, **options)
+        recipe = {} if self.metadata is None else self.metadata.training.fit_options()
+        return fit_on_summary(learner, self, **{**recipe, **options})
+
+    def save(
+        self, path: str | os.PathLike[str], *, item_factors: Literal["inside", "reference"] = "inside"
+    ) -> None:
+        """Write the summary and its metadata as one safetensors file, atomically.
+
+        With `item_factors="reference"` the item table goes into a file of its own in the same folder, named
+        after its contents so that summaries of one learner share it; this file holds its name and SHA-256.
+
+        Raises:
+            SummaryError: there is no metadata, or what would be written could not be read again.
+        """
+        if self.metadata is None:
+            raise SummaryError(
+                f"{path} is not written, the summary has no metadata: set `summary.metadata` first"
+            )
+        write_summary(
+            path, self.state_dict(), self.metadata, normalize=self.normalize, item_factors=item_factors
+        )
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, item_factors: Tensor | str | os.PathLike[str] | None = None
+    ) -> TuckerSummary:
+        """The summary that `save` wrote, on the CPU. No code in the file is ever run.
+
+        item_factors: for a summary that keeps its item table by reference, the table (n, d3) or its file; by
+        default the file that the summary names, in the same folder.
+
+        Raises:
+            SummaryError: the file is missing, damaged or of another kind, or the item table is another one.
+        """
+        tensors, normalize, metadata = read_summary(path, item_factors=item_factors)
+        try:
+            return cls(**tensors, normalize=normalize, metadata=metadata)
+        except ValueError as error:
+            raise SummaryError(f"{path} is not a valid summary, {error}: save it anew") from error
+
+    @property
+    def config(self) -> DistilledDataConfig:
+        """The summary's sizes by the released program's names."""
+        d1, d2, d3 = self.core.shape
+        return DistilledDataConfig(
+            seq_num=self.num_users,
+            seq_len=self.num_positions,
+            seq_dim1=d1,
+            seq_dim2=d2,
+            seq_dim3=d3,
+            fix_order=self.fix_order,
+        )
+
+    @property
+    def train_config(self) -> LearnerTrainConfig:
+        """Steps and batch size by the released program's names; from the recipe in `metadata` unless set."""
+        if self._train_config is not None:
+            return self._train_config
+        if self.metadata is not None:
+            recipe = self.metadata.training
+            return LearnerTrainConfig(train_step=recipe.steps, batch_size=recipe.batch_size)
+        return LearnerTrainConfig(batch_size=self.num_users)
+
+    @train_config.setter
+    def train_config(self, value: LearnerTrainConfig) -> None:
+        self._train_config = value
+
+    @property
+    def item_num(self) -> int:
+        """`num_items` by the released program's name."""
+        return self.num_items
+
+    def get_batch_indices(self, step: int) -> Tensor:
+        """The synthetic users of a training step, (b,) int64.
+
+        They go round in order; with `fix_order` off they are a random draw that depends on `step` only.
+        """
+        size = min(self.train_config.batch_size, self.num_users)
+        if self.fix_order:
+            return torch.arange(step * size, (step + 1) * size) % self.num_users
+        return torch.randperm(self.num_users, generator=seeded_generator(0, "batch", step))[:size]
+
+    def get_batch(self, step: int) -> dict[str, Tensor]:
+        """{"inputs_embeds": `probabilities` of the step's users, (b, positions, n)}."""
+        return {"inputs_embeds": self.probabilities(self.get_batch_indices(step).to(self.core.device))}
+
+    def data_dict(self, detach: bool = False) -> dict[str, Tensor]:
+        """The factors by the paper's letters: G, U, T are the live parameters, V the item factors.
+
+        With `detach` they are detached and on the CPU.
+        """
+        tensors = {
+            "G": self.core,
+            "U": self.user_factors,
+            "V": self.item_factors,
+            "T": self.position_factors,
+        }
+        return {name: value.detach().cpu() for name, value in tensors.items()} if detach else tensors
+
+    @torch.no_grad()
+    def load_data_dict(self, data_dict: Mapping[str, Tensor]) -> None:
+        """Copy factors by the paper's letters into this summary, V included.
+
+        Raises:
+            ValueError: the keys are not G, U, V, T, or a shape differs.
+        """
+        own = self.data_dict()
+        check_keys(dict(data_dict), list(own), "data_dict")
+        for name, value in own.items():
+            if value.shape != data_dict[name].shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(data_dict[name].shape)}, not {tuple(value.shape)}"
+                )
+        for name, value in own.items():
+            value.copy_(data_dict[name])
+
+    def save_pretrained(self, save_path: str | os.PathLike[str]) -> None:
+        """Write the released program's folder: `config.json` and `data_dict` with the keys G, U, V, T.
+
+        That program takes batches in order only where the batch size divides the users, and refuses a folder
+        that asks for more; such a summary is written with `fix_order` false.
+
+        Raises:
+            ValueError: `normalize` is "none", which that program does not have.
+        """
+        if self.normalize != "softmax":
+            raise ValueError(
+                f"{save_path} is not written: the format knows normalize='softmax' only; use save()"
+            )
+        config = asdict(self.config)
+        config["fix_order"] = self.fix_order and self.num_users % self.train_config.batch_size == 0
+        write_distilled_data(
+            save_path, self.data_dict(detach=True), DistilledDataConfig(**config), self.train_config
+        )
+
+    @classmethod
+    def from_pretrained(cls, save_path: str | os.PathLike[str], item_emb: Any = None) -> TuckerSummary:
+        """The summary in a folder of the released program.
+
+        item_emb: for callers of that program, who hand over the item table; the folder's V counts, as there.
+
+        Raises:
+            SummaryError: the folder is incomplete, damaged or holds something else; no code in it is run.
+        """
+        try:
+            tensors, config, train_config = read_distilled_data(save_path)
+            summary = cls(tensors["G"], tensors["U"], tensors["T"], tensors["V"])
+        except ValueError as error:
+            raise SummaryError(str(error)) from error
+        summary.fix_order = config.fix_order
+        summary.train_config = train_config
+        return summary
 
     def extra_repr(self) -> str:
         core = tuple(self.core.shape)
@@ -152,3 +338,38 @@ class TuckerSummary(nn.Module):
 
     def _chosen(self, users: Tensor | None) -> Tensor:
         return self.user_factors if users is None else self.user_factors[users]
+
+
+def _check_factors(
+    core: Tensor,
+    user_factors: Tensor,
+    position_factors: Tensor,
+    item_factors: Tensor,
+    position_embeddings: Tensor | None,
+) -> None:
+    if core.ndim != 3:
+        raise ValueError(f"core must have the shape (d1, d2, d3), got {tuple(core.shape)}")
+    d1, d2, d3 = core.shape
+    matrices = {
+        "user_factors": (user_factors, d1),
+        "position_factors": (position_factors, d2),
+        "item_factors": (item_factors, d3),
+    }
+    if position_embeddings is not None:
+        matrices["position_embeddings"] = (position_embeddings, d3)
+    for name, (value, rank) in matrices.items():
+        if value.ndim != 2 or value.shape[1] != rank:
+            raise ValueError(
+                f"{name} must have the shape (rows, {rank}) beside a core of {tuple(core.shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+        if value.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got {tuple(value.shape)}")
+    for name, value in {"core": core, **{name: value for name, (value, _) in matrices.items()}}.items():
+        if value.dtype not in FLOATING:
+            raise ValueError(f"{name} must be floating, got {value.dtype}")
+    if not core.dtype == user_factors.dtype == position_factors.dtype:
+        raise ValueError(
+            f"core, user_factors and position_factors must have one dtype, got {core.dtype}, "
+            f"{user_factors.dtype} and {position_factors.dtype}"
+        )
