@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
-from td3_fast.data.atomic import atomic_file
 from td3_fast.data.generator import generate_interactions
 from td3_fast.data.interactions import Interactions, filter_interactions, load_interactions
+from td3_fast.files import open_atomically, write_text
 
 SYNTHETIC_SEED = 0
 _UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data"
@@ -88,7 +88,7 @@ _ENTRIES = (
     Dataset(
         name="synthetic",
         title="Built-in data",
-        description="600 users who walk through 400 items along planted transitions; made, not read",
+        description="600 users who walk along planted transitions between 400 items; made, not read",
         publisher="this package",
         terms="none",
     ),
@@ -138,13 +138,13 @@ def find_dataset(name: str) -> Dataset:
     publisher's spelling of the category (`amazon-2023-Video_Games`).
 
     Raises:
-        KeyError: no such name.
+        LookupError: no such name.
     """
     if name in DATASETS:
         return DATASETS[name]
     if match := _AMAZON_NAME.fullmatch(name):
         return _amazon(match[1], match[2])
-    raise KeyError(f"no data set {name!r}; known are {', '.join(DATASETS)} and amazon-2023-CATEGORY")
+    raise LookupError(f"no data set {name!r}; known are {', '.join(DATASETS)} and amazon-2023-CATEGORY")
 
 
 def resolve(
@@ -169,8 +169,8 @@ def resolve(
         return load_interactions(name_or_path, **options)
     try:
         entry = find_dataset(str(name_or_path))
-    except KeyError as error:
-        raise FileNotFoundError(f"no file {str(name_or_path)!r}, and {error.args[0]}") from None
+    except LookupError as error:
+        raise FileNotFoundError(f"no file {str(name_or_path)!r}, and {error}") from None
     if entry.name == "synthetic":
         filters = {key: value for key, value in options.items() if key not in ("format", "columns")}
         return filter_interactions(generate_interactions(seed=SYNTHETIC_SEED), **filters)
@@ -187,10 +187,10 @@ def fetch(name: str, *, cache: str | Path | None = None, progressbar: Any = Fals
     Args:
         name: as in `find_dataset`.
         cache: the folder of all data sets, each in a subfolder of its name; the platform's when None.
-        progressbar: handed to `pooch.HTTPDownloader`: True for a bar by tqdm, or an object to drive.
+        progressbar: as of `pooch.HTTPDownloader`: True for a bar by tqdm, or an object to drive.
 
     Raises:
-        KeyError: no such name.
+        LookupError: no such name.
         FetchError: what went wrong and what to do about it.
     """
     entry = find_dataset(name)
@@ -233,49 +233,53 @@ def _advice(entry: Dataset, folder: Path | None, reason: str) -> str:
     where = f"put it into {folder}" if folder else "give the path of the data file instead of the name"
     return (
         f"could not fetch {entry.name} ({reason}); download {entry.download_name} by hand from the page of "
-        f"{entry.title} by {entry.publisher}, {entry.page}, and {where}"
+        f"{entry.title}, {entry.publisher} ({entry.page}), and {where}"
     )
 
 
 def _download(entry: Dataset, path: Path, downloader: Any) -> None:
+    assert entry.url is not None
     try:
-        with atomic_file(path) as stream:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_atomically(path) as stream:
             downloader(entry.url, stream, None)
-            _check_download(entry, stream, path)
+            stream.flush()
+            _check_download(entry, Path(stream.name))
     except OSError as error:  # requests raises kinds of OSError
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if type(error).__name__ == "ConnectionError":  # the text of requests is a nest of representations
+            reason = f"no connection to {entry.url.split('/')[2]}"
         raise FetchError(_advice(entry, path.parent, reason)) from error
 
 
-def _check_download(entry: Dataset, stream: BinaryIO, path: Path) -> None:
+def _check_download(entry: Dataset, path: Path) -> None:
     if entry.checksum is None:
         return
     algorithm, _, expected = entry.checksum.partition(":")
-    found = _digest(stream, algorithm)
+    found = _digest(path, algorithm)
     if found != expected:
         raise FetchError(
-            f"{path} is damaged or another version: its {algorithm} checksum is {found}, the publisher's is "
-            f"{expected}; remove it where it exists, and fetch again"
+            f"this {entry.download_name} is damaged or another version: its {algorithm} checksum is {found}, "
+            f"the publisher's is {expected}; remove it where it was put by hand, and fetch again"
         )
 
 
 def _unpack(entry: Dataset, archive: Path, file: Path) -> None:
     assert entry.member is not None
-    with archive.open("rb") as stream:
-        _check_download(entry, stream, archive)
+    _check_download(entry, archive)
     with (
         zipfile.ZipFile(archive) as content,
-        content.open(entry.member) as packed,
-        atomic_file(file) as target,
+        content.open(entry.member) as member,
+        open_atomically(file) as out,
     ):
-        shutil.copyfileobj(packed, target, 1 << 20)
+        shutil.copyfileobj(member, out, 1 << 20)
 
 
-def _digest(stream: BinaryIO, algorithm: str) -> str:
+def _digest(path: Path, algorithm: str) -> str:
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    stream.seek(0)
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -284,19 +288,13 @@ def _record_of(file: Path) -> Path:
 
 
 def _write_record(file: Path) -> None:
-    with file.open("rb") as stream:
-        digest = _digest(stream, "sha256")
-    with atomic_file(_record_of(file)) as record:
-        record.write(f"{digest}  {file.name}\n".encode())
+    write_text(_record_of(file), f"{_digest(file, 'sha256')}  {file.name}\n")
 
 
 def _check_record(file: Path) -> None:
     record = _record_of(file)
-    if not record.exists():  # put there by hand
-        return
-    with file.open("rb") as stream:
-        found = _digest(stream, "sha256")
-    if record.read_text().split()[:1] != [found]:
+    # no record: it was put there by hand
+    if record.exists() and record.read_text().split()[:1] != [_digest(file, "sha256")]:
         raise FetchError(
-            f"{file} is not what was fetched: its SHA-256 is not that of {record.name}; remove both"
+            f"{file} is not what was fetched: its SHA-256 is not that in {record.name}; remove both"
         )

@@ -20,78 +20,78 @@ def generate_interactions(
     num_clusters: int = 10,
     num_successors: int = 4,
     follow: float = 0.7,
-    switch: float = 0.1,
+    stray: float = 0.1,
     popularity_exponent: float = 1.0,
     min_length: int = 5,
     name: str = "synthetic",
 ) -> Interactions:
-    """Users who walk through clusters of items along planted item-to-item transitions.
+    """Users who walk around a cycle of item clusters along planted item-to-item transitions.
 
-    Every item belongs to one cluster and has `num_successors` successors in it. The next item of a user is,
-    with probability `follow`, a successor of the last one (the first successor most often); with
-    probability `switch`, a popular item of the cluster that comes next in a fixed cycle; otherwise a
-    popular item of the same cluster. Popularity is Zipf's: the k-th item has weight 1 /
-    k^popularity_exponent. Users rarely meet an item twice. A sequential learner can use all of it, a
-    popularity count next to nothing. Memory O(interactions + items).
+    Every item has `num_successors` successors in the next cluster of the cycle. The next item of a user is,
+    with probability `follow`, a successor of the last one (the first of them most often); with probability
+    `stray`, a popular item of any cluster; else a popular item of the next cluster. Popularity is Zipf's: the
+    k-th item has weight k^-popularity_exponent. Users rarely meet an item twice. So a sequential learner has
+    much to learn, a popularity count little, and similarity without direction (an item is as close to what
+    comes before it as to what comes after) only a part. Memory O(interactions + items).
 
     Args:
-        num_users, num_items: without padding; items that nobody met are left out.
+        num_users: users.
+        num_items: items without padding; those that nobody meets are left out.
         mean_length: mean interactions of a user; lengths are `min_length` plus a geometric variable.
-        seed: the only source of randomness; the same arguments give the same data.
+        seed: the same seed and arguments give the same data.
+        num_clusters, num_successors, follow, stray, popularity_exponent: as above.
+        min_length: interactions of a user at least.
+        name: what to call the data.
+
+    Raises:
+        ValueError: an argument out of range.
     """
     if num_users < 1 or num_items < 1 or not 1 <= num_clusters <= num_items:
-        raise ValueError("num_users and num_items must be positive, num_clusters between 1 and num_items")
+        raise ValueError("num_users and num_items must be at least 1, num_clusters between 1 and num_items")
     if min_length < 1 or mean_length < min_length or num_successors < 1:
         raise ValueError("min_length and num_successors must be at least 1, mean_length at least min_length")
-    if follow < 0 or switch < 0 or follow + switch > 1:
-        raise ValueError("follow and switch must be probabilities that sum to at most 1")
+    if min(follow, stray) < 0 or follow + stray > 1:
+        raise ValueError("follow and stray must be probabilities with a sum of at most 1")
     generator = np.random.Generator(np.random.Philox(seed))
 
-    # items sorted by cluster: cluster c owns bounds[c] .. bounds[c + 1] - 1; `mass` is cumulative popularity
+    # cluster c owns the items bounds[c] .. bounds[c + 1] - 1
     cluster_of = np.sort(np.arange(num_items) % num_clusters)
     bounds = np.searchsorted(cluster_of, np.arange(num_clusters + 1))
     weights = (1.0 + generator.permutation(num_items)) ** -popularity_exponent
     mass = np.concatenate([[0.0], np.cumsum(weights)])
-
-    def popular(cluster: NDArray[np.int64]) -> NDArray[np.int64]:
-        low, high = mass[bounds[cluster]], mass[bounds[cluster + 1]]
-        draw = low + (high - low) * generator.random(len(cluster))
-        item = np.searchsorted(mass, draw, side="right") - 1
-        return np.clip(item, bounds[cluster], bounds[cluster + 1] - 1)  # rounding at the upper end
-
-    sizes = np.diff(bounds)[cluster_of]
-    successors = bounds[cluster_of][:, None] + generator.integers(
-        0, sizes[:, None], (num_items, num_successors)
-    )
+    following = (cluster_of + 1) % num_clusters
+    sizes = np.diff(bounds)[following, None]
+    successors = bounds[following, None] + generator.integers(0, sizes, (num_items, num_successors))
     preference = np.cumsum(1.0 / np.arange(1, num_successors + 1))
     preference /= preference[-1]
 
-    extra = mean_length - min_length
-    lengths = np.full(num_users, min_length)
-    if extra > 0:
-        lengths += generator.geometric(1.0 / (1.0 + extra), num_users) - 1
+    def popular(cluster: NDArray[np.int64]) -> NDArray[np.int64]:
+        first, last = bounds[cluster], bounds[cluster + 1] - 1
+        draw = mass[first] + (mass[last + 1] - mass[first]) * generator.random(len(cluster))
+        return np.clip(np.searchsorted(mass, draw, side="right") - 1, first, last)  # rounding at the ends
+
+    def propose(previous: NDArray[np.int64]) -> NDArray[np.int64]:
+        kind = generator.random(len(previous))
+        rank = np.searchsorted(preference, generator.random(len(previous)), side="right")
+        anywhere = generator.integers(0, num_clusters, len(previous))
+        cluster = np.where(kind >= 1.0 - stray, anywhere, following[previous])
+        return np.where(kind < follow, successors[previous, rank], popular(cluster))
+
+    lengths = min_length - 1 + generator.geometric(1.0 / (1.0 + mean_length - min_length), num_users)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     items = np.empty(offsets[-1], dtype=np.int64)
-    last = popular(generator.integers(0, num_clusters, num_users))
-    items[offsets[:-1]] = last
-
-    def propose(users: NDArray[np.int64]) -> NDArray[np.int64]:
-        previous, kind = last[users], generator.random(len(users))
-        rank = np.searchsorted(preference, generator.random(len(users)), side="right")
-        moved = (cluster_of[previous] + (kind >= 1.0 - switch)) % num_clusters
-        return np.where(kind < follow, successors[previous, rank], popular(moved))
-
+    items[offsets[:-1]] = popular(generator.integers(0, num_clusters, num_users))
     for step in range(1, int(lengths.max())):
-        active = np.flatnonzero(lengths > step)
-        chosen = propose(active)
+        start = offsets[:-1][lengths > step]
+        previous = items[start + step - 1]
+        chosen = propose(previous)
+        history = items[start[:, None] + np.arange(step)]
         for _ in range(_PROPOSALS):
-            history = items[offsets[active][:, None] + np.arange(step)]
             again = np.flatnonzero((history == chosen[:, None]).any(axis=1))
             if not len(again):
                 break
-            chosen[again] = propose(active[again])
-        items[offsets[active] + step] = chosen
-        last[active] = chosen
+            chosen[again] = propose(previous[again])
+        items[start + step] = chosen
 
     log = RawLog(
         users=np.repeat(np.arange(num_users, dtype=np.int32), lengths),

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from td3_fast.data.atomic import atomic_file
 from td3_fast.data.raw_log import PADDING, RawLog
 from td3_fast.data.readers import Columns, read_file, read_frame
+from td3_fast.files import open_atomically
 
 Repeats = Literal["keep", "first", "last"]
 _ROWS_PER_WRITE = 1 << 16
@@ -202,7 +202,7 @@ def write_interactions(interactions: Interactions, path: str | Path) -> None:
     path = Path(path)
     users = np.repeat(np.arange(interactions.num_users), interactions.lengths)
     positions = np.arange(interactions.num_interactions) - interactions.offsets[users]
-    with atomic_file(path) as file:
+    with open_atomically(path) as file:
         compressed = None
         if path.suffix == ".gz":
             # no name and time in the gzip header: the same data give the same bytes
