@@ -24,7 +24,7 @@ class PretrainConfig:
 
 @dataclass(kw_only=True)
 class PretrainState:
-    """Where pretraining stands after an epoch."""
+    """Where pretraining stands after a batch."""
 
     fit: FitState
     pool: list[tuple[Tensor, Tensor]]  # flat parameters and item table
@@ -37,23 +37,23 @@ def pretrain(
     *,
     seed: int,
     state: PretrainState | None = None,
-    on_epoch: Callable[[PretrainState], None] | None = None,
+    on_step: Callable[[PretrainState], None] | None = None,
     progress: Progress = silent,
 ) -> Pretrained:
     """Train `learner` in place on the training part of `split` with early stopping, keeping the pool.
 
-    `state` continues an interrupted run, with the bits of an unbroken one; `on_epoch` sees the state after each epoch.
+    `state` continues an interrupted run, with the bits of an unbroken one; `on_step` sees the state after each batch.
     A run that stops before `pool_first` has its best checkpoint for a pool.
     """
     flat = FlatParameters(learner)
     pool = [] if state is None else state.pool
 
     def keep(fit: FitState) -> None:
-        if config.pool_first <= fit.epoch <= config.pool_last:
+        if fit.batch == 0 and config.pool_first <= fit.epoch <= config.pool_last:
             theta, items = fit.optimiser.parameters
             pool.append((theta.clone(), items.clone()))
-        if on_epoch is not None:
-            on_epoch(PretrainState(fit=fit, pool=pool))
+        if on_step is not None:
+            on_step(PretrainState(fit=fit, pool=pool))
 
     fit = fit_examples(
         learner,
@@ -62,7 +62,7 @@ def pretrain(
         config.fit,
         seed=seed,
         state=None if state is None else state.fit,
-        on_epoch=keep,
+        on_step=keep,
         progress=progress,
     )
     best = {name: value.detach().clone() for name, value in learner.state_dict().items()}

@@ -118,11 +118,13 @@ class FitConfig:
 
 @dataclass(kw_only=True)
 class FitState:
-    """Where training stands after `epoch` epochs; enough to go on with the same bits."""
+    """Where training stands after `epoch` epochs and `batch` batches; enough to go on with the same bits."""
 
     optimiser: AdamState
     best: tuple[Tensor, ...]
     epoch: int = 0
+    batch: int = 0  # taken of the epoch in progress
+    loss_sum: float = 0.0  # over the examples of those batches
     best_epoch: int = 0
     best_score: float = float("-inf")
     history: list[dict[str, float]] = field(default_factory=list)
@@ -136,12 +138,13 @@ def fit_examples(
     *,
     seed: int,
     state: FitState | None = None,
-    on_epoch: Callable[[FitState], None] | None = None,
+    on_step: Callable[[FitState], None] | None = None,
     progress: Progress = silent,
 ) -> FitState:
     """Train `learner` in place until validation stops improving, and leave the best epoch's parameters in it.
 
-    `state` continues an interrupted run; `on_epoch` sees the state after every epoch.
+    `state` continues an interrupted run; `on_step` sees the state after every batch, an epoch's last one after its
+    validation.
     """
     if len(train) == 0:
         raise ValueError("there is no training example: every training sequence has fewer than 2 items")
@@ -153,8 +156,7 @@ def fit_examples(
     num_batches = -(-len(train) // config.batch_size)
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch < config.patience:
         order = shuffled(len(train), seed=derive_seed(seed, "order", state.epoch))
-        total = 0.0
-        for batch_index in range(num_batches):
+        for batch_index in range(state.batch, num_batches):
             index = order[batch_index * config.batch_size : (batch_index + 1) * config.batch_size]
             dropout = DropoutStream(derive_seed(seed, "dropout", state.epoch, batch_index))
             theta, items = (p.detach().requires_grad_() for p in state.optimiser.parameters)
@@ -164,19 +166,25 @@ def fit_examples(
             hidden = flat.encode(theta, embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
             loss = item_cross_entropy(hidden, items, targets).mean()
             state.optimiser = adam_step_(state.optimiser, torch.autograd.grad(loss, (theta, items)), adam)
-            total += float(loss.detach()) * len(index)
-            done = state.epoch * num_batches + batch_index + 1
-            progress("train", done, config.max_epochs * num_batches, {"loss": total / (done * len(index))})
+            state.loss_sum += float(loss.detach()) * len(index)
+            state.batch = batch_index + 1
+            if state.batch < num_batches:
+                mean = state.loss_sum / (state.batch * config.batch_size)
+                done = state.epoch * num_batches + state.batch
+                progress("train", done, config.max_epochs * num_batches, {"loss": mean})
+                if on_step is not None:
+                    on_step(state)
         flat.write(learner, *state.optimiser.parameters)
         metrics = validation.metrics(learner)[config.selection]
         state.epoch += 1
-        state.history.append({"epoch": state.epoch, "loss": total / len(train), **metrics})
+        state.history.append({"epoch": state.epoch, "loss": state.loss_sum / len(train), **metrics})
+        state.batch, state.loss_sum = 0, 0.0
         if metrics[SELECTION_METRIC] > state.best_score:
             state.best_score, state.best_epoch = metrics[SELECTION_METRIC], state.epoch
             state.best = tuple(p.clone() for p in state.optimiser.parameters)
         progress("train", state.epoch * num_batches, config.max_epochs * num_batches, state.history[-1])
-        if on_epoch is not None:
-            on_epoch(state)
+        if on_step is not None:
+            on_step(state)
     flat.write(learner, *state.best)
     return state
 
