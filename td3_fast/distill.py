@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ from td3_fast.ops import (
     tucker_soft_embedding,
 )
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
 from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
 from td3_fast.unroll import (
     AdamConfig,
@@ -239,7 +239,29 @@ class Distiller:
 
     def summary(self, factors: tuple[Tensor, ...]) -> TuckerSummary:
         """Core, user and position factors as a summary."""
-        return TuckerSummary(*(f.detach().clone() for f in factors), self.items, normalize=self.config.normalize)
+        positions = self.teacher.position_embeddings
+        return TuckerSummary(
+            *(f.detach().clone() for f in factors),
+            self.items,
+            position_embeddings=None if positions is None else positions.detach(),
+            normalize=self.config.normalize,
+        )
+
+    def metadata(self, state: DistillState) -> SummaryMetadata:
+        """What the best summary so far stands for; the filters of the log are not known here."""
+        log = self.split.interactions
+        best = state.history[state.best_epoch - 1]
+        return SummaryMetadata(
+            item_ids=tuple(log.item_ids.tolist()),
+            preprocessing=Preprocessing(data=log.name, filters={}, fingerprint=log.fingerprint),
+            training=TrainingRecipe(
+                learner=self.pretrained.learner_name,
+                learner_config=self.pretrained.learner_config,
+                **self.fit_options(),
+            ),
+            metrics={name: value for name, value in best.items() if "@" in name},
+            settings={"seed": self.seed, "distill": asdict(self.config)},
+        )
 
     def batch_index(self, step: int) -> np.ndarray:
         """The real examples of an outer step."""
@@ -443,13 +465,16 @@ def distill(
 ) -> tuple[TuckerSummary, DistillState]:
     """Distil the training part of `split` into a summary of `config.users` × `config.positions`.
 
-    Returns the summary of the epoch with the best validation MRR@10, and the final state with the history. `state`
-    continues an interrupted run, with the bits of an unbroken one. Source: TD3 (WWW '25), Algorithm 1.
+    Returns the summary of the epoch with the best validation MRR@10, with all that it needs to be saved and evaluated,
+    and the final state with the history. `state` continues an interrupted run, with the bits of an unbroken one.
+    Source: TD3 (WWW '25), Algorithm 1.
     """
     distiller = Distiller(split, pretrained, config, seed=seed)
     state = distiller.run(state, on_step=on_step, progress=progress)
     assert state.best is not None
-    return distiller.summary(state.best), state
+    summary = distiller.summary(state.best)
+    summary.metadata = distiller.metadata(state)
+    return summary, state
 
 
 def with_semantics(config: DistillConfig, name: Literal["paper", "authors"]) -> DistillConfig:

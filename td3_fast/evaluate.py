@@ -14,7 +14,7 @@ from td3_fast.learners import Learner, build_learner
 from td3_fast.metrics import mean_and_sd, metrics_from_ranks, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import SummaryMetadata, TuckerSummary
 from td3_fast.training import PROTOCOLS, FitConfig, Protocol, Ranker, fit_examples, fresh_like
 from td3_fast.unroll import fit_on_summary
 
@@ -63,31 +63,42 @@ class Row:
 def evaluate(
     summary: TuckerSummary,
     split: Split,
-    teacher: Learner,
+    teacher: Learner | None = None,
     *,
-    fit_options: Mapping[str, Any],
+    fit_options: Mapping[str, Any] | None = None,
     config: EvaluateConfig | None = None,
     seed: int = 0,
+    known: Mapping[tuple[str, int], Scores] | None = None,
     on_run: Callable[[str, int, Scores], None] | None = None,
     progress: Progress = silent,
 ) -> list[Row]:
     """Test metrics of learners trained on `summary`, and of the baselines, each from `config.seeds` seeds.
 
-    summary: what is evaluated; split: real data, its items numbered as the summary's; teacher: the pretrained learner,
-    whose item and position embeddings are handed to every row but those trained from nothing; fit_options: how a
-    learner is trained on the summary, as `fit_on_summary` takes it; on_run: sees the scores of every single run.
+    summary: what is evaluated; split: real data, its items numbered as the summary's; teacher: the pretrained
+    learner, whose item and position embeddings are handed to every row but those trained from nothing; fit_options:
+    how a learner is trained on the summary, as `fit_on_summary` takes it. Both come from the summary where they are
+    not given. known: scores of runs (row, number) that need not be done again; on_run: sees the scores of every run
+    that is done.
 
     Rows: `summary`; `full`, the whole training part; `random` and `longest`, users that hold as many interactions as
     the summary, from nothing and with the teacher's embeddings (`+embeddings`), trained with early stopping like
     `full`; `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
     """
     config = config or EvaluateConfig()
+    teacher = teacher or teacher_of(summary)
+    if fit_options is None:
+        fit_options = _metadata(summary).training.fit_options()
+    if summary.metadata is not None:
+        summary.metadata.check_items(split.interactions.item_ids.tolist())
     if summary.num_items != split.interactions.num_items:
         raise ValueError(
             f"the summary is over {summary.num_items} items, the data has {split.interactions.num_items}: "
             "evaluate on the data it was distilled from, with the same filters"
         )
     ranker = Ranker(split.test, seed=derive_seed(seed, "ranker"))
+    known = dict(known or {})
+    if config.carry_embeddings:  # a run needs the one before it
+        known = {run: scores for run, scores in known.items() if run[0] != "summary"}
     runs: dict[str, list[Scores]] = {}
     evaluation = _Evaluation(summary, split, teacher, dict(fit_options), config, seed)
     total = len(config.rows) * config.seeds
@@ -95,8 +106,11 @@ def evaluate(
         for run in range(1 if name == "popularity" else config.seeds):
             done = sum(map(len, runs.values()))
             progress("evaluate", done, total, {})
+            if (name, run) in known:
+                runs.setdefault(name, []).append(known[name, run])
+                continue
             if config.redraw_negatives:
-                ranker.redraw_negatives(done)
+                ranker.redraw_negatives(derive_seed(run, name))
             scores = evaluation.scores(name, run, ranker, progress)
             runs.setdefault(name, []).append(scores)
             if on_run is not None:
@@ -105,6 +119,24 @@ def evaluate(
     return [
         _row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS
     ]
+
+
+def teacher_of(summary: TuckerSummary, *, seed: int = 0) -> Learner:
+    """The learner that a summary was distilled for, with the pretrained item and position embeddings that it carries
+    and an encoder drawn from `seed`."""
+    recipe = _metadata(summary).training
+    learner = build_learner(recipe.learner, recipe.learner_config, seed=seed)
+    with torch.no_grad():
+        learner.item_embeddings.copy_(summary.item_factors)
+        if learner.position_embeddings is not None and summary.position_embeddings is not None:
+            learner.position_embeddings.copy_(summary.position_embeddings)
+    return learner
+
+
+def _metadata(summary: TuckerSummary) -> SummaryMetadata:
+    if summary.metadata is None:
+        raise ValueError("the summary does not say how it is used: give `teacher` and `fit_options`")
+    return summary.metadata
 
 
 def _row(name: str, protocol: Protocol, runs: dict[str, list[Scores]], *, ddof: int) -> Row:

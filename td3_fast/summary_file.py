@@ -97,6 +97,7 @@ class SummaryMetadata:
     preprocessing: Preprocessing
     training: TrainingRecipe
     metrics: dict[str, float] = field(default_factory=dict)  # on validation data, fractions
+    settings: dict[str, Any] = field(default_factory=dict)  # of the run that made it, as JSON values
     versions: dict[str, str] = field(default_factory=installed_versions)  # of the programs that made it
 
     def check_items(self, item_ids: Sequence[str]) -> None:
@@ -127,6 +128,7 @@ class _Document:
     preprocessing: Preprocessing
     training: TrainingRecipe
     metrics: dict[str, float]
+    settings: dict[str, Any]
     versions: dict[str, str]
 
 
@@ -159,6 +161,7 @@ def write_summary(
             "preprocessing": asdict(metadata.preprocessing),
             "training": asdict(metadata.training),
             "metrics": metadata.metrics,
+            "settings": metadata.settings,
             "versions": metadata.versions,
         }
         from_json(_Document, json.loads(json.dumps(document)), "metadata")  # what is written can be read
@@ -205,6 +208,7 @@ def read_summary(
         preprocessing=contents.preprocessing,
         training=contents.training,
         metrics=contents.metrics,
+        settings=contents.settings,
         versions=contents.versions,
     )
     return tensors, contents.normalize, metadata
