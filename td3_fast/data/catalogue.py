@@ -179,7 +179,7 @@ def resolve(
 
 
 def fetch(name: str, *, cache: str | Path | None = None, progressbar: Any = False) -> Path:
-    """The file of a data set in the cache, downloaded first where it is missing (by pooch, the extra `fetch`).
+    """The file of a data set in the cache, downloaded where it is missing (by pooch, the extra `fetch`).
 
     Files appear whole and checked or not at all, so a fetch that was broken off is simply run again. What was
     put into the folder by hand is used: an archive is checked and unpacked, another file is taken as it is.

@@ -33,6 +33,9 @@ class Interactions:
     The interactions of user `u` are `items[offsets[u]:offsets[u + 1]]`, oldest first; equal times keep the
     order of the file. Item 0 is padding and never occurs in `items`. Items and users are numbered by their
     first appearance in the filtered file.
+
+    Raises:
+        ValueError: the arrays do not fit together.
     """
 
     offsets: NDArray[np.int64]  # (users + 1,)
@@ -42,6 +45,18 @@ class Interactions:
     name: str
 
     def __post_init__(self) -> None:
+        if (
+            len(self.offsets) != self.num_users + 1
+            or self.offsets[0] != 0
+            or (np.diff(self.offsets) < 0).any()
+        ):
+            raise ValueError("offsets must start at 0, never fall, and be one more than the users")
+        if self.offsets[-1] != len(self.items):
+            raise ValueError(f"offsets end at {self.offsets[-1]}, but there are {len(self.items)} items")
+        if self.num_items < 1 or self.item_ids[0] != PADDING:
+            raise ValueError(f"item_ids must start with {PADDING!r}")
+        if len(self.items) and not 1 <= self.items.min() <= self.items.max() < self.num_items:
+            raise ValueError(f"items must lie in 1 .. {self.num_items - 1}")
         for array in (self.offsets, self.items, self.item_ids, self.user_ids):
             array.flags.writeable = False
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PADDING = "[PAD]"
+NOUNS = {"user": "a user", "item": "an item"}
 _MAX_ID = 256  # characters; ids are kept in arrays as wide as the longest
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -96,13 +97,13 @@ def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:
 def id_fault(role: str, text: str) -> tuple[str, str] | None:
     """What was expected and found, if `text` cannot be the id of a user or an item."""
     if not text:
-        return f"a {role} id", "nothing"
+        return f"{NOUNS[role]} id", "nothing"
     if len(text) > _MAX_ID:
-        return f"a {role} id of at most {_MAX_ID} characters", f"{len(text)} characters"
+        return f"{NOUNS[role]} id of at most {_MAX_ID} characters", f"{len(text)} characters"
     if control := _CONTROL.search(text):
-        return f"a {role} id without control characters", f"{control[0]!r} in {show(text)}"
+        return f"{NOUNS[role]} id without control characters", f"{control[0]!r} in {show(text)}"
     if text != text.strip():
-        return f"a {role} id without blanks around it", show(text)
+        return f"{NOUNS[role]} id without blanks around it", show(text)
     if role == "item" and text == PADDING:
         return "an item id other than the one reserved for padding", show(text)
     return None

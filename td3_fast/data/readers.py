@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from td3_fast.data.raw_log import (
+    NOUNS,
     DataError,
     EncodedIds,
     RawLog,
@@ -159,7 +160,7 @@ def _find_columns(
             raise DataError(source, 1, 1, expected, f"the columns {found}")
         places[role] = None if name is None else names.index(name)
     if places["user"] == places["item"]:
-        raise ValueError(f"columns names {columns['user']!r} for both the user and the item")
+        raise ValueError(f"columns gives {names[places['user']]!r} to both the user and the item")
     return Places(**places)
 
 
@@ -275,7 +276,7 @@ def _json_value(role: str, value: Any) -> tuple[Any, str, str]:
         return None, "a finite number as timestamp", show(json.dumps(value))
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str):
-        return None, f"a {role} id", show(json.dumps(value))
+        return None, f"{NOUNS[role]} id", show(json.dumps(value))
     expected, found = id_fault(role, text) or ("", "")
     return text, expected, found
 
@@ -314,7 +315,7 @@ def _frame_rows(column: Callable[[int], pd.Series], places: Places, source: str,
 
 
 def _frame_ids(role: str, column: pd.Series, place: int, source: str, first_row: int) -> EncodedIds:
-    expected = f"a {role} id, a string or an integer"
+    expected = f"{NOUNS[role]} id, a string or an integer"
     try:
         codes, distinct = pd.factorize(column)
     except TypeError:

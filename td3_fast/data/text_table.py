@@ -121,6 +121,8 @@ def decode(line: bytes, source: str, number: int) -> str:
 def split_line(text: str, separator: str, source: str, number: int) -> list[Field]:
     """The fields of a line. Between commas they may stand in double quotes, with "" for one."""
     fields = []
+    if separator == "::" and ":::" in text:  # which of them separate?
+        raise DataError(source, number, text.index(":::") + 1, "'::' between fields", show(":::"))
     if separator != "," or '"' not in text:
         column = 1
         for field in text.split(separator):
