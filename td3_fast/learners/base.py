@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -64,15 +65,6 @@ def next_item_loss(
     return item_cross_entropy(hidden, learner.item_embeddings, targets).mean()
 
 
-class _Encode(nn.Module):
-    def __init__(self, learner: Learner) -> None:
-        super().__init__()
-        self.learner = learner
-
-    def forward(self, inputs_embeds: Tensor, positions: Tensor, dropout: DropoutStream | None) -> Tensor:
-        return self.learner.encode(inputs_embeds, positions, dropout=dropout)
-
-
 class FlatParameters:
     """A learner as a function of one vector that holds all its parameters but the item table.
 
@@ -80,21 +72,27 @@ class FlatParameters:
     """
 
     def __init__(self, learner: Learner) -> None:
-        self._encode = _Encode(learner)
         parameters = {k: v for k, v in learner.named_parameters() if k != "item_embeddings"}
-        self._names = ["learner." + name for name in parameters]
-        self._shapes = [p.shape for p in parameters.values()]
+        self._shapes = {name: p.shape for name, p in parameters.items()}
         self._sizes = [p.numel() for p in parameters.values()]
         self.size = sum(self._sizes)
+        # the learner's modules without its tensors, to be filled with views of the vector at each call
+        self._shell = copy.deepcopy(learner, {id(p): None for p in learner.parameters()})
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        for name in parameters:
+            owner, _, attribute = name.rpartition(".")
+            module = self._shell.get_submodule(owner)
+            del module._parameters[attribute]
+            self._slots.append((module.__dict__, attribute))
 
     def gather(self, state: Mapping[str, Tensor]) -> Tensor:
         """The vector (size,) of a learner's `state_dict()`."""
-        return torch.cat([state[name.removeprefix("learner.")].detach().reshape(-1) for name in self._names])
+        return torch.cat([state[name].detach().reshape(-1) for name in self._shapes])
 
     def scatter(self, flat: Tensor) -> dict[str, Tensor]:
         """The named tensors of a vector, as views."""
-        parts = zip(self._names, torch.split(flat, self._sizes), self._shapes, strict=True)
-        return {name.removeprefix("learner."): part.view(shape) for name, part, shape in parts}
+        parts = torch.split(flat, self._sizes)
+        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     @torch.no_grad()
     def write(self, learner: Learner, flat: Tensor, items: Tensor | None = None) -> None:
@@ -109,9 +107,9 @@ class FlatParameters:
         self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
     ) -> Tensor:
         """`learner.encode` with the parameters of `flat` (size,)."""
-        parts = zip(self._names, torch.split(flat, self._sizes), self._shapes, strict=True)
-        parameters = {name: part.view(shape) for name, part, shape in parts}
-        return torch.func.functional_call(self._encode, parameters, (inputs_embeds, positions, dropout))
+        for (attributes, name), tensor in zip(self._slots, self.scatter(flat).values(), strict=True):
+            attributes[name] = tensor
+        return self._shell.encode(inputs_embeds, positions, dropout=dropout)
 
 
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
