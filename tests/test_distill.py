@@ -1,0 +1,110 @@
+"""Distillation as a whole: resuming, selecting, switching."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from td3_fast.data import Split, generate_interactions, leave_one_out
+from td3_fast.distill import SEMANTICS, DistillConfig, Distiller, Semantics, distill, with_semantics
+from td3_fast.learners import SASRec, SASRecConfig
+from td3_fast.pretrain import PretrainConfig, pretrain
+from td3_fast.training import FitConfig, Pretrained
+
+CONFIG = DistillConfig(
+    users=6, positions=8, user_rank=3, position_rank=3, batch_size=128, users_per_step=4, summary_lr=0.03,
+    learner_lr=0.01, epochs=2, inner_steps=10, window=4, micro_batch=100,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return leave_one_out(generate_interactions(num_users=40, num_items=30, mean_length=9, seed=1))
+
+
+@pytest.fixture(scope="module")
+def pretrained(split: Split) -> Pretrained:
+    learner = SASRec(SASRecConfig(num_items=split.interactions.num_items, max_len=8, hidden=8, inner=8), seed=0)
+    config = PretrainConfig(fit=FitConfig(batch_size=128, max_epochs=4, learning_rate=0.01), pool_first=2, pool_last=3)
+    return pretrain(split, learner, config, seed=0)
+
+
+def test_pool_holds_the_epochs_asked_for(pretrained: Pretrained) -> None:
+    assert len(pretrained.pool) == 2
+    assert [entry["epoch"] for entry in pretrained.history] == [1, 2, 3, 4]
+    assert pretrained.history[-1]["loss"] < pretrained.history[0]["loss"]
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resumed_run_equals_an_unbroken_one(split: Split, pretrained: Pretrained, semantics: Any, stop: int) -> None:
+    config = with_semantics(CONFIG, semantics)
+    summary, whole = distill(split, pretrained, config, seed=5)
+    assert whole.step == 2 * -(-len(split.train) // 128)
+    states = []
+    distill(split, pretrained, config, seed=5, on_step=lambda state: states.append(copy.deepcopy(state)))
+    again, resumed = distill(split, pretrained, config, seed=5, state=states[stop - 1])
+    assert whole.history == resumed.history
+    for name, value in summary.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    for a, b in zip(whole.factors.parameters, resumed.factors.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_seed_gives_another_summary(split: Split, pretrained: Pretrained) -> None:
+    config = replace(CONFIG, epochs=1)
+    first, other = (distill(split, pretrained, config, seed=seed)[0] for seed in (1, 2))
+    assert not torch.equal(first.core, other.core)
+
+
+def test_outer_loss_falls(split: Split, pretrained: Pretrained) -> None:
+    _, state = distill(split, pretrained, replace(CONFIG, epochs=12, item_embedding="frozen"), seed=0)
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+    best = max(range(12), key=lambda e: state.history[e]["MRR@10"])
+    assert state.best_epoch == best + 1
+    assert state.best_score == state.history[best]["MRR@10"]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"reload_learner": "epoch"},
+        {"alignment_dropout": True},
+        {"outer_dropout": True},
+        {"validation_dropout": True},
+        {"redraw_negatives": True},
+        {"shuffle": False},
+        {"restart_batches": True},
+        {"separate_passes": True},
+        {"carry_embeddings": True},
+    ],
+    ids=lambda switch: next(iter(switch)),
+)
+def test_each_switch_of_semantics_changes_the_run(split: Split, pretrained: Pretrained, switch: dict[str, Any]) -> None:
+    _, plain = distill(split, pretrained, CONFIG, seed=0)
+    _, switched = distill(split, pretrained, replace(CONFIG, semantics=Semantics(**switch)), seed=0)
+    assert plain.history != switched.history
+
+
+def test_divergence_is_an_error(split: Split, pretrained: Pretrained) -> None:
+    distiller = Distiller(split, pretrained, replace(CONFIG, learner_lr=1e30), seed=0)
+    with pytest.raises(FloatingPointError, match="lower learner_lr"):
+        distiller.outer_step(distiller.initial_state())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 11}, "cannot be longer than the inner loop"),
+        ({"positions": 1}, "at least 2 positions"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"item_embedding": "frozen", "semantics": SEMANTICS["authors"]}, "carry_embeddings"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
