@@ -78,7 +78,7 @@ def sample_negatives(examples: Examples, count: int, *, seed: int) -> NDArray[np
     exhausted = examples.users[num_unseen[examples.users] == 0]
     if len(exhausted):
         raise ValueError(
-            f"user {log.user_ids[exhausted[0]]!r} has interacted with every item: no negative is left"
+            f"user {str(log.user_ids[exhausted[0]])!r} has interacted with every item: no negative is left"
         )
     # unseen items of the user that are smaller than each seen one: ascending inside a user, so that one
     # binary search over (user, unseen below) turns the r-th unseen item into an item number
