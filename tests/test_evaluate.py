@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from td3_fast.data import Split, generate_interactions, leave_one_out
+from td3_fast.evaluate import ROWS, EvaluateConfig, chosen_users, evaluate, popularity_scores
+from td3_fast.learners import SASRec, SASRecConfig
+from td3_fast.summary import TuckerSummary
+from td3_fast.training import FitConfig, Ranker
+
+FIT_OPTIONS = {"steps": 5, "learning_rate": 0.01, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return leave_one_out(generate_interactions(num_users=40, num_items=130, mean_length=8, seed=4))
+
+
+@pytest.fixture(scope="module")
+def teacher(split: Split) -> SASRec:
+    return SASRec(SASRecConfig(num_items=split.interactions.num_items, max_len=6, hidden=8, inner=8), seed=0)
+
+
+@pytest.fixture(scope="module")
+def summary(teacher: SASRec) -> TuckerSummary:
+    return TuckerSummary.initialise(
+        users=5, positions=6, user_rank=2, position_rank=2, item_factors=teacher.item_embeddings.detach(), seed=0
+    )
+
+
+def test_every_row_comes_with_both_protocols_and_recovery(
+    split: Split, teacher: SASRec, summary: TuckerSummary
+) -> None:
+    config = EvaluateConfig(seeds=2, fit=FitConfig(max_epochs=2, batch_size=64))
+    runs = []
+    rows = evaluate(
+        summary, split, teacher, fit_options=FIT_OPTIONS, config=config, on_run=lambda *run: runs.append(run)
+    )
+    assert [(row.name, row.protocol) for row in rows] == [(n, p) for n in ROWS for p in ("full", "uni100")]
+    assert len(runs) == 2 * (len(ROWS) - 1) + 1
+    by_name = {(row.name, row.protocol): row for row in rows}
+    assert by_name["full", "full"].recovery["HR@10"] in (1.0, None)
+    assert by_name["zero-step", "uni100"].recovery["NDCG@20"] in (0.0, None)
+    assert by_name["popularity", "full"].metrics["HR@10"]["sd"] == 0.0
+    again = evaluate(summary, split, teacher, fit_options=FIT_OPTIONS, config=config)
+    assert rows == again
+
+
+def test_the_teacher_is_left_as_it_was(split: Split, teacher: SASRec, summary: TuckerSummary) -> None:
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    config = EvaluateConfig(seeds=1, rows=("summary", "zero-step"))
+    evaluate(summary, split, teacher, fit_options=FIT_OPTIONS, config=config)
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("how", ["random", "longest"])
+@pytest.mark.parametrize("count", [7, 30, 100])
+def test_chosen_users_hold_as_many_interactions_as_asked(split: Split, how: str, count: int) -> None:
+    chosen = chosen_users(split.train, how, count, seed=0)
+    interactions = len(chosen) + len(np.unique(chosen.users))
+    assert count - 1 <= interactions <= count
+
+
+def test_longest_users_are_the_longest(split: Split) -> None:
+    chosen = np.unique(chosen_users(split.train, "longest", 40, seed=0).users)
+    lengths = split.interactions.lengths
+    others = np.setdiff1d(np.unique(split.train.users), chosen)
+    assert lengths[chosen].min() >= lengths[others].max()
+
+
+def test_popularity_counts_training_interactions_alone(split: Split) -> None:
+    log = split.interactions
+    counts = np.zeros(log.num_items)
+    for user in range(log.num_users):
+        items = log.items[log.offsets[user] : log.offsets[user + 1]]
+        np.add.at(counts, items[:-2] if len(items) >= 3 else items, 1)
+    ranker = Ranker(split.test, seed=0)
+    assert popularity_scores(split, ranker) == ranker.score_items(torch.from_numpy(counts).float())
+
+
+def test_summary_of_other_data_is_refused(split: Split, teacher: SASRec) -> None:
+    other = TuckerSummary.initialise(
+        users=2, positions=6, user_rank=2, position_rank=2, item_factors=torch.randn(7, 8), seed=0
+    )
+    with pytest.raises(ValueError, match="the summary is over 7 items"):
+        evaluate(other, split, teacher, fit_options=FIT_OPTIONS)
+
+
+def test_unknown_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown row 'best'"):
+        EvaluateConfig(rows=("best",))

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from td3_fast.learners import SASRecConfig
+from td3_fast.recipes import RECIPES, parse_size, recipe_named
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_fit_together(name: str) -> None:
+    recipe = recipe_named(name).sized("12x150")
+    learner = SASRecConfig(num_items=10, **recipe.learner)
+    assert (recipe.distill.users, recipe.distill.positions) == (12, 150)
+    assert learner.max_len >= 150
+
+
+@pytest.mark.parametrize("size", ["50", "50x", "x50", "0x5", "5x1", "-1x5", "axb", "5x5x5"])
+def test_bad_sizes_are_refused(size: str) -> None:
+    with pytest.raises(ValueError, match="USERSxPOSITIONS"):
+        parse_size(size)
+
+
+def test_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="magazine"):
+        recipe_named("netflix")
