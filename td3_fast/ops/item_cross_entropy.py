@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from td3_fast.ops.library import Backend, use_fused
-from td3_fast.ops.soft_embedding import check_tables
+from td3_fast.ops.library import Backend, register_fake, use_fused
+from td3_fast.ops.soft_embedding import check_tables, gradients_like
+
+# As in csrc/cpu: rows of a panel fill 64 bytes, and this many bytes of probabilities are kept between orders.
+_PANEL_BYTES = 64
+_KEPT_BYTES = 8 << 20
 
 
 def item_cross_entropy(
@@ -62,3 +66,47 @@ def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
     check_tables(hidden, item_embeddings, item_embeddings)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     return (hidden.to(accumulate) @ item_embeddings.to(accumulate).T).logsumexp(-1)
+
+
+@register_fake("td3_fast::item_logsumexp_forward")
+def _(hidden: Tensor, items: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    (rows, d), n = hidden.shape, items.shape[0]
+    kept = 0
+    if save and hidden.device.type == "cpu":
+        panel = _PANEL_BYTES // accumulate.itemsize
+        padded = (rows + panel - 1) // panel * panel
+        kept = padded * n if padded * n * accumulate.itemsize <= _KEPT_BYTES else 0
+    mean = hidden.new_empty((rows, d) if save else (0,), dtype=accumulate)
+    return hidden.new_empty((rows,), dtype=accumulate), mean, hidden.new_empty((kept,), dtype=accumulate)
+
+
+@register_fake("td3_fast::item_logsumexp_backward")
+def _(
+    grad_logsumexp: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    logsumexp: Tensor,
+    mean: Tensor,
+    probabilities: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    return gradients_like((hidden, items), needed)
+
+
+@register_fake("td3_fast::item_logsumexp_double_backward")
+def _(
+    grad_grad_hidden: Tensor | None,
+    grad_grad_items: Tensor | None,
+    grad_logsumexp: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    logsumexp: Tensor,
+    mean: Tensor,
+    probabilities: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    return gradients_like((logsumexp, hidden, items), needed)
+
+
+# The derivatives are autograd nodes in csrc/autograd.cpp, as those of soft_embedding are.

@@ -2,8 +2,9 @@
 
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -22,6 +23,11 @@ def _load() -> ModuleType | None:
         if error.name != "td3_fast._kernels":
             raise
         return None
+    except ImportError as error:
+        raise ImportError(
+            f"the kernels of td3_fast do not load beside torch {torch.__version__}; they were probably built "
+            "for another version: install td3_fast anew"
+        ) from error
 
 
 _kernels = _load()
@@ -56,7 +62,7 @@ def use_fused(backend: Backend, device: torch.device) -> bool:
         if device.type not in _warned:
             _warned.add(device.type)
             warnings.warn(
-                f"td3_fast was built without fused kernels for {device.type}: its ops run the dense reference, "
+                f"td3_fast was built without fused kernels for {device.type}; its ops run the reference, "
                 "which is slower and forms tensors of rows x items",
                 FusedUnavailableWarning,
                 stacklevel=3,
@@ -65,3 +71,13 @@ def use_fused(backend: Backend, device: torch.device) -> bool:
     if backend != "reference":
         raise ValueError(f'backend must be "fused" or "reference", got {backend!r}')
     return False
+
+
+Fake = TypeVar("Fake", bound=Callable[..., object])
+
+
+def register_fake(name: str) -> Callable[[Fake], Fake]:
+    """`torch.library.register_fake`, where the operator exists."""
+    if _kernels is None:
+        return lambda fake: fake
+    return torch.library.register_fake(name)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import Backend, use_fused
+from td3_fast.ops.library import Backend, register_fake, use_fused
 
 
 def soft_embedding(
@@ -57,3 +57,51 @@ def reference(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
     scores = queries.to(accumulate) @ keys.to(accumulate).T  # (rows, n)
     embedding = scores.softmax(-1) @ values.to(accumulate)
     return embedding.to(queries.dtype), scores.logsumexp(-1)
+
+
+@register_fake("td3_fast::soft_embedding")
+def _(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    rows, d = queries.shape[0], values.shape[1]
+    accumulate = torch.promote_types(queries.dtype, torch.float32)
+    return queries.new_empty((rows, d)), queries.new_empty((rows,), dtype=accumulate)
+
+
+@register_fake("td3_fast::soft_embedding_backward")
+def _(
+    grad_embedding: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    embedding: Tensor,
+    logsumexp: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    return gradients_like((queries, keys, values), needed)
+
+
+@register_fake("td3_fast::soft_embedding_double_backward")
+def _(
+    grad_grad_queries: Tensor | None,
+    grad_grad_keys: Tensor | None,
+    grad_grad_values: Tensor | None,
+    grad_embedding: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    embedding: Tensor,
+    logsumexp: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    return gradients_like((queries, keys, values, embedding, logsumexp), needed)
+
+
+def gradients_like(inputs: tuple[Tensor, ...], needed: list[bool]) -> tuple[Tensor, ...]:
+    """Fakes of the gradients of ``inputs``: of their shapes where needed, else empty."""
+    return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in zip(inputs, needed, strict=True))
+
+
+# The derivatives are autograd nodes in csrc/autograd.cpp; in Python each would cost the inner loop about as
+# much as its kernel. They make soft_embedding and soft_embedding_backward differentiable; what would
+# be the third order raises. README.md derives the formulas.

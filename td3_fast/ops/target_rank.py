@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import Backend, use_fused
+from td3_fast.ops.library import Backend, register_fake, use_fused
 
 
 def target_rank(
@@ -82,3 +82,20 @@ def reference(
         ahead[row, items] = False
     ahead.scatter_(1, target, False)
     return ahead.sum(1) + 1
+
+
+@register_fake("td3_fast::target_rank")
+def _(
+    hidden: Tensor,
+    item_embeddings: Tensor,
+    target: Tensor,
+    excluded_offsets: Tensor | None,
+    excluded_items: Tensor | None,
+    exclude_padding: bool,
+) -> Tensor:
+    return torch.empty_like(target)
+
+
+@register_fake("td3_fast::candidate_rank")
+def _(hidden: Tensor, item_embeddings: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
+    return torch.empty_like(target)

@@ -16,7 +16,7 @@ def tucker_queries(
     user_factors: Tensor,  # (u, d1)
     position_factors: Tensor,  # (p, d2)
 ) -> Tensor:
-    """``core x_1 user_factors x_2 position_factors``: a query over items per user and position, (u, p, d3)."""
+    """``core x_1 user_factors x_2 position_factors``: (u, p, d3), a query per user and position."""
     users, (d1, d2, d3) = user_factors.shape[0], core.shape
     by_user = (user_factors @ core.reshape(d1, d2 * d3)).view(users, d2, d3)
     return position_factors @ by_user

@@ -1,0 +1,54 @@
+// Checks that the CPU and CUDA implementations share; every failure is a ValueError in Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+namespace td3_fast {
+
+// The type of statistics and sums: float32 for half precision, else the type itself.
+inline at::ScalarType accumulate_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_table_type(const at::Tensor& rows, const at::Tensor& table) {
+  const at::ScalarType row_type = rows.scalar_type();
+  const at::ScalarType table_type = table.scalar_type();
+  const bool half = table_type == at::kHalf || table_type == at::kBFloat16;
+  TORCH_CHECK_VALUE(half || table_type == at::kFloat || table_type == at::kDouble,
+                    "an item table must be float16, bfloat16, float32 or float64, got ", table_type);
+  TORCH_CHECK_VALUE(row_type == table_type || (half && row_type == at::kFloat), "rows of ", row_type,
+                    " do not go with an item table of ", table_type);
+  TORCH_CHECK_VALUE(rows.device() == table.device(), "rows are on ", rows.device(), ", the item table on ",
+                    table.device());
+}
+
+// queries (rows, rank), keys (n, rank), values (n, d), n >= 1.
+inline void check_soft_embedding(const at::Tensor& queries,
+                                 const at::Tensor& keys,
+                                 const at::Tensor& values) {
+  TORCH_CHECK_VALUE(queries.dim() == 2 && keys.dim() == 2 && values.dim() == 2 &&
+                        queries.size(1) == keys.size(1) && keys.size(0) == values.size(0) && keys.size(0) > 0,
+                    "expected queries (rows, rank), keys (n, rank) and values (n, d) with n >= 1, got ",
+                    queries.sizes(), ", ", keys.sizes(), ", ", values.sizes());
+  check_table_type(queries, keys);
+  TORCH_CHECK_VALUE(keys.scalar_type() == values.scalar_type() && keys.device() == values.device(),
+                    "keys and values must share dtype and device");
+}
+
+// hidden (rows, d), item_embeddings (n, d), target (rows,).
+inline void check_ranking(const at::Tensor& hidden,
+                          const at::Tensor& item_embeddings,
+                          const at::Tensor& target) {
+  TORCH_CHECK_VALUE(
+      hidden.dim() == 2 && item_embeddings.dim() == 2 && hidden.size(1) == item_embeddings.size(1),
+      "expected hidden (rows, d) and item_embeddings (n, d), got ", hidden.sizes(), ", ",
+      item_embeddings.sizes());
+  check_table_type(hidden, item_embeddings);
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == hidden.size(0) &&
+                        target.scalar_type() == at::kLong && target.device() == hidden.device(),
+                    "expected an int64 target for each of ", hidden.size(0), " rows, got ", target.sizes(),
+                    " of ", target.scalar_type());
+}
+
+}  // namespace td3_fast

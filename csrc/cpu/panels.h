@@ -1,0 +1,148 @@
+// Query rows as panels of lanes, item tables as tiles, and work spread over threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "tile.h"
+
+namespace td3_fast::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+template <typename T>
+at::TensorOptions options_of() {
+  return at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+}
+
+// Uninitialised memory, aligned to 64 bytes and seen by PyTorch's memory statistics.
+template <typename T>
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t size)
+      : tensor_(at::empty({size}, options_of<T>())), data_(tensor_.mutable_data_ptr<T>()) {}
+  T* data() const { return data_; }
+
+ private:
+  at::Tensor tensor_;
+  T* data_ = nullptr;
+};
+
+// A (rows, columns) matrix as [panel][column][lane], with zeros beyond the last row.
+template <typename T>
+Scratch<T> pack_lanes(const at::Tensor& matrix) {
+  constexpr int64_t P = kPanel<T>;
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), panels = ceil_div(rows, P);
+  const at::Tensor source = matrix.contiguous();
+  const T* in = source.const_data_ptr<T>();
+  Scratch<T> packed(panels * columns * P);
+  T* out = packed.data();
+  for (int64_t panel = 0; panel < panels; ++panel, out += columns * P) {
+    const int64_t lanes = std::min(P, rows - panel * P);
+    if (lanes < P) std::fill(out, out + columns * P, T(0));
+    for (int64_t lane = 0; lane < lanes; ++lane, in += columns) {
+      for (int64_t column = 0; column < columns; ++column) out[column * P + lane] = in[column];
+    }
+  }
+  return packed;
+}
+
+// A (rows, columns) matrix as [column panel][row][lane], with zeros beyond the last column.
+template <typename T>
+Scratch<T> pack_columns(const at::Tensor& matrix) {
+  constexpr int64_t P = kPanel<T>;
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), panels = ceil_div(columns, P);
+  const at::Tensor source = matrix.contiguous();
+  const T* in = source.const_data_ptr<T>();
+  Scratch<T> packed(panels * rows * P);
+  T* out = packed.data();
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t lanes = std::min(P, columns - panel * P);
+    for (int64_t row = 0; row < rows; ++row, out += P) {
+      const T* from = in + row * columns + panel * P;
+      for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? from[lane] : T(0);
+    }
+  }
+  return packed;
+}
+
+// A (rows,) vector as [panel * lane], with `padding` beyond the last row.
+template <typename T>
+Scratch<T> pack_vector(const at::Tensor& vector, T padding) {
+  const int64_t rows = vector.size(0), padded = ceil_div(rows, kPanel<T>) * kPanel<T>;
+  const at::Tensor source = vector.contiguous();
+  Scratch<T> packed(padded);
+  std::copy_n(source.const_data_ptr<T>(), rows, packed.data());
+  std::fill(packed.data() + rows, packed.data() + padded, padding);
+  return packed;
+}
+
+// An item table (n, columns), read tile by tile in the type of the sums. Absent where default constructed.
+template <typename T>
+class Table {
+ public:
+  Table() = default;
+  explicit Table(const at::Tensor& table)
+      : table_(table.contiguous()),
+        columns_(table.size(1)),
+        converts_(table.scalar_type() != c10::CppTypeToScalarType<T>::value) {}
+
+  bool present() const { return table_.defined(); }
+  int64_t columns() const { return columns_; }
+
+  // Elements of scratch that tile() needs for `items` rows.
+  int64_t scratch_size(int64_t items) const { return converts_ ? items * columns_ : 0; }
+
+  // Rows [begin, begin + items), in place where the table has the type already.
+  const T* tile(int64_t begin, int64_t items, T* scratch) const {
+    if (!present()) return nullptr;
+    if (!converts_) return table_.const_data_ptr<T>() + begin * columns_;
+    if (table_.scalar_type() == at::kHalf) return convert<at::Half>(begin, items, scratch);
+    return convert<at::BFloat16>(begin, items, scratch);
+  }
+
+ private:
+  template <typename Stored>
+  const T* convert(int64_t begin, int64_t items, T* scratch) const {
+    const Stored* from = table_.const_data_ptr<Stored>() + begin * columns_;
+    for (int64_t i = 0; i < items * columns_; ++i) scratch[i] = static_cast<T>(static_cast<float>(from[i]));
+    return scratch;
+  }
+
+  at::Tensor table_;
+  int64_t columns_ = 0;
+  bool converts_ = false;
+};
+
+// Items in chunks of nearly equal size. Chunks depend on shapes alone, never on the number of threads: sums
+// over chunks, taken in their order, have the same bits on any number of cores.
+struct Chunks {
+  int64_t items, count;
+  int64_t begin(int64_t chunk) const { return items / count * chunk + std::min(chunk, items % count); }
+  int64_t largest() const { return ceil_div(items, count); }
+};
+
+inline int64_t num_workers(int64_t tasks) {
+  return at::in_parallel_region() ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
+}
+
+// work(task, worker) for every task, each worker taking the next one that is left.
+template <typename Work>
+void run_tasks(int64_t tasks, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, num_workers(tasks), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = next++; task < tasks; task = next++) work(task, worker);
+    }
+  });
+}
+
+}  // namespace td3_fast::cpu

@@ -1,0 +1,78 @@
+// Choice of the instruction set, once, when the library is loaded.
+
+#include "tile.h"
+
+#include <cstring>
+
+namespace td3_fast::cpu {
+
+extern const Tile<float> float_tile_baseline;
+extern const Tile<double> double_tile_baseline;
+#ifdef TD3_FAST_X86_64
+extern const Tile<float> float_tile_avx2, float_tile_avx512;
+extern const Tile<double> double_tile_avx2, double_tile_avx512;
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const Tile<float>* float_tile;
+  const Tile<double>* double_tile;
+  bool (*supported)();
+};
+
+const InstructionSet kInstructionSets[] = {
+#ifdef TD3_FAST_X86_64
+    {&float_tile_avx512, &double_tile_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+     }},
+    {&float_tile_avx2, &double_tile_avx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {&float_tile_baseline, &double_tile_baseline, [] { return true; }},
+};
+
+const InstructionSet* best() {
+#ifdef TD3_FAST_X86_64
+  __builtin_cpu_init();
+#endif
+  const InstructionSet* candidate = kInstructionSets;
+  while (!candidate->supported()) ++candidate;
+  return candidate;
+}
+
+const InstructionSet* selected = best();
+
+}  // namespace
+
+template <>
+const Tile<float>& tile<float>() {
+  return *selected->float_tile;
+}
+
+template <>
+const Tile<double>& tile<double>() {
+  return *selected->double_tile;
+}
+
+int instruction_sets(const char** names, int capacity) {
+  int count = 0;
+  for (const InstructionSet& candidate : kInstructionSets) {
+    if (candidate.supported() && count < capacity) names[count++] = candidate.float_tile->name;
+  }
+  return count;
+}
+
+bool select_instruction_set(const char* name) {
+  for (const InstructionSet& candidate : kInstructionSets) {
+    if (candidate.supported() && std::strcmp(name, candidate.float_tile->name) == 0) {
+      selected = &candidate;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace td3_fast::cpu

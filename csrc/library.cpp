@@ -1,0 +1,107 @@
+// Every operator's schema, and the Python module with the facts of this build.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/tile.h"
+
+namespace py = pybind11;
+
+namespace td3_fast {
+namespace {
+
+// The logsumexp alone; what its derivatives need is saved where autograd asks for it.
+at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
+  static const auto forward = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("td3_fast::item_logsumexp_forward", "")
+                                  .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                                      const at::Tensor&, const at::Tensor&, bool)>();
+  return std::get<0>(forward.call(hidden, items, false));
+}
+
+}  // namespace
+
+// A gradient that `needed` does not ask for is returned as an empty tensor. The embedding and the logsumexp
+// given to a derivative are functions of its other inputs: derivatives towards queries, keys and values are
+// total.
+TORCH_LIBRARY(td3_fast, m) {
+  m.set_python_module("td3_fast.ops");
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  m.def("soft_embedding(Tensor queries, Tensor keys, Tensor values) -> (Tensor embedding, Tensor logsumexp)",
+        tags);
+  m.def(
+      "soft_embedding_backward(Tensor? grad_embedding, Tensor? grad_logsumexp, Tensor queries, Tensor keys, "
+      "Tensor values, Tensor embedding, Tensor logsumexp, bool[3] needed) "
+      "-> (Tensor grad_queries, Tensor grad_keys, Tensor grad_values)",
+      tags);
+  m.def(
+      "soft_embedding_double_backward(Tensor? grad_grad_queries, Tensor? grad_grad_keys, Tensor? "
+      "grad_grad_values, "
+      "Tensor? grad_embedding, Tensor? grad_logsumexp, Tensor queries, Tensor keys, Tensor values, "
+      "Tensor embedding, Tensor logsumexp, bool[5] needed) "
+      "-> (Tensor grad_queries, Tensor grad_keys, Tensor grad_values, Tensor grad_grad_embedding, "
+      "Tensor grad_grad_logsumexp)",
+      tags);
+
+  m.def("item_logsumexp(Tensor hidden, Tensor items) -> Tensor", item_logsumexp, tags);
+  // Of the outputs only the logsumexp is differentiable.
+  m.def(
+      "item_logsumexp_forward(Tensor hidden, Tensor items, bool save) "
+      "-> (Tensor logsumexp, Tensor mean, Tensor probabilities)",
+      tags);
+  m.def(
+      "item_logsumexp_backward(Tensor grad_logsumexp, Tensor hidden, Tensor items, Tensor logsumexp, Tensor "
+      "mean, "
+      "Tensor probabilities, bool[2] needed) -> (Tensor grad_hidden, Tensor grad_items)",
+      tags);
+  m.def(
+      "item_logsumexp_double_backward(Tensor? grad_grad_hidden, Tensor? grad_grad_items, Tensor "
+      "grad_logsumexp, "
+      "Tensor hidden, Tensor items, Tensor logsumexp, Tensor mean, Tensor probabilities, bool[3] needed) "
+      "-> (Tensor grad_grad_logsumexp, Tensor grad_hidden, Tensor grad_items)",
+      tags);
+
+  m.def(
+      "target_rank(Tensor hidden, Tensor item_embeddings, Tensor target, Tensor? excluded_offsets, "
+      "Tensor? excluded_items, bool exclude_padding) -> Tensor",
+      tags);
+  m.def("candidate_rank(Tensor hidden, Tensor item_embeddings, Tensor target, Tensor candidates) -> Tensor",
+        tags);
+}
+
+}  // namespace td3_fast
+
+PYBIND11_MODULE(_kernels, module) {
+  module.def(
+      "build_facts",
+      [] {
+        py::dict facts;
+        facts["version"] = TD3_FAST_VERSION;
+        facts["torch"] = TORCH_VERSION;
+        facts["compiler"] = TD3_FAST_COMPILER;
+        facts["flags"] = TD3_FAST_FLAGS;
+        facts["cuda"] = TD3_FAST_CUDA_VERSION;
+        facts["cuda_architectures"] = TD3_FAST_CUDA_ARCHITECTURES;
+        const char* names[8];
+        const int count = td3_fast::cpu::instruction_sets(names, 8);
+        facts["instruction_sets"] = std::vector<std::string>(names, names + count);
+        return facts;
+      },
+      "Compiler, flags, versions, GPU architectures, and the instruction sets that this machine runs, best "
+      "first.");
+  module.def(
+      "select_instruction_set",
+      [](const std::string& name) {
+        if (!td3_fast::cpu::select_instruction_set(name.c_str())) {
+          throw py::value_error("no kernels for the instruction set " + name + " run on this machine");
+        }
+      },
+      py::arg("name"), "Use the named instruction set from now on, in the whole process; for tests.");
+}
