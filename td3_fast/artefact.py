@@ -34,6 +34,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 COPY_AGAIN = "copy it again from where it was made, or make it anew"
 
 
@@ -196,9 +197,8 @@ def check_keys(value: Any, expected: list[str], where: str) -> None:
 
 def _check_start(path: str | os.PathLike[str], start: bytes, size: int) -> int:
     """Where the tensors begin, from the first bytes of a file."""
-    if start[:4] == b"PK\x03\x04" or (
-        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    ):
+    # the length of a header may look like the start of a pickle, so what follows it is asked first
+    if start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:2] in PICKLE_STARTS):
         raise ArtefactError(
             f"{path} is a pickle or a zip archive, such as torch.save writes; pickles can run code and are "
             "not read here: name a safetensors file written by td3_fast"

@@ -142,11 +142,8 @@ def write_summary(
 ) -> None:
     """Write a summary atomically as `TuckerSummary.save` describes."""
     table = tensors["item_factors"]
-    ids = [item.encode() for item in metadata.item_ids]
-    stored = {name: value.detach() for name, value in tensors.items()}
-    stored["item_ids.bytes"] = torch.frombuffer(bytearray(b"".join(ids)) or bytearray(1), dtype=torch.uint8)
-    stored["item_ids.ends"] = torch.tensor([len(item) for item in ids], dtype=torch.int64).cumsum(0)
     try:
+        stored = {**tensors, **_encode_ids(metadata.item_ids)}
         if item_factors not in ("inside", "reference"):
             raise ValueError(f'item_factors must be "inside" or "reference", got {item_factors!r}')
         _check_ids(metadata.item_ids, len(table))
@@ -229,10 +226,17 @@ def _check_ids(ids: tuple[str, ...], num_items: int) -> None:
         raise ValueError("an item id occurs twice")
 
 
+def _encode_ids(ids: tuple[str, ...]) -> dict[str, Tensor]:
+    encoded = [item.encode() for item in ids]
+    content = bytearray(b"".join(encoded)) or bytearray(1)  # a buffer without a byte makes no tensor
+    ends = torch.tensor([len(item) for item in encoded], dtype=torch.int64).cumsum(0)
+    return dict(zip(ID_TENSORS, (torch.frombuffer(content, dtype=torch.uint8), ends), strict=True))
+
+
 def _decode_ids(content: Tensor, ends: Tensor) -> tuple[str, ...]:
     if content.dtype != torch.uint8 or ends.dtype != torch.int64 or content.ndim != 1 or ends.ndim != 1:
         raise ValueError("the item ids are not one-dimensional uint8 and int64 tensors")
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    starts = torch.cat([ends.new_zeros(1), ends])[:-1]
     if bool((starts > ends).any()) or bool((ends > len(content)).any()):
         raise ValueError("the ends of the item ids are out of order")
     text = content.numpy().tobytes()
@@ -243,7 +247,7 @@ def _referenced(path: Path, name: str, given: Tensor | str | os.PathLike[str] | 
     if isinstance(given, Tensor):
         return given.detach().cpu()
     if given is None:
-        if Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise ValueError(f"the name of its file of item factors, {name!r}, leads out of its folder")
         given = path.parent / name
     try:
