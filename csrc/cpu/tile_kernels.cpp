@@ -266,27 +266,43 @@ void online_softmax(T* scores, int64_t items, T* maximum, T* sum, T* weighted, i
   }
 }
 
+// A panel of lanes in a local array, which no store to a tile can alias.
+template <typename T>
+struct alignas(64) Lanes {
+  T value[kPanel<T>];
+
+  Lanes() = default;
+  explicit Lanes(const T* from) {
+    for (int64_t lane = 0; lane < kPanel<T>; ++lane) value[lane] = from[lane];
+  }
+  T operator[](int64_t lane) const { return value[lane]; }
+  T& operator[](int64_t lane) { return value[lane]; }
+};
+
 template <typename T>
 void probabilities(T* scores, int64_t items, const T* logsumexp) {
   constexpr int64_t P = kPanel<T>;
+  const Lanes<T> shift(logsumexp);
   for (int64_t item = 0; item < items; ++item) {
     T* s = scores + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) s[lane] = exponential(s[lane] - logsumexp[lane]);
+    for (int64_t lane = 0; lane < P; ++lane) s[lane] = exponential(s[lane] - shift[lane]);
   }
 }
 
 template <typename T>
 void scale(T* p, int64_t items, const T* factor) {
   constexpr int64_t P = kPanel<T>;
+  const Lanes<T> by(factor);
   for (int64_t item = 0; item < items; ++item) {
     T* s = p + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) s[lane] = factor[lane] == 0 ? T(0) : s[lane] * factor[lane];
+    for (int64_t lane = 0; lane < P; ++lane) s[lane] = by[lane] == 0 ? T(0) : s[lane] * by[lane];
   }
 }
 
 template <typename T>
-void grad_scores(const T* p, const T* w, int64_t items, const T* shift, T* out) {
+void grad_scores(const T* p, const T* w, int64_t items, const T* shift_of_rows, T* out) {
   constexpr int64_t P = kPanel<T>;
+  const Lanes<T> shift(shift_of_rows);
   for (int64_t item = 0; item < items; ++item) {
     const int64_t at = item * P;
     if (w != nullptr) {
