@@ -60,10 +60,26 @@ class Rows(NamedTuple):
     times: NDArray[Any] | None
 
 
-def encode_ids(ids: Iterable[str]) -> EncodedIds:
-    numbers: dict[str, int] = {}
-    codes = [numbers.setdefault(id_, len(numbers)) for id_ in ids]
-    return EncodedIds(np.array(codes, dtype=np.int32), list(numbers))
+class IdColumn:
+    """Ids of users or items that come one by one; each distinct one is checked once."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.numbers: dict[str, int] = {}
+        self.codes: list[int] = []
+
+    def append(self, text: str) -> tuple[str, str] | None:
+        """Add an id, or say what was expected and found instead of one."""
+        code = self.numbers.get(text)
+        if code is None:
+            if fault := id_fault(self.role, text):
+                return fault
+            code = self.numbers[text] = len(self.numbers)
+        self.codes.append(code)
+        return None
+
+    def encoded(self) -> EncodedIds:
+        return EncodedIds(np.array(self.codes, dtype=np.int32), list(self.numbers))
 
 
 def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:

@@ -19,10 +19,10 @@ from td3_fast.data.raw_log import (
     NOUNS,
     DataError,
     EncodedIds,
+    IdColumn,
     RawLog,
     Rows,
     collect,
-    encode_ids,
     id_fault,
     parse_number,
     show,
@@ -208,7 +208,8 @@ def _json_rows(blocks: Iterable[Block], source: str, columns: Columns | None) ->
     keys: dict[str, str] = {}
     blank = None
     for block in blocks:
-        values: dict[str, list[Any]] = {role: [] for role in Places._fields}
+        ids = {"user": IdColumn("user"), "item": IdColumn("item")}
+        times: list[int | float] = []
         for number, line in enumerate(block.lines[:-1].split(b"\n"), block.first_line):
             if not line:
                 blank = blank or number
@@ -220,19 +221,21 @@ def _json_rows(blocks: Iterable[Block], source: str, columns: Columns | None) ->
             if not keys:
                 keys = _json_keys(list(record), columns, source)
             for role, key in keys.items():
-                quoted = json.dumps(key)
-                place = text.find(quoted) + 1
+                quoted = f'"{key}"'
                 if key not in record:
                     raise DataError(source, number, 1, f"the key {quoted}", "an object without it")
                 if text.count(quoted) > 1 and _is_repeated(text, key):
                     raise DataError(source, number, text.rfind(quoted) + 1, f"{quoted} once", "it again")
-                value, expected, found = _json_value(role, record[key])
-                if expected:
-                    raise DataError(source, number, place, f"{expected} in {quoted}", found)
-                values[role].append(value)
-        times = np.array(values["timestamp"]) if "timestamp" in keys else None
-        if values["user"]:
-            yield Rows(encode_ids(values["user"]), encode_ids(values["item"]), times)
+                if role == "timestamp":
+                    fault = _append_time(times, record[key])
+                else:
+                    fault = _append_id(ids[role], record[key])
+                if fault:
+                    expected, found = fault
+                    raise DataError(source, number, text.find(quoted) + 1, f"{expected} in {quoted}", found)
+        if ids["user"].codes:
+            users, items = (column.encoded() for column in ids.values())
+            yield Rows(users, items, np.array(times) if "timestamp" in keys else None)
 
 
 def _json_keys(names: list[str], columns: Columns | None, source: str) -> dict[str, str]:
@@ -266,19 +269,21 @@ def _is_repeated(text: str, key: str) -> bool:
     return sum(name == key for name, _ in pairs) > 1
 
 
-def _json_value(role: str, value: Any) -> tuple[Any, str, str]:
-    """The id or time, or what was expected and found."""
-    if role == "timestamp":
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            exact = parse_number(str(value)) if isinstance(value, int) else value
-            if exact is not None and math.isfinite(exact):
-                return exact, "", ""
-        return None, "a finite number as timestamp", show(json.dumps(value))
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str):
-        return None, f"{NOUNS[role]} id", show(json.dumps(value))
-    expected, found = id_fault(role, text) or ("", "")
-    return text, expected, found
+def _append_time(times: list[int | float], value: Any) -> tuple[str, str] | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = parse_number(str(value)) if abs(value) >= 2**63 else value
+        if number is not None and math.isfinite(number):
+            times.append(number)
+            return None
+    return "a finite number as timestamp", show(json.dumps(value))
+
+
+def _append_id(ids: IdColumn, value: Any) -> tuple[str, str] | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        return f"{NOUNS[ids.role]} id", show(json.dumps(value))
+    return ids.append(value)
 
 
 def _read_parquet(stream: BinaryIO, source: str, columns: Columns | None) -> RawLog:

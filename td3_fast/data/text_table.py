@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from td3_fast.data.raw_log import DataError, EncodedIds, Rows, encode_ids, id_fault, parse_number, show
+from td3_fast.data.raw_log import DataError, EncodedIds, IdColumn, Rows, id_fault, parse_number, show
 
 _BLOCK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
@@ -170,8 +170,7 @@ def parse_blocks(blocks: Iterable[Block], layout: Layout) -> Iterator[Rows]:
 
 def _parse_lines(block: Block, layout: Layout, blank: int | None) -> tuple[Rows, int | None]:
     """Parse line by line. Blank lines may stand at the end of the file only: `blank` is the first pending."""
-    users: list[str] = []
-    items: list[str] = []
+    columns = ((IdColumn("user"), layout.user), (IdColumn("item"), layout.item))
     times: list[int | float] = []
     source, wanted = layout.source, len(layout.names)
     for number, line in enumerate(block.lines[:-1].split(b"\n"), block.first_line):
@@ -185,10 +184,9 @@ def _parse_lines(block: Block, layout: Layout, blank: int | None) -> tuple[Rows,
         if len(fields) != wanted:
             column = len(text) + 1 if len(fields) < wanted else fields[wanted].column
             raise DataError(source, number, column, layout.expectation, str(len(fields)))
-        for role, index, ids in (("user", layout.user, users), ("item", layout.item, items)):
-            if fault := id_fault(role, fields[index].text):
-                raise DataError(source, number, fields[index].column, *fault)
-            ids.append(fields[index].text)
+        for ids, place in columns:
+            if fault := ids.append(fields[place].text):
+                raise DataError(source, number, fields[place].column, *fault)
         if layout.timestamp is not None:
             field = fields[layout.timestamp]
             value = parse_number(field.text)
@@ -197,16 +195,19 @@ def _parse_lines(block: Block, layout: Layout, blank: int | None) -> tuple[Rows,
                     source, number, field.column, "a finite number as timestamp", show(field.text)
                 )
             times.append(value)
-    return Rows(
-        encode_ids(users), encode_ids(items), None if layout.timestamp is None else np.array(times)
-    ), blank
+    users, items = (ids.encoded() for ids, _ in columns)
+    return Rows(users, items, None if layout.timestamp is None else np.array(times)), blank
 
 
 def _parse_whole(block: Block, layout: Layout) -> Rows | None:
     """Parse all lines at once, or None where anything is unusual."""
     text, separator = block.lines, layout.separator.encode()
-    if b"\0" in text or (separator == b"," and b'"' in text):
+    if b"\0" in text:
         return None
+    if separator == b"," and b'"' in text:
+        if not _only_whole_fields_quoted(text):
+            return None
+        text = text.replace(b'"', b"")
     if len(separator) > 1:
         if b"\t" in text:
             return None
@@ -238,6 +239,19 @@ def _parse_whole(block: Block, layout: Layout) -> Rows | None:
         return Rows(users, items, None)
     times = _parse_times(data, *window(layout.timestamp))
     return None if times is None else Rows(users, items, times)
+
+
+def _only_whole_fields_quoted(text: bytes) -> bool:
+    """Whether quotes stand in pairs around whole fields that hold none of `",` and line feed."""
+    data = np.frombuffer(b"\n" + text, dtype=np.uint8)
+    ends = np.flatnonzero((data == ord(",")) | (data == ord("\n")))
+    quotes = np.flatnonzero(data == ord('"'))
+    if len(quotes) % 2:
+        return False
+    opening, closing = quotes[::2], quotes[1::2]
+    # the field after ends[k] starts with the opening quote and ends with the closing one
+    field = np.searchsorted(ends, opening) - 1
+    return bool((ends[field] == opening - 1).all() and (ends[field + 1] == closing + 1).all())
 
 
 def _encode_fields(

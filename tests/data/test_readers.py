@@ -518,6 +518,10 @@ def test_whole_blocks_and_lines_are_parsed_alike(separator: str) -> None:
             rows[generator.integers(4)][generator.integers(3)] = "".join(
                 generator.choice(odd, generator.integers(1, 3))
             )
+        if generator.random() < 0.5:
+            rows[generator.integers(4)][generator.integers(3)] = (
+                f'"{generator.choice(odd)}{generator.integers(9)}"'
+            )
         block = text_table.Block(1, "".join(separator.join(row) + "\n" for row in rows).encode())
         whole = text_table._parse_whole(block, layout)
         if whole is None:
