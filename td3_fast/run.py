@@ -1,0 +1,519 @@
+"""Runs in a folder, to be interrupted at any time and continued: pretraining, distilling, evaluating."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from td3_fast.artefact import from_json, tensor_sha256
+from td3_fast.checkpoint import (
+    Checkpoint,
+    Settings,
+    check_settings,
+    differences,
+    load_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+    save_pretrained,
+)
+from td3_fast.data import Split
+from td3_fast.distill import DistillState, Semantics, distill
+from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate
+from td3_fast.learners import build_learner
+from td3_fast.pretrain import PretrainState, pretrain
+from td3_fast.progress import Progress, silent
+from td3_fast.recipes import Recipe
+from td3_fast.report import (
+    JsonLines,
+    draw_report,
+    read_json_lines,
+    read_results,
+    versions,
+    write_results,
+)
+from td3_fast.summary import TuckerSummary
+from td3_fast.training import FitConfig, Pretrained
+
+SUMMARY = "summary.safetensors"
+PRETRAINED = "pretrained.safetensors"
+RESULTS = "results.json"
+LOG = "log.jsonl"
+REPORT = "report.png"
+CHECKPOINT = "checkpoint.safetensors"
+RUNS = "evaluation.jsonl"  # finished runs of evaluations
+LEARNER = "SASRec"
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+class RunError(ValueError):
+    """A run cannot begin; the message says why and what to do."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and what it had done is on the disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """Whom a run tells how it goes, and asks whether to stop."""
+
+    progress: Progress = silent
+    say: Callable[[str], None] = lambda text: None
+    stop: Callable[[], bool] = lambda: False
+
+    def interruptible(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        """`progress` for work that may be dropped at any moment."""
+        self.progress(stage, done, total, values)
+        if self.stop():
+            raise Stopped
+
+
+@dataclass(kw_only=True)
+class _Clock:
+    """Seconds spent on each step, those before an interruption included."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _stage: str = ""
+    _since: float = 0.0
+
+    def start(self, stage: str) -> None:
+        self._stage, self._since = stage, time.perf_counter()
+
+    def so_far(self) -> dict[str, float]:
+        """The seconds of every step up to now."""
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+            self._since = now
+        return {stage: round(seconds, 3) for stage, seconds in self.seconds.items()}
+
+
+@dataclass(kw_only=True)
+class DistillRun:
+    """The distillation of one data set into one folder.
+
+    source: what the user called the data; filters: what was left out of them, as arguments of
+    `load_interactions`.
+    """
+
+    folder: Path
+    split: Split
+    recipe: Recipe
+    seed: int
+    source: str
+    filters: dict[str, Any] = field(default_factory=dict)
+    pretrained_from: Path | None = None
+    watcher: Watcher = field(default_factory=Watcher)
+    evaluation_seeds: int = 3  # of the first look at the finished summary
+
+    def __post_init__(self) -> None:
+        self._clock = _Clock()
+        self._settings: Settings = {}
+        self._next_checkpoint = 0.0
+
+    def distill(self, *, resume: bool = False, overwrite: bool = False) -> list[Row]:
+        """Pretrain, or take what is pretrained already, distil, and score the summary beside the zero-step
+        control.
+
+        resume: go on where the folder's run stopped; overwrite: remove the folder's run first, except a
+        pretrained learner that fits.
+
+        Raises:
+            RunError: the folder holds a run and neither is asked for.
+            CheckpointError: a file of the folder is damaged, or belongs to a run with other settings.
+            Stopped: the watcher asked for it; a checkpoint is written.
+        """
+        checkpoint = self._claim(resume, overwrite)
+        if self._complete(resume):
+            self.watcher.say(f"the run in {self.folder} is complete")
+            return list(read_results(self.folder / RESULTS)["rows"])
+        state = None if checkpoint is None else checkpoint.state
+        if checkpoint is not None:
+            self._clock.seconds = dict(checkpoint.seconds)
+            self._compare_environment(checkpoint)
+        with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
+            pretrained, _ = self._pretrained(state, log, overwrite)
+            self._clock.start("distill")
+            summary, state = self._distill(pretrained, state, log)
+        self._clock.so_far()
+        summary.save(self.folder / SUMMARY)
+        rows = self._first_look(summary, pretrained, state)
+        # last, so that a run without it is a whole one
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return rows
+
+    def pretrained(self, *, overwrite: bool = False) -> Pretrained:
+        """Only the pretrained learner: the folder's, or made there, from a checkpoint where there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._settings = self.pretrain_settings()
+        state = None
+        path = self.folder / CHECKPOINT
+        if path.exists() and not overwrite:
+            checkpoint = load_checkpoint(path)
+            check_settings(path, checkpoint.settings, self._settings)
+            state = checkpoint.state
+        with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
+            pretrained, _ = self._pretrained(state, log, overwrite)
+        path.unlink(missing_ok=True)
+        return pretrained
+
+    def pretrain_settings(self) -> dict[str, Any]:
+        """All that the pretrained learner depends on."""
+        learner = {**self.recipe.learner, "num_items": self.split.interactions.num_items}
+        return {
+            "data": self.split.interactions.fingerprint,
+            "seed": self.seed,
+            "learner": LEARNER,
+            "learner_config": learner,
+            "pretrain": asdict(self.recipe.pretrain),
+        }
+
+    def _run_settings(self) -> dict[str, Any]:
+        made_with: Settings = self.pretrain_settings()
+        if self.pretrained_from is not None:
+            _, made_with = load_pretrained(self.pretrained_from)
+            if made_with.get("data") != self.split.interactions.fingerprint:
+                raise RunError(
+                    f"{self.pretrained_from} was pretrained on other data than {self.source}, or under other "
+                    "filters: leave --pretrained out, or name one for these data"
+                )
+        return {"seed": self.seed, "distill": asdict(self.recipe.distill), "pretrained": dict(made_with)}
+
+    def _claim(self, resume: bool, overwrite: bool) -> Checkpoint | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._settings = self._run_settings()
+        names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS)
+        present = [name for name in names if (self.folder / name).exists()]
+        if present and overwrite:
+            for name in present:
+                (self.folder / name).unlink()
+        elif present and not resume:
+            raise RunError(
+                f"{self.folder} holds a run already ({', '.join(present)}): go on with it by --resume, "
+                "replace it by --overwrite, or choose another folder"
+            )
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            if resume and not present:
+                self.watcher.say(f"nothing to resume in {self.folder}: starting from the beginning")
+            return None
+        checkpoint = load_checkpoint(path)
+        check_settings(path, checkpoint.settings, self._settings)
+        return checkpoint
+
+    def _complete(self, resume: bool) -> bool:
+        path = self.folder / SUMMARY
+        if not resume or not path.exists() or (self.folder / CHECKPOINT).exists():
+            return False
+        metadata = TuckerSummary.load(path).metadata
+        check_settings(path, {} if metadata is None else metadata.settings, self._settings)
+        return (self.folder / RESULTS).exists()
+
+    def _compare_environment(self, checkpoint: Checkpoint) -> None:
+        found = differences(checkpoint.environment, environment())
+        if found:
+            self.watcher.say(f"note: {'; '.join(found)}; results may differ in the last digits for it")
+
+    def _reached(self, entry: Mapping[str, Any], state: PretrainState | DistillState | None) -> bool:
+        """Whether a line of the log lies before `state`; what lies after it is done again."""
+        if isinstance(state, DistillState):
+            return entry.get("event") == "pretrain" or entry.get("step", 0) <= state.step
+        if entry.get("event") != "pretrain":
+            return False
+        if state is None:
+            return (self.folder / PRETRAINED).exists()
+        return bool(entry.get("epoch", 0) <= state.fit.epoch)
+
+    def _checkpoint(self, state: PretrainState | DistillState, *, due: bool) -> None:
+        """Save now and then, and when asked to stop; then stop."""
+        stop = self.watcher.stop()
+        if due or stop or time.monotonic() >= self._next_checkpoint:
+            save_checkpoint(
+                self.folder / CHECKPOINT,
+                Checkpoint(
+                    state=state,
+                    settings=self._settings,
+                    seconds=self._clock.so_far(),
+                    environment=environment(),
+                ),
+            )
+            self._next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
+        if stop:
+            raise Stopped
+
+    def _pretrained(
+        self, state: PretrainState | DistillState | None, log: JsonLines, overwrite: bool
+    ) -> tuple[Pretrained, Settings]:
+        path = self.folder / PRETRAINED
+        wanted = self.pretrain_settings()
+        if self.pretrained_from is not None:
+            pretrained, made_with = load_pretrained(self.pretrained_from)
+            if self.pretrained_from.resolve() != path.resolve():
+                save_pretrained(path, pretrained, made_with)
+            return pretrained, made_with
+        if path.exists():
+            pretrained, made_with = load_pretrained(path)
+            if not overwrite:
+                check_settings(path, made_with, wanted)
+            if not differences(made_with, wanted):
+                self.watcher.say(f"pretrained already: {path} (best epoch {pretrained.best_epoch})")
+                return pretrained, made_with
+        self._clock.start("pretrain")
+
+        def on_step(state: PretrainState) -> None:
+            ended = state.fit.batch == 0
+            if ended:
+                seconds = self._clock.so_far()["pretrain"]
+                log.write({"event": "pretrain", "seconds": seconds, **state.fit.history[-1]})
+            self._checkpoint(state, due=ended)
+
+        pretrained = pretrain(
+            self.split,
+            build_learner(LEARNER, wanted["learner_config"], seed=self.seed),
+            self.recipe.pretrain,
+            seed=self.seed,
+            state=state if isinstance(state, PretrainState) else None,
+            on_step=on_step,
+            progress=self.watcher.progress,
+        )
+        save_pretrained(path, pretrained, wanted)
+        seconds = self._clock.so_far()["pretrain"]
+        best = pretrained.history[pretrained.best_epoch - 1]
+        self.watcher.say(
+            f"pretrained in {seconds:.0f} s: epoch {pretrained.best_epoch} of {len(pretrained.history)} is the "
+            f"best, validation MRR@10 {100 * best['MRR@10']:.2f} %"
+        )
+        return pretrained, wanted
+
+    def _distill(
+        self, pretrained: Pretrained, state: PretrainState | DistillState | None, log: JsonLines
+    ) -> tuple[TuckerSummary, DistillState]:
+        latest: dict[str, float] = {}
+
+        def progress(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+            if "epoch" not in values:
+                latest.update(values)
+            self.watcher.progress(stage, done, total, values)
+
+        def on_step(state: DistillState) -> None:
+            seconds = self._clock.so_far()["distill"]
+            log.write({"event": "step", "step": state.step, "seconds": seconds, **latest})
+            ended = not state.losses
+            if ended:
+                log.write({"event": "epoch", "step": state.step, "seconds": seconds, **state.history[-1]})
+            self._checkpoint(state, due=ended)
+
+        summary, state = distill(
+            self.split,
+            pretrained,
+            self.recipe.distill,
+            seed=self.seed,
+            state=state if isinstance(state, DistillState) else None,
+            on_step=on_step,
+            progress=progress,
+        )
+        metadata = summary.metadata
+        assert metadata is not None
+        summary.metadata = replace(
+            metadata,
+            preprocessing=replace(metadata.preprocessing, filters=self.filters),
+            settings=json.loads(json.dumps(self._settings)),
+        )
+        return summary, state
+
+    def _first_look(self, summary: TuckerSummary, pretrained: Pretrained, state: DistillState) -> list[Row]:
+        """Evaluate what costs little, and write the results of the whole run."""
+        run = EvaluateRun(
+            folder=self.folder,
+            summary=summary,
+            split=self.split,
+            source=self.source,
+            seed=self.seed,
+            rows=("summary", "zero-step"),
+            seeds=self.evaluation_seeds,
+            watcher=self.watcher,
+        )
+        self._clock.start("first evaluation")
+        rows = run.rows_now()
+        distillation = {
+            "settings": {
+                "source": self.source,
+                "recipe": self.recipe.name,
+                "filters": self.filters,
+                **self._settings,
+            },
+            "history": state.history,
+            "best_epoch": state.best_epoch,
+            "pretraining": {"history": pretrained.history, "best_epoch": pretrained.best_epoch},
+            "seconds": self._clock.so_far(),
+            "peak_memory_mib": peak_memory_mib(),
+            "environment": environment(),
+        }
+        write_results(self.folder / RESULTS, rows, settings=run.settings(), distillation=distillation)
+        draw(self.folder, self.watcher)
+        return rows
+
+
+@dataclass(kw_only=True)
+class EvaluateRun:
+    """An evaluation of one summary in one folder, each finished run of which is kept for later.
+
+    pretrained: for a summary without metadata, of which only the size counts.
+
+    Raises:
+        RunError: the data are not those of the summary.
+    """
+
+    folder: Path
+    summary: TuckerSummary
+    split: Split
+    source: str
+    seed: int = 0
+    rows: tuple[str, ...] = ROWS
+    seeds: int = 3
+    fit: FitConfig | None = None  # None: as the learner was pretrained
+    pretrained: Pretrained | None = None  # None: the summary says how it is used
+    watcher: Watcher = field(default_factory=Watcher)
+
+    def __post_init__(self) -> None:
+        metadata = self.summary.metadata
+        made_with = {} if metadata is None else metadata.settings
+        if self.fit is None:
+            fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
+            self.fit = FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
+        semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))
+        semantics = from_json(Semantics, semantics, "settings.distill.semantics")
+        self.config = EvaluateConfig(
+            seeds=self.seeds,
+            rows=self.rows,
+            fit=self.fit,
+            redraw_negatives=semantics.redraw_negatives,
+            carry_embeddings=semantics.carry_embeddings,
+            ddof=semantics.ddof,
+        )
+        if metadata is not None:
+            metadata.check_items(self.split.interactions.item_ids.tolist())
+            if metadata.preprocessing.fingerprint != self.split.interactions.fingerprint:
+                raise RunError(
+                    f"{self.source} holds other interactions than the summary was distilled from, which were "
+                    f"{metadata.preprocessing.data!r} with the filters {metadata.preprocessing.filters}"
+                )
+
+    def evaluate(self, *, overwrite: bool = False) -> list[Row]:
+        """The rows, also written into the folder's results, and drawn.
+
+        Raises:
+            RunError: the folder holds results of something else, unless `overwrite`.
+            Stopped: the watcher asked for it; finished runs are kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / RESULTS
+        distillation = None
+        if path.exists():
+            before = read_results(path)
+            own = self._identity()
+            if all(before["settings"].get(name) == own[name] for name in ("summary", "data", "size")):
+                distillation = before.get("distillation")
+            elif not overwrite:
+                raise RunError(
+                    f"{path} holds results of something else: choose another folder, or --overwrite them"
+                )
+        rows = self.rows_now()
+        write_results(path, rows, settings=self.settings(), distillation=distillation)
+        draw(self.folder, self.watcher)
+        return rows
+
+    def rows_now(self) -> list[Row]:
+        """The rows, with runs that the folder's earlier evaluations have finished taken from there."""
+        key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+        with JsonLines(self.folder / RUNS) as runs:
+            known: dict[tuple[str, int], Scores] = {
+                (entry["row"], entry["run"]): entry["scores"]
+                for entry in runs.entries
+                if entry.get("settings") == key
+            }
+
+            def keep(row: str, run: int, scores: Scores) -> None:
+                runs.write({"settings": key, "row": row, "run": run, "scores": scores})
+
+            return evaluate(
+                self.summary,
+                self.split,
+                None if self.pretrained is None else self.pretrained.learner(),
+                fit_options=None if self.pretrained is None else {},
+                config=self.config,
+                seed=self.seed,
+                known=known,
+                on_run=keep,
+                progress=self.watcher.interruptible,
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the results has to know."""
+        return {
+            "source": self.source,
+            "data_name": self.split.interactions.name,
+            "rows": list(self.config.rows),
+            "seeds": self.config.seeds,
+            "ddof": self.config.ddof,
+            **self._identity(),
+            "environment": environment(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the score of a single run depends on."""
+        metadata = self.summary.metadata
+        tensors = self.summary.state_dict() if self.pretrained is None else self.pretrained.best
+        digests = {name: tensor_sha256(tensor) for name, tensor in sorted(tensors.items())}
+        config = asdict(self.config)
+        return {
+            "summary": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+            "size": self.summary.size,
+            "data": self.split.interactions.fingerprint,
+            "seed": self.seed,
+            "fit_options": {} if metadata is None else metadata.training.fit_options(),
+            **{name: value for name, value in config.items() if name not in ("rows", "seeds", "ddof")},
+        }
+
+
+def draw(folder: Path, watcher: Watcher) -> None:
+    """The folder's `report.png` from its results and its log."""
+    results = read_results(folder / RESULTS)
+    settings, distillation = results["settings"], results.get("distillation")
+    users, _, positions = settings["size"].partition("x")
+    past: dict[str, Any] = {}
+    if distillation is not None:
+        past = {
+            "steps": [entry for entry in read_json_lines(folder / LOG) if entry.get("event") == "step"],
+            "epochs": distillation["history"],
+            "best_epoch": distillation["best_epoch"],
+            "max_norm": distillation["settings"]["distill"]["max_norm"],
+        }
+    title = f"{settings['data_name']}: summary of {users} users by {positions} positions"
+    try:
+        draw_report(folder / REPORT, title=title, rows=results["rows"], **past)
+    except ImportError:
+        watcher.say(f"{REPORT} is left out: matplotlib, the extra `plot` of td3-fast, is not installed")
+
+
+def environment() -> dict[str, Any]:
+    """What bits may depend on besides settings."""
+    return {"torch": versions()["torch"], "threads": torch.get_num_threads()}
+
+
+def peak_memory_mib() -> float | None:
+    """The largest resident size of this process so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

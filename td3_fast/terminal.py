@@ -1,0 +1,156 @@
+"""What long work shows at a terminal, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+# stage of a `td3_fast.progress.Progress` -> what it is called, and its unit
+STAGES = {
+    "train": ("training on real data, at most", "batches"),
+    "fit": ("training on the summary", "steps"),
+    "distill": ("distilling", "outer steps"),
+    "evaluate": ("evaluating", "runs"),
+}
+FIGURES = {
+    "loss": "loss",
+    "cross_entropy": "cross-entropy",
+    "alignment": "alignment",
+    "inner": "inner loss",
+    "gradient_norm": "gradient norm",
+    "NDCG@10": "validation NDCG@10",
+    "MRR@10": "MRR@10",
+}
+
+
+class Display:
+    """Progress as bars where `console` is a terminal, else as a line every ten seconds at most.
+
+    A stage inside another one (a training run of an evaluation) has a bar, or a part of the line, of its own;
+    its time left is an upper bound where training may stop early.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[
+            str, tuple[float, int]
+        ] = {}  # stage -> when it was first heard of, and at what count
+        self._latest: dict[str, tuple[int, int]] = {}  # stage -> done, total
+        self._figures: dict[str, dict[str, float]] = {}
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("[dim]{task.fields[figures]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bars."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def progress(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        """A `td3_fast.progress.Progress`."""
+        if stage not in self._latest or done < self._latest[stage][0]:
+            self._started[stage] = time.monotonic(), done
+            self._figures[stage] = {}
+            if stage in self._tasks and self._bars is not None:
+                self._bars.remove_task(self._tasks.pop(stage))
+        self._latest[stage] = done, total
+        if stage in ("evaluate", "distill"):  # what ran inside is over
+            for inner in set(self._latest) - {stage}:
+                del self._latest[inner]
+                if inner in self._tasks and self._bars is not None:
+                    self._bars.remove_task(self._tasks.pop(inner))
+        self._figures[stage] |= {name: value for name, value in values.items() if name in FIGURES}
+        if self._bars is not None:
+            self._draw(self._bars, stage, done, total)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            self.say("; ".join(self._words(name) for name in self._latest))
+
+    def _draw(self, bars: Progress, stage: str, done: int, total: int) -> None:
+        figures = self._shown(stage)
+        if stage not in self._tasks:
+            name = STAGES.get(stage, (stage, ""))[0]
+            self._tasks[stage] = bars.add_task(name, total=total, completed=done, figures=figures)
+        bars.update(self._tasks[stage], completed=done, total=total, figures=figures)
+
+    def _shown(self, stage: str) -> str:
+        found = self._figures[stage]
+        return ", ".join(f"{label} {found[name]:.4g}" for name, label in FIGURES.items() if name in found)
+
+    def _words(self, stage: str) -> str:
+        name, unit = STAGES.get(stage, (stage, ""))
+        done, total = self._latest[stage]
+        begun, first = self._started[stage]
+        words = [f"{name} {done:,}/{total:,} {unit}".rstrip()]
+        if figures := self._shown(stage):
+            words.append(figures)
+        if done > first:
+            words.append(f"{duration((total - done) * (time.monotonic() - begun) / (done - first))} left")
+        return ", ".join(words)
+
+
+class Interrupts:
+    """While entered, the first SIGINT or SIGTERM sets `requested`, and the second raises KeyboardInterrupt.
+
+    on_request: called at the first. Outside of Python's main thread, signals are left alone.
+    """
+
+    def __init__(self, on_request: Callable[[], None]) -> None:
+        self.requested = False
+        self._on_request = on_request
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._on_request()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "4.2 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
