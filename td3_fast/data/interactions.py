@@ -135,14 +135,12 @@ def load_interactions(
         source: a file, plain or gzip, or a DataFrame.
         format: one of `td3_fast.data.FORMATS`. None: guessed from the name and the first line of the file.
         columns: the names of the columns of "user", "item" and "timestamp", where they are not the usual
-        ones;
-            `{"timestamp": None}` ignores the times. Other columns are counted, not read.
+            ones; `{"timestamp": None}` ignores the times. Other columns are counted, not read.
         min_item_interactions: items with fewer interactions are left out.
         min_user_interactions: then users with fewer remaining interactions are left out.
         filter_passes: how often both filters are applied in turn. None: until nothing changes (k-core).
         repeats: "keep" every interaction, or only the "first" or the "last" of a user with an item; done
-        before
-            the filters.
+            before the filters.
         name: what to call the data; the name of the file without endings when None.
 
     Raises:

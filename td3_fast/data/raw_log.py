@@ -83,8 +83,7 @@ class IdColumn:
 
 
 def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:
-    """Join blocks, numbering ids by first appearance. `first_row` is the line to blame when there are
-    none."""
+    """Join blocks and number ids by first appearance. `first_row` is the line to blame where no row is."""
     user_numbers: dict[str, int] = {}
     item_numbers: dict[str, int] = {}
     users: list[NDArray[np.int32]] = []

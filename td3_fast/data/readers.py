@@ -145,7 +145,7 @@ def _find_columns(
     columns = columns or {}
     if unknown := set(columns) - set(Places._fields):
         raise ValueError(f"columns maps user, item and timestamp to names; {sorted(unknown)} is none of them")
-    found = ", ".join(show(name) for name in names)
+    found = ", ".join(show(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
     places: dict[str, Any] = {}
     name: str | None
     for role in Places._fields:
@@ -242,7 +242,7 @@ def _json_keys(names: list[str], columns: Columns | None, source: str) -> dict[s
     places = _find_columns(names, columns, source)
     if places.timestamp is None and not (columns and "timestamp" in columns):
         expected = f"a key for the timestamp ({', '.join(_USUAL_NAMES['timestamp'])}, or what `columns` says)"
-        raise DataError(source, 1, 1, expected, f"the keys {', '.join(map(show, names))}")
+        raise DataError(source, 1, 1, expected, f"the keys {', '.join(map(show, names[:12]))}")
     return {role: names[place] for role, place in places._asdict().items() if place is not None}
 
 
@@ -290,8 +290,8 @@ def _read_parquet(stream: BinaryIO, source: str, columns: Columns | None) -> Raw
     try:
         pyarrow: Any = importlib.import_module("pyarrow")
         parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise ImportError("reading Parquet needs pyarrow, the extra `parquet` of td3-fast") from None
+    except ImportError as error:
+        raise ImportError("reading Parquet needs pyarrow, the extra `parquet` of td3-fast") from error
     row = 1
     try:
         file = parquet.ParquetFile(stream)
