@@ -48,7 +48,9 @@ Engine = Literal["native", "higher"]
 class Semantics:
     """Where the released program departs from the paper, one switch each; the defaults follow the paper."""
 
-    reload_learner: Literal["step", "epoch"] = "step"  # "epoch": the warm-up steps of one outer step carry to the next
+    reload_learner: Literal["step", "epoch"] = (
+        "step"  # "epoch": the warm-up steps of one outer step carry to the next
+    )
     alignment_dropout: bool = False  # features of the pretrained model from passes with dropout
     outer_dropout: bool = False  # dropout in the pass over real examples
     validation_dropout: bool = False  # dropout on while the epochs' summaries are compared
@@ -119,7 +121,9 @@ class DistillConfig:
                 "shorten `window` or raise `inner_steps`"
             )
         if self.semantics.carry_embeddings and self.item_embedding == "frozen":
-            raise ValueError('carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry')
+            raise ValueError(
+                'carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry'
+            )
 
     def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
         """(warm-up steps, differentiated steps) of one outer step."""
@@ -172,7 +176,9 @@ class OuterObjective:
             batch = Batch(*(t.to(items.device) for t in part))
             positions = (batch.lengths - 1).unsqueeze(1)
             embeds = F.embedding(batch.histories, items)
-            hidden = encode(embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)).squeeze(1)
+            hidden = encode(
+                embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)
+            ).squeeze(1)
             share = len(batch.targets) / self._count
             fit = item_cross_entropy(hidden, items, batch.targets).mean() * share
             aligned = hidden.new_zeros(())
@@ -196,7 +202,9 @@ class OuterObjective:
             return flat.encode(leaves[0], embeds, positions, dropout=dropout)
 
         for part_fit, part_aligned in self.losses(encode, table):
-            for sum_, gradient in zip(total, torch.autograd.grad(part_fit + part_aligned, leaves), strict=True):
+            for sum_, gradient in zip(
+                total, torch.autograd.grad(part_fit + part_aligned, leaves), strict=True
+            ):
                 sum_ += gradient
             fit += float(part_fit.detach())
             aligned += float(part_aligned.detach())
@@ -239,9 +247,12 @@ class Distiller:
 
     def summary(self, factors: tuple[Tensor, ...]) -> TuckerSummary:
         """Core, user and position factors as a summary."""
+        core, user_factors, position_factors = (f.detach().clone() for f in factors)
         positions = self.teacher.position_embeddings
         return TuckerSummary(
-            *(f.detach().clone() for f in factors),
+            core,
+            user_factors,
+            position_factors,
             self.items,
             position_embeddings=None if positions is None else positions.detach(),
             normalize=self.config.normalize,
@@ -294,7 +305,11 @@ class Distiller:
         start = self._start(state, generator)
         warm_up, differentiated = window or config.draw_window(generator)
         objective = OuterObjective(
-            config, self.teacher, self.split.train, self.batch_index(state.step), seed=derive_seed(seed, "real")
+            config,
+            self.teacher,
+            self.split.train,
+            self.batch_index(state.step),
+            seed=derive_seed(seed, "real"),
         )
         loop = InnerLoop(
             learner=self.teacher,
@@ -310,13 +325,15 @@ class Distiller:
         if config.engine == "higher":
             return self._with_higher(state, loop, start, objective, warm_up, differentiated)
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
-        made: Tensor
+        core, user_factors, position_factors = factors
         mixture: ItemMixture
         if config.item_embedding == "trained":
-            made = tucker_queries(*factors)
+            made = tucker_queries(core, user_factors, position_factors)
             mixture = make_mixture(made.detach(), self.items, normalize=config.normalize)
         else:
-            made = tucker_soft_embedding(*factors, self.items, self.items, normalize=config.normalize)
+            made = tucker_soft_embedding(
+                core, user_factors, position_factors, self.items, self.items, normalize=config.normalize
+            )
             mixture = FixedEmbeddings(made)
         learner, _ = loop.run(start, self.items, mixture, until=warm_up)
         if config.semantics.reload_learner == "epoch":
@@ -403,7 +420,9 @@ class Distiller:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:
                 ranker.redraw_negatives(epoch * config.validation_runs + run)
-            dropout_seed = derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
+            dropout_seed = (
+                derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
+            )
             runs.append(ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection])
         return {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
 

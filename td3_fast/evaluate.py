@@ -11,7 +11,7 @@ import torch
 
 from td3_fast.data import Examples, Split
 from td3_fast.learners import Learner, build_learner
-from td3_fast.metrics import mean_and_sd, metrics_from_ranks, recovery
+from td3_fast.metrics import mean_and_sd, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import SummaryMetadata, TuckerSummary
@@ -39,7 +39,9 @@ class EvaluateConfig:
     rows: tuple[str, ...] = ROWS
     fit: FitConfig = field(default_factory=FitConfig)  # of the learners trained on real interactions
     redraw_negatives: bool = False
-    carry_embeddings: bool = False  # each run on the summary starts from the item table that the last one left
+    carry_embeddings: bool = (
+        False  # each run on the summary starts from the item table that the last one left
+    )
     ddof: int = 1
 
     def __post_init__(self) -> None:
@@ -116,9 +118,7 @@ def evaluate(
             if on_run is not None:
                 on_run(name, run, scores)
     progress("evaluate", total, total, {})
-    return [
-        _row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS
-    ]
+    return [_row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS]
 
 
 def teacher_of(summary: TuckerSummary, *, seed: int = 0) -> Learner:

@@ -13,6 +13,7 @@ from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.training import FitConfig, FitState, Pretrained, Ranker, fit_examples
 
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """How the pretrained learner is made; checkpoints of epochs `pool_first` to `pool_last` form the pool."""

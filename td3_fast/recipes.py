@@ -34,7 +34,13 @@ class Recipe:
 def parse_size(size: str) -> tuple[int, int]:
     """(users, positions) of "50x50"."""
     users, separator, positions = size.lower().partition("x")
-    if not separator or not users.isdecimal() or not positions.isdecimal() or int(users) < 1 or int(positions) < 2:
+    if (
+        not separator
+        or not users.isdecimal()
+        or not positions.isdecimal()
+        or int(users) < 1
+        or int(positions) < 2
+    ):
         raise ValueError(f'a size is USERSxPOSITIONS, as in "50x50", with at least 2 positions; got {size!r}')
     return int(users), int(positions)
 

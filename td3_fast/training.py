@@ -61,7 +61,9 @@ class Ranker:
         ranks = torch.empty(len(by_length), dtype=torch.int64)
         for first in range(0, len(by_length), batch_size):
             index = by_length[first : first + batch_size]
-            histories, lengths, _ = (t.to(items.device) for t in cut_batch(self.examples, index, learner.max_len))
+            histories, lengths, _ = (
+                t.to(items.device) for t in cut_batch(self.examples, index, learner.max_len)
+            )
             dropout = None if dropout_seed is None else DropoutStream(derive_seed(dropout_seed, first))
             hidden = learner(histories, lengths, dropout=dropout)
             rows = torch.from_numpy(index)
@@ -161,7 +163,9 @@ def fit_examples(
             dropout = DropoutStream(derive_seed(seed, "dropout", state.epoch, batch_index))
             theta, items = (p.detach().requires_grad_() for p in state.optimiser.parameters)
             batch = cut_batch(train, index, learner.max_len)
-            histories, lengths, targets = (t.to(items.device) for t in (batch.histories, batch.lengths, batch.targets))
+            histories, lengths, targets = (
+                t.to(items.device) for t in (batch.histories, batch.lengths, batch.targets)
+            )
             embeds = torch.nn.functional.embedding(histories, items)
             hidden = flat.encode(theta, embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
             loss = item_cross_entropy(hidden, items, targets).mean()
@@ -202,7 +206,9 @@ class Pretrained:
 
     def learner(self) -> Learner:
         """The best checkpoint as a learner of its own."""
-        learner = build_learner(self.learner_name, self.learner_config, seed=0).to(self.best["item_embeddings"].dtype)
+        learner = build_learner(self.learner_name, self.learner_config, seed=0).to(
+            self.best["item_embeddings"].dtype
+        )
         learner.load_state_dict(self.best)
         return learner
 

@@ -28,8 +28,12 @@ def split() -> Split:
 
 @pytest.fixture(scope="module")
 def pretrained(split: Split) -> Pretrained:
-    learner = SASRec(SASRecConfig(num_items=split.interactions.num_items, max_len=8, hidden=8, inner=8), seed=0)
-    config = PretrainConfig(fit=FitConfig(batch_size=128, max_epochs=4, learning_rate=0.01), pool_first=2, pool_last=3)
+    learner = SASRec(
+        SASRecConfig(num_items=split.interactions.num_items, max_len=8, hidden=8, inner=8), seed=0
+    )
+    config = PretrainConfig(
+        fit=FitConfig(batch_size=128, max_epochs=4, learning_rate=0.01), pool_first=2, pool_last=3
+    )
     return pretrain(split, learner, config, seed=0)
 
 
@@ -41,7 +45,9 @@ def test_pool_holds_the_epochs_asked_for(pretrained: Pretrained) -> None:
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("stop", [1, 3])
-def test_resumed_run_equals_an_unbroken_one(split: Split, pretrained: Pretrained, semantics: Any, stop: int) -> None:
+def test_resumed_run_equals_an_unbroken_one(
+    split: Split, pretrained: Pretrained, semantics: Any, stop: int
+) -> None:
     config = with_semantics(CONFIG, semantics)
     summary, whole = distill(split, pretrained, config, seed=5)
     assert whole.step == 2 * -(-len(split.train) // 128)
@@ -84,7 +90,9 @@ def test_outer_loss_falls(split: Split, pretrained: Pretrained) -> None:
     ],
     ids=lambda switch: next(iter(switch)),
 )
-def test_each_switch_of_semantics_changes_the_run(split: Split, pretrained: Pretrained, switch: dict[str, Any]) -> None:
+def test_each_switch_of_semantics_changes_the_run(
+    split: Split, pretrained: Pretrained, switch: dict[str, Any]
+) -> None:
     _, plain = distill(split, pretrained, CONFIG, seed=0)
     _, switched = distill(split, pretrained, replace(CONFIG, semantics=Semantics(**switch)), seed=0)
     assert plain.history != switched.history

@@ -26,7 +26,12 @@ def teacher(split: Split) -> SASRec:
 @pytest.fixture(scope="module")
 def summary(teacher: SASRec) -> TuckerSummary:
     return TuckerSummary.initialise(
-        users=5, positions=6, user_rank=2, position_rank=2, item_factors=teacher.item_embeddings.detach(), seed=0
+        users=5,
+        positions=6,
+        user_rank=2,
+        position_rank=2,
+        item_factors=teacher.item_embeddings.detach(),
+        seed=0,
     )
 
 

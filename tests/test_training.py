@@ -17,7 +17,9 @@ def split() -> Split:
 
 
 def learner(split: Split, seed: int = 0) -> SASRec:
-    return SASRec(SASRecConfig(num_items=split.interactions.num_items, max_len=6, hidden=8, inner=8), seed=seed)
+    return SASRec(
+        SASRecConfig(num_items=split.interactions.num_items, max_len=6, hidden=8, inner=8), seed=seed
+    )
 
 
 def test_full_ranks_leave_out_padding_and_history(split: Split) -> None:
@@ -53,7 +55,9 @@ def test_scores_per_item_rank_like_a_learner_that_ignores_the_history(split: Spl
 
 
 def test_select_rows_of_a_csr() -> None:
-    offsets, items = select_rows((torch.tensor([0, 2, 2, 5]), torch.tensor([7, 8, 1, 2, 3])), torch.tensor([2, 1, 0]))
+    offsets, items = select_rows(
+        (torch.tensor([0, 2, 2, 5]), torch.tensor([7, 8, 1, 2, 3])), torch.tensor([2, 1, 0])
+    )
     assert offsets.tolist() == [0, 3, 3, 5]
     assert items.tolist() == [1, 2, 3, 7, 8]
 
@@ -65,7 +69,12 @@ def test_interrupted_training_continues_with_the_same_bits(split: Split, taken: 
     states = []
     whole = learner(split)
     fit_examples(
-        whole, split.train, validation, config, seed=0, on_step=lambda state: states.append(copy.deepcopy(state))
+        whole,
+        split.train,
+        validation,
+        config,
+        seed=0,
+        on_step=lambda state: states.append(copy.deepcopy(state)),
     )
     resumed = learner(split)
     state = fit_examples(resumed, split.train, validation, config, seed=0, state=states[taken - 1])

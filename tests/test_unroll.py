@@ -175,4 +175,6 @@ def test_flat_parameters_round_trip() -> None:
     flat.write(other, vector, learner.item_embeddings)
     for name, value in learner.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
-    assert np.prod(vector.shape) == sum(p.numel() for n, p in learner.named_parameters() if n != "item_embeddings")
+    assert np.prod(vector.shape) == sum(
+        p.numel() for n, p in learner.named_parameters() if n != "item_embeddings"
+    )

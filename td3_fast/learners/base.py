@@ -31,7 +31,9 @@ class Learner(nn.Module):
         """The longest history that is read, in items."""
 
     @abstractmethod
-    def encode(self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
+    def encode(
+        self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
+    ) -> Tensor:
         """Outputs at the asked positions only.
 
         inputs_embeds: (batch, length, d); positions: (batch, k) int64, 0-based; an output depends on the inputs up to
@@ -92,7 +94,9 @@ class FlatParameters:
     def scatter(self, flat: Tensor) -> dict[str, Tensor]:
         """The named tensors of a vector, as views."""
         parts = torch.split(flat, self._sizes)
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        return {
+            name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
     @torch.no_grad()
     def write(self, learner: Learner, flat: Tensor, items: Tensor | None = None) -> None:

@@ -87,10 +87,14 @@ class Block(nn.Module):
             x.unflatten(-1, (heads, d // heads)).transpose(1, 2).flatten(0, 1)
             for x in (self.query(asked), self.key(hidden), self.value(hidden))
         )  # (batch * heads, k or length, d / heads)
-        weights = self._weights(query, key, bias.repeat_interleave(heads, dim=0) if heads > 1 else bias, dropout)
+        weights = self._weights(
+            query, key, bias.repeat_interleave(heads, dim=0) if heads > 1 else bias, dropout
+        )
         return torch.bmm(weights, value).view(batch, heads, k, -1).transpose(1, 2).reshape(batch, k, d)
 
-    def _attend_few(self, hidden: Tensor, asked: Tensor, bias: Tensor, dropout: DropoutStream | None) -> Tensor:
+    def _attend_few(
+        self, hidden: Tensor, asked: Tensor, bias: Tensor, dropout: DropoutStream | None
+    ) -> Tensor:
         """The same for few outputs, without a key or value for every input: q·(W h) = (Wᵀ q)·h, and likewise for values.
 
         The key's bias adds the same to all scores of a row, so the softmax does not see it.
@@ -101,8 +105,12 @@ class Block(nn.Module):
         query = torch.bmm(query, self.key.weight.view(heads, width, d))  # (heads, batch * k, d)
         query = query.view(heads, batch, k, d).transpose(0, 1).reshape(batch, heads * k, d)
         weights = self._weights(query, hidden, bias.repeat(1, heads, 1) if heads > 1 else bias, dropout)
-        mixed = torch.bmm(weights, hidden).view(batch, heads, k, d).transpose(0, 1).reshape(heads, batch * k, d)
-        total = weights.sum(-1).view(batch, heads, k).transpose(0, 1).reshape(heads, batch * k, 1)  # not 1 after dropout
+        mixed = (
+            torch.bmm(weights, hidden).view(batch, heads, k, d).transpose(0, 1).reshape(heads, batch * k, d)
+        )
+        total = (
+            weights.sum(-1).view(batch, heads, k).transpose(0, 1).reshape(heads, batch * k, 1)
+        )  # not 1 after dropout
         context = torch.bmm(mixed, self.value.weight.view(heads, width, d).transpose(1, 2))
         context = torch.addcmul(context, total, self.value.bias.view(heads, 1, width))
         return context.transpose(0, 1).reshape(batch, k, d)
@@ -144,7 +152,9 @@ class SASRec(Learner):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def encode(self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
+    def encode(
+        self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
+    ) -> Tensor:
         batch, length, d = inputs_embeds.shape
         if length > self.max_len:
             raise ValueError(

@@ -10,7 +10,13 @@ from td3_fast.progress import Progress, silent
 from td3_fast.summary import TuckerSummary
 from td3_fast.unroll.adam import AdamConfig, initial_state
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
-from td3_fast.unroll.mixture import CachedMixture, FixedEmbeddings, ItemMixture, LinearMixture, StreamedMixture
+from td3_fast.unroll.mixture import (
+    CachedMixture,
+    FixedEmbeddings,
+    ItemMixture,
+    LinearMixture,
+    StreamedMixture,
+)
 
 CACHED_PROBABILITIES_LIMIT = 512 * 2**20
 
@@ -27,7 +33,11 @@ def make_mixture(
     if normalize == "none":
         return LinearMixture(queries, item_factors)
     size = 2 * queries[..., 0].numel() * len(item_factors) * queries.element_size()
-    return CachedMixture(queries, item_factors) if size <= cached_limit else StreamedMixture(queries, item_factors)
+    return (
+        CachedMixture(queries, item_factors)
+        if size <= cached_limit
+        else StreamedMixture(queries, item_factors)
+    )
 
 
 @torch.no_grad()
@@ -63,6 +73,7 @@ def fit_on_summary(
     )
     flat = FlatParameters(learner)
     theta = flat.gather(learner.state_dict())
+    start: tuple[Tensor, ...]
     mixture: ItemMixture
     if item_embedding == "trained":
         start = (theta, items)

@@ -42,7 +42,7 @@ def pull_back_with_higher(
     probabilities: users (b,) -> S (b, ζ, n), differentiable in `sources`; trained: whether the item table moves.
     Memory grows with window × batch × positions × items. Needs the package `higher`.
     """
-    import higher
+    import higher  # an extra of the package; it carries no types
 
     encoder = _Encoder(copy.deepcopy(learner))
     encoder.learner.item_embeddings.requires_grad_(trained)
@@ -55,7 +55,7 @@ def pull_back_with_higher(
         weight_decay=adam.weight_decay,
     )
 
-    def inner_loss(model: nn.Module, step: int) -> Tensor:
+    def inner_loss(model: _Encoder, step: int) -> Tensor:
         rows = probabilities(loop.batch(step))
         items = model.learner.item_embeddings
         inputs = rows[:, :-1] @ items

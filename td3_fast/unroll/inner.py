@@ -56,7 +56,9 @@ class InnerLoop:
     adam: AdamConfig
     seed: int
     augmentation: bool = True  # ALT: a middle position beside the last one
-    separate_passes: bool = False  # an encoder pass with its own dropout for each of the two, as the authors do
+    separate_passes: bool = (
+        False  # an encoder pass with its own dropout for each of the two, as the authors do
+    )
     dropout: bool = True
     restart_batches_at: int | None = None  # the step at which the cycle of users starts over
 
@@ -150,7 +152,13 @@ class InnerLoop:
         return state, steps
 
     def _evaluate(
-        self, flat: FlatParameters, state: AdamState, items: Tensor, mixture: ItemMixture, *, create_graph: bool
+        self,
+        flat: FlatParameters,
+        state: AdamState,
+        items: Tensor,
+        mixture: ItemMixture,
+        *,
+        create_graph: bool,
     ) -> Evaluation:
         users = self.batch(state.step)
         leaves = [p.detach().requires_grad_() for p in state.parameters]
@@ -167,7 +175,9 @@ class InnerLoop:
             gradients[1] = gradients[1] + mixture.embed_transposed(users, first_order[2].detach())
         return Evaluation(float(loss.detach()), users, tuple(gradients), first_order, sources)
 
-    def pull_back(self, window: list[WindowStep], cotangents: tuple[Tensor, ...], mixture: ItemMixture) -> Tensor:
+    def pull_back(
+        self, window: list[WindowStep], cotangents: tuple[Tensor, ...], mixture: ItemMixture
+    ) -> Tensor:
         """The gradient of the tensor that `mixture` was made from, pulled back through a window of steps.
 
         window: as `run_window` returns it, emptied on the way; cotangents: of the parameters after the last step.

@@ -89,7 +89,9 @@ def test_flat_vector_and_learner_agree() -> None:
 
 def test_hyperparameters_build_the_same_learner() -> None:
     model = learner(heads=2)
-    assert build_learner("SASRec", model.hyperparameters(), seed=0).hyperparameters() == model.hyperparameters()
+    assert (
+        build_learner("SASRec", model.hyperparameters(), seed=0).hyperparameters() == model.hyperparameters()
+    )
     with pytest.raises(ValueError, match="unknown learner 'LSTM': expected one of SASRec"):
         build_learner("LSTM", {}, seed=0)
 

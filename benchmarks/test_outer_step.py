@@ -1,0 +1,81 @@
+"""One outer step at the size of ml-100k: 50 × 50 summary, 4096 real examples, 80 + 40 inner steps.
+
+Against `engine="higher"`: S formed at every inner step, the window's graph kept whole, one attention pass a loss term.
+Peak memory stands beside the time in `extra_info`, in MiB above what was in use before the step.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from td3_fast.data import generate_interactions, leave_one_out
+from td3_fast.distill import Distiller, Semantics
+from td3_fast.learners import SASRec, SASRecConfig
+from td3_fast.recipes import recipe_named
+from td3_fast.training import Pretrained
+
+WINDOW = (80, 40)
+USERS, ITEMS, LENGTH = 943, 1682, 106
+
+
+@pytest.fixture(scope="module")
+def distillers() -> Callable[..., Distiller]:
+    split = leave_one_out(generate_interactions(num_users=USERS, num_items=ITEMS, mean_length=LENGTH, seed=0))
+    recipe = recipe_named("ml-100k").sized("50x50")
+    learner = SASRec(SASRecConfig(num_items=split.interactions.num_items, **recipe.learner), seed=0)
+    state = {name: value.detach() for name, value in learner.state_dict().items()}
+    pretrained = Pretrained(
+        learner_name="SASRec",
+        learner_config=learner.hyperparameters(),
+        best=state,
+        pool=[state],
+        history=[],
+        best_epoch=0,
+    )
+
+    def make(**changes: object) -> Distiller:
+        return Distiller(split, pretrained, replace(recipe.distill, **changes), seed=0)
+
+    return make
+
+
+def peak_memory(step: Callable[[], object]) -> float:
+    """MiB of resident memory that a call adds at its peak."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+@pytest.mark.parametrize("engine", ["native", "higher with one pass", "higher"])
+def test_outer_step(
+    benchmark: object, distillers: Callable[..., Distiller], engine: str, item_embedding: str
+) -> None:
+    semantics = Semantics(separate_passes=engine == "higher")
+    distiller = distillers(engine=engine.split()[0], item_embedding=item_embedding, semantics=semantics)
+    state = distiller.initial_state()
+    for factor in state.factors.parameters:
+        factor.mul_(20)
+    if engine != "higher":
+        other = distillers(engine="higher" if engine == "native" else "native", item_embedding=item_embedding)
+        ours, theirs = (d.meta_gradient(state, window=(2, 3))[0] for d in (distiller, other))
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.linalg.vector_norm(a - b) <= 1e-3 * torch.linalg.vector_norm(b)
+    benchmark.extra_info["peak_mib"] = round(
+        peak_memory(lambda: distiller.meta_gradient(state, window=WINDOW))
+    )
+    benchmark.group = f"outer step, {item_embedding} items"
+    benchmark.pedantic(lambda: distiller.meta_gradient(state, window=WINDOW), rounds=3, warmup_rounds=0)
