@@ -226,10 +226,11 @@ def _json_rows(blocks: Iterable[Block], source: str, columns: Columns | None) ->
                     raise DataError(source, number, 1, f"the key {quoted}", "an object without it")
                 if text.count(quoted) > 1 and _is_repeated(text, key):
                     raise DataError(source, number, text.rfind(quoted) + 1, f"{quoted} once", "it again")
-                if role == "timestamp":
-                    fault = _append_time(times, record[key])
-                else:
-                    fault = _append_id(ids[role], record[key])
+                fault = (
+                    _append_time(times, record[key])
+                    if role == "timestamp"
+                    else _append_id(ids[role], record[key])
+                )
                 if fault:
                     expected, found = fault
                     raise DataError(source, number, text.find(quoted) + 1, f"{expected} in {quoted}", found)

@@ -95,7 +95,7 @@ class Block(nn.Module):
     def _attend_few(
         self, hidden: Tensor, asked: Tensor, bias: Tensor, dropout: DropoutStream | None
     ) -> Tensor:
-        """The same for few outputs, without a key or value for every input: q·(W h) = (Wᵀ q)·h, and likewise for values.
+        """The same for few outputs, without a key or value for every input: q·(W h) = (Wᵀ q)·h; values likewise.
 
         The key's bias adds the same to all scores of a row, so the softmax does not see it.
         """
@@ -110,7 +110,7 @@ class Block(nn.Module):
         )
         total = (
             weights.sum(-1).view(batch, heads, k).transpose(0, 1).reshape(heads, batch * k, 1)
-        )  # not 1 after dropout
+        )  # 1 but for dropout
         context = torch.bmm(mixed, self.value.weight.view(heads, width, d).transpose(1, 2))
         context = torch.addcmul(context, total, self.value.bias.view(heads, 1, width))
         return context.transpose(0, 1).reshape(batch, k, d)
