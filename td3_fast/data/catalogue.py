@@ -175,7 +175,9 @@ def resolve(
         filters = {key: value for key, value in options.items() if key not in ("format", "columns")}
         return filter_interactions(generate_interactions(seed=SYNTHETIC_SEED), **filters)
     file = fetch(entry.name, cache=cache, progressbar=progressbar)
-    return load_interactions(file, **{"format": entry.format, "name": entry.name} | options)
+    options["format"] = options.get("format") or entry.format
+    options["name"] = options.get("name") or entry.name
+    return load_interactions(file, **options)
 
 
 def fetch(name: str, *, cache: str | Path | None = None, progressbar: Any = False) -> Path:

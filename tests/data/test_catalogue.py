@@ -55,6 +55,7 @@ def test_a_fetched_archive_is_checked_unpacked_and_kept(
     server = Server(monkeypatch, {"ml-100k.zip": ml_100k})
     log = resolve("ml-100k", cache=tmp_path)
     assert (log.name, log.num_users, log.num_interactions) == ("ml-100k", 2, 3)
+    assert resolve("ml-100k", cache=tmp_path, format=None, name=None).name == "ml-100k"
     assert fetch("ml-100k", cache=tmp_path) == tmp_path / "ml-100k" / "u.data"
     assert server.asked == 1
     assert sorted(path.name for path in (tmp_path / "ml-100k").iterdir()) == [
