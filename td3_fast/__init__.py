@@ -4,16 +4,24 @@ The functions `distill`, `evaluate` and `pretrain` bear the names of the modules
 what else those modules hold is imported from them by name, as in `from td3_fast.distill import DistillConfig`.
 """
 
-from td3_fast import data, ops
-from td3_fast.data import Interactions, generate_interactions, leave_one_out, load_interactions
-from td3_fast.distill import DistillConfig, distill
-from td3_fast.evaluate import EvaluateConfig, evaluate
-from td3_fast.learners import SASRec, SASRecConfig
-from td3_fast.pretrain import PretrainConfig, pretrain
-from td3_fast.recipes import RECIPES, Recipe, recipe_named
-from td3_fast.summary import SummaryError, TuckerSummary
-from td3_fast.training import FitConfig, Pretrained
-from td3_fast.unroll import fit_on_summary
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from td3_fast import data, ops
+    from td3_fast.data import Interactions, generate_interactions, leave_one_out, load_interactions
+    from td3_fast.distill import DistillConfig, distill
+    from td3_fast.evaluate import EvaluateConfig, evaluate, teacher_of
+    from td3_fast.learners import SASRec, SASRecConfig
+    from td3_fast.pretrain import PretrainConfig, pretrain
+    from td3_fast.recipes import RECIPES, Recipe, recipe_named
+    from td3_fast.summary import SummaryError, TuckerSummary
+    from td3_fast.training import FitConfig, Pretrained
+    from td3_fast.unroll import fit_on_summary
 
 __all__ = [
     "RECIPES",
@@ -38,4 +46,43 @@ __all__ = [
     "ops",
     "pretrain",
     "recipe_named",
+    "teacher_of",
 ]
+
+_NAMES = {
+    "data": ("Interactions", "generate_interactions", "leave_one_out", "load_interactions"),
+    "distill": ("DistillConfig", "distill"),
+    "evaluate": ("EvaluateConfig", "evaluate", "teacher_of"),
+    "learners": ("SASRec", "SASRecConfig"),
+    "pretrain": ("PretrainConfig", "pretrain"),
+    "recipes": ("RECIPES", "Recipe", "recipe_named"),
+    "summary": ("SummaryError", "TuckerSummary"),
+    "training": ("FitConfig", "Pretrained"),
+    "unroll": ("fit_on_summary",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """Imports what a public name needs on its first use, so that the command line can start without torch."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("data", "ops"):
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule to its package on import; a function of the same name takes its place.
+        if isinstance(value, ModuleType) and _MODULE_OF.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
