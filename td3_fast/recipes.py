@@ -51,9 +51,12 @@ RECIPES = {
         Recipe(
             name="magazine",
             learner={"max_len": 20, "hidden": 32, "inner": 64},
+            # few examples: small batches, or neither the learner nor the summary takes enough steps; and the item
+            # table frozen, since a short training on few synthetic users harms it more than it helps the encoder
+            pretrain=PretrainConfig(fit=FitConfig(batch_size=128)),
             distill=DistillConfig(
-                users=30, positions=20, user_rank=8, position_rank=8, batch_size=1024, users_per_step=15,
-                summary_lr=0.01, learner_lr=0.005,
+                users=30, positions=20, user_rank=8, position_rank=8, batch_size=256, users_per_step=15,
+                summary_lr=0.03, learner_lr=0.005, item_embedding="frozen",
             ),
             min_item_interactions=3,
             min_user_interactions=5,
