@@ -15,12 +15,14 @@ from torch import Tensor
 
 from td3_fast.artefact import ArtefactError, from_json, read_artefact, write_artefact
 from td3_fast.distill import DistillState
+from td3_fast.learners import Learner, build_learner
 from td3_fast.pretrain import PretrainState
 from td3_fast.training import FitState, Pretrained
 from td3_fast.unroll import AdamState
 
 CHECKPOINT_KIND = "td3_fast.Checkpoint"
 PRETRAINED_KIND = "td3_fast.Pretrained"
+LEARNER_KIND = "td3_fast.Learner"
 FORMAT_VERSION = 1
 
 Settings: TypeAlias = Mapping[str, Any]  # JSON values, nested by name
@@ -167,6 +169,45 @@ def load_pretrained(path: str | os.PathLike[str]) -> tuple[Pretrained, Settings]
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a valid pretrained learner, {reason}: make it anew") from error
     return pretrained, contents.settings
+
+
+def save_learner(path: str | os.PathLike[str], learner: Learner, *, item_ids: Sequence[str]) -> None:
+    """Write a learner and the ids of its items (num_items,), atomically."""
+    document = {
+        "learner_name": type(learner).__name__,
+        "learner_config": learner.hyperparameters(),
+        "item_ids": list(item_ids),
+    }
+    _write(
+        path,
+        {name: value.detach() for name, value in learner.state_dict().items()},
+        document,
+        kind=LEARNER_KIND,
+    )
+
+
+def load_learner(path: str | os.PathLike[str]) -> tuple[Learner, tuple[str, ...]]:
+    """What `save_learner` wrote: the learner, and the ids of its items. No code in the file is ever run.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    tensors, document = _read(path, kind=LEARNER_KIND)
+    try:
+        contents: _LearnerDocument = from_json(_LearnerDocument, document, "metadata")
+        learner = build_learner(contents.learner_name, contents.learner_config, seed=0)
+        learner.load_state_dict(tensors)
+    except (ValueError, RuntimeError, TypeError) as error:  # load_state_dict, a config without such a field
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a valid learner, {reason}: make it anew") from error
+    return learner, contents.item_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LearnerDocument:
+    learner_name: str
+    learner_config: dict[str, Any]
+    item_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from td3_fast.data import Examples, Split
-from td3_fast.learners import Learner, build_learner
+from td3_fast.learners import LEARNERS, Learner, build_learner
 from td3_fast.metrics import mean_and_sd, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -121,11 +121,21 @@ def evaluate(
     return [_row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS]
 
 
-def teacher_of(summary: TuckerSummary, *, seed: int = 0) -> Learner:
-    """The learner that a summary was distilled for, with the pretrained item and position embeddings that it carries
-    and an encoder drawn from `seed`."""
+def teacher_of(summary: TuckerSummary, *, name: str | None = None, seed: int = 0) -> Learner:
+    """A learner with the pretrained item and position embeddings that a summary carries, the encoder drawn from `seed`.
+
+    name: its class; None: the one that the summary was distilled for. Another class takes over the hyperparameters that
+    it has in common with that one.
+    """
     recipe = _metadata(summary).training
-    learner = build_learner(recipe.learner, recipe.learner_config, seed=seed)
+    name = name or recipe.learner
+    if name not in LEARNERS:
+        raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
+    known = {field.name for field in fields(LEARNERS[name][1])}
+    config = {
+        key: value for key, value in recipe.learner_config.items() if key in known or name == recipe.learner
+    }
+    learner = build_learner(name, config, seed=seed)
     with torch.no_grad():
         learner.item_embeddings.copy_(summary.item_factors)
         if learner.position_embeddings is not None and summary.position_embeddings is not None:

@@ -27,7 +27,9 @@ from td3_fast.checkpoint import (
 from td3_fast.data import Split
 from td3_fast.distill import DistillState, Semantics, distill
 from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate
-from td3_fast.learners import build_learner
+from td3_fast.learners import Learner, build_learner
+from td3_fast.metrics import mean_and_sd
+from td3_fast.ops import derive_seed
 from td3_fast.pretrain import PretrainState, pretrain
 from td3_fast.progress import Progress, silent
 from td3_fast.recipes import Recipe
@@ -40,7 +42,7 @@ from td3_fast.report import (
     write_results,
 )
 from td3_fast.summary import TuckerSummary
-from td3_fast.training import FitConfig, Pretrained
+from td3_fast.training import FitConfig, Pretrained, Ranker
 
 SUMMARY = "summary.safetensors"
 PRETRAINED = "pretrained.safetensors"
@@ -97,8 +99,8 @@ class _Clock:
 
 
 @dataclass(kw_only=True)
-class DistillRun:
-    """The distillation of one data set into one folder.
+class Run:
+    """One data set, one recipe, one folder.
 
     source: what the user called the data; filters: what was left out of them, as arguments of
     `load_interactions`.
@@ -164,6 +166,40 @@ class DistillRun:
             pretrained, _ = self._pretrained(state, log, overwrite)
         path.unlink(missing_ok=True)
         return pretrained
+
+    def baselines(self, *, rows: tuple[str, ...], seeds: int, overwrite: bool = False) -> list[Row]:
+        """What a summary of the recipe's size has to beat, scored and written as by `EvaluateRun.evaluate`."""
+        if "summary" in rows:
+            raise RunError("there is no summary among the baselines: evaluate one with `td3-fast evaluate`")
+        if any(row == "zero-step" or row.endswith("+embeddings") for row in rows):
+            pretrained = self.pretrained(overwrite=overwrite)
+        else:
+            config = self.pretrain_settings()["learner_config"]
+            untrained = build_learner(LEARNER, config, seed=self.seed).state_dict()
+            pretrained = Pretrained(
+                learner_name=LEARNER, learner_config=config, best=untrained, pool=[], history=[], best_epoch=0
+            )
+        stand_in = TuckerSummary.initialise(
+            users=self.recipe.distill.users,
+            positions=self.recipe.distill.positions,
+            user_rank=1,
+            position_rank=1,
+            item_factors=pretrained.best["item_embeddings"],
+            seed=self.seed,
+        )
+        run = EvaluateRun(
+            folder=self.folder,
+            summary=stand_in,
+            split=self.split,
+            source=self.source,
+            seed=self.seed,
+            rows=rows,
+            seeds=seeds,
+            fit=self.recipe.pretrain.fit,
+            pretrained=pretrained,
+            watcher=self.watcher,
+        )
+        return run.evaluate(overwrite=overwrite)
 
     def pretrain_settings(self) -> dict[str, Any]:
         """All that the pretrained learner depends on."""
@@ -288,8 +324,8 @@ class DistillRun:
         seconds = self._clock.so_far()["pretrain"]
         best = pretrained.history[pretrained.best_epoch - 1]
         self.watcher.say(
-            f"pretrained in {seconds:.0f} s: epoch {pretrained.best_epoch} of {len(pretrained.history)} is the "
-            f"best, validation MRR@10 {100 * best['MRR@10']:.2f} %"
+            f"pretrained in {seconds:.0f} s: epoch {pretrained.best_epoch} of {len(pretrained.history)} is "
+            f"the best, validation MRR@10 {100 * best['MRR@10']:.2f} %"
         )
         return pretrained, wanted
 
@@ -380,6 +416,7 @@ class EvaluateRun:
     rows: tuple[str, ...] = ROWS
     seeds: int = 3
     fit: FitConfig | None = None  # None: as the learner was pretrained
+    max_epochs: int | None = None  # instead of that of `fit`
     pretrained: Pretrained | None = None  # None: the summary says how it is used
     watcher: Watcher = field(default_factory=Watcher)
 
@@ -389,6 +426,8 @@ class EvaluateRun:
         if self.fit is None:
             fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
             self.fit = FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
+        if self.max_epochs is not None:
+            self.fit = replace(self.fit, max_epochs=self.max_epochs)
         semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))
         semantics = from_json(Semantics, semantics, "settings.distill.semantics")
         self.config = EvaluateConfig(
@@ -482,6 +521,16 @@ class EvaluateRun:
             "fit_options": {} if metadata is None else metadata.training.fit_options(),
             **{name: value for name, value in config.items() if name not in ("rows", "seeds", "ddof")},
         }
+
+
+def score(learner: Learner, split: Split, *, seed: int = 0) -> list[Row]:
+    """The test metrics of one learner, in rows of its class's name; `uni100` draws its negatives as `evaluate` does."""
+    ranker = Ranker(split.test, seed=derive_seed(seed, "ranker"))
+    name = type(learner).__name__
+    return [
+        Row(name=name, protocol=protocol, metrics=mean_and_sd([metrics]), recovery={})
+        for protocol, metrics in ranker.metrics(learner).items()
+    ]
 
 
 def draw(folder: Path, watcher: Watcher) -> None:

@@ -1,17 +1,23 @@
-"""What long work shows at a terminal, and how it is asked to stop."""
+"""What commands show at a terminal, how they fail, and how long work is asked to stop."""
 
 from __future__ import annotations
 
+import functools
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+Result = TypeVar("Result")
+INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
 # stage of a `td3_fast.progress.Progress` -> what it is called, and its unit
 STAGES = {
@@ -29,6 +35,63 @@ FIGURES = {
     "NDCG@10": "validation NDCG@10",
     "MRR@10": "MRR@10",
 }
+
+
+# where nobody looks through a window, tables are as wide as they need
+console = Console() if sys.stdout.isatty() else Console(width=110)
+_errors = Console(stderr=True)
+
+
+@dataclass
+class _Settings:
+    tracebacks: bool = False  # of errors that the user can mend
+
+
+settings = _Settings()
+
+
+class Interrupted(Exception):
+    """The user stopped a command; the text says how to go on."""
+
+
+def say(text: str = "") -> None:
+    """Print a line as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
+    """One clear sentence and exit code 2 for what the user can mend, 130 for an interruption.
+
+    Errors that the user cannot mend come through as they are; all do where `settings.tracebacks` is set.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Result:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return command(*arguments, **options)
+        except Interrupted as stop:
+            _fail(str(stop), INTERRUPTED)
+        except KeyboardInterrupt:
+            _fail("stopped", INTERRUPTED)
+        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+            if settings.tracebacks or not _is_for_users(error):
+                raise
+            _fail(f"error: {error}", 1 if isinstance(error, ArithmeticError) else 2)
+
+    return run
+
+
+def _is_for_users(error: Exception) -> bool:
+    from td3_fast.data import FetchError
+
+    return isinstance(error, ValueError | OSError | FetchError | FloatingPointError)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    _errors.print(text, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
 
 
 class Display:

@@ -14,6 +14,7 @@ PACKAGE = Path(td3_fast.ops.__file__).parents[1]
 # from the top; a module imports only from layers below its own, or from within its own folder
 LAYERS = (
     {"cli"},
+    {"cli_data"},
     {"run", "terminal"},
     {"checkpoint", "report"},
     {"recipes"},

@@ -1,0 +1,567 @@
+"""The command `td3-fast`. Nothing here but options, words and exit codes; torch is imported where work begins."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_columns
+from td3_fast.terminal import Display, Interrupted, Interrupts, console, guarded, say, settings
+
+if TYPE_CHECKING:
+    from td3_fast.data import Split
+    from td3_fast.evaluate import Row
+    from td3_fast.recipes import Recipe
+    from td3_fast.run import Watcher
+    from td3_fast.summary import TuckerSummary
+
+DEMO_FOLDER = Path("runs/demo")
+DEMO_ROWS = ("summary", "full", "random", "longest", "zero-step")
+# a file of any size takes the demo some minutes: so many examples are seen in one training run at most
+DEMO_EXAMPLES = 500_000
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil the log of a recommender into a small summary that models can be trained on.",
+)
+app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    settings.tracebacks = traceback
+
+
+@contextmanager
+def _watching(how_to_go_on: str) -> Iterator[Watcher]:
+    """Progress on the terminal; an interruption ends in `how_to_go_on`."""
+    from td3_fast.run import Stopped, Watcher
+
+    with Display(console) as display:
+
+        def announce() -> None:
+            display.say("stopping after the step in progress; once more stops at once")
+
+        with Interrupts(announce) as interrupts:
+            watcher = Watcher(
+                progress=display.progress, say=display.say, stop=lambda: bool(interrupts.requested)
+            )
+            try:
+                yield watcher
+            except (Stopped, KeyboardInterrupt):
+                raise Interrupted(f"stopped; what is done is kept. Go on with:\n  {how_to_go_on}") from None
+
+
+def _this_command(*, without: str | None = None, also: str | None = None) -> str:
+    words = [word for word in sys.argv[1:] if word != without]
+    if also is not None and also not in words:
+        words.append(also)
+    return shlex.join(["td3-fast", *words])
+
+
+SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="The folder that everything goes into.", show_default=False)]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="A name from `td3-fast recipes`; that of DATA if left out.")
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Synthetic users and positions of each, as in 50x50.")
+]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Learners that are trained for each row.")]
+Rows = Annotated[
+    str | None, typer.Option("--rows", help="Rows of the table, separated by commas; all if left out.")
+]
+MaxEpochs = Annotated[
+    int | None, typer.Option("--max-epochs", min=1, help="Most epochs of training on real data.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of torch; its own choice if left out.")
+]
+MinItem = Annotated[
+    int | None, typer.Option("--min-item-interactions", min=0, help="Leave out rarer items; by recipe.")
+]
+MinUser = Annotated[
+    int | None,
+    typer.Option("--min-user-interactions", min=0, help="Then leave out users with less; by recipe."),
+]
+PretrainedFile = Annotated[
+    Path | None, typer.Option("--pretrained", help="A pretrained.safetensors of the same data to start from.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
+
+
+@app.command()
+@guarded
+def distill(
+    data: Data,
+    out: Out,
+    recipe: RecipeName = None,
+    size: Size = None,
+    seed: Seed = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the real examples.")] = None,
+    item_embedding: Annotated[
+        Literal["frozen", "trained"] | None, typer.Option(help="Whether learners' item tables move.")
+    ] = None,
+    semantics: Annotated[
+        Literal["paper", "authors"], typer.Option(help="The paper's method, or its released program's.")
+    ] = "paper",
+    engine: Annotated[
+        Literal["native", "higher"] | None, typer.Option(help="What differentiates the inner loop.")
+    ] = None,
+    window_kind: Annotated[
+        Literal["random", "fixed", "full"] | None, typer.Option(help="Where the differentiated steps lie.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Differentiated inner steps.")] = None,
+    inner_steps: Annotated[int | None, typer.Option(min=1, help="Inner steps at most.")] = None,
+    no_alignment: Annotated[bool, typer.Option("--no-alignment", help="No feature space alignment.")] = False,
+    no_augmentation: Annotated[
+        bool, typer.Option("--no-augmentation", help="No middle position in the inner loss.")
+    ] = False,
+    normalize: Annotated[
+        Literal["softmax", "none"] | None, typer.Option(help="How the summary becomes a distribution.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of user and position factors.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Real examples per outer step.")] = None,
+    users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
+    summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
+    learner_lr: Annotated[float | None, typer.Option(help="Rate of the inner optimiser.")] = None,
+    pretrained: PretrainedFile = None,
+    max_epochs: MaxEpochs = None,
+    min_item_interactions: MinItem = None,
+    min_user_interactions: MinUser = None,
+    format: Format = None,
+    columns: Columns = None,
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Pretrain a learner on DATA and distil DATA into a summary.
+
+    Leaves summary.safetensors, pretrained.safetensors, results.json, log.jsonl and report.png in the folder.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    _set_threads(threads)
+    from td3_fast.distill import with_semantics
+    from td3_fast.run import SUMMARY, Run
+
+    chosen = _recipe(recipe, data, size, max_epochs)
+    changes: dict[str, Any] = {
+        "epochs": epochs,
+        "engine": engine,
+        "window_kind": window_kind,
+        "window": window,
+        "inner_steps": inner_steps,
+        "alignment": 0.0 if no_alignment else None,
+        "augmentation": False if no_augmentation else None,
+        "normalize": normalize,
+        "user_rank": rank,
+        "position_rank": rank,
+        "batch_size": batch_size,
+        "users_per_step": users_per_step,
+        "summary_lr": summary_lr,
+        "learner_lr": learner_lr,
+    }
+    config = with_semantics(chosen.distill, semantics)
+    if item_embedding is not None:
+        changes["item_embedding"] = item_embedding
+    config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    chosen = replace(chosen, distill=config)
+    filters = _filters(chosen, min_item_interactions, min_user_interactions)
+    split = _split(data, format=format, columns=columns, **filters)
+    _plan(split, chosen, out)
+    with _watching(_this_command(without="--overwrite", also="--resume")) as watcher:
+        run = Run(
+            folder=out,
+            split=split,
+            recipe=chosen,
+            seed=seed,
+            source=data,
+            filters=filters,
+            pretrained_from=pretrained,
+            watcher=watcher,
+        )
+        rows = run.distill(resume=resume, overwrite=overwrite)
+    _print_rows(rows)
+    say(f"\n{out / SUMMARY} is the summary. All baselines beside it:")
+    say(f"  {shlex.join(['td3-fast', 'evaluate', str(out / SUMMARY), data, '--out', str(out)])}")
+
+
+@app.command()
+@guarded
+def evaluate(
+    summary: SummaryFile,
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder for the results; that of SUMMARY if left out.")
+    ] = None,
+    seeds: Seeds = 3,
+    rows: Rows = None,
+    seed: Seed = 0,
+    max_epochs: MaxEpochs = None,
+    format: Format = None,
+    columns: Columns = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train learners on SUMMARY and on the baselines, and score them on the test part of DATA.
+
+    Leaves results.json and report.png in the folder. Finished runs are kept there, so that an evaluation that was
+    stopped goes on where it was.
+    """
+    _set_threads(threads)
+    from td3_fast.evaluate import ROWS
+    from td3_fast.run import RESULTS, EvaluateRun
+    from td3_fast.summary import TuckerSummary
+
+    loaded = TuckerSummary.load(summary)
+    split = _split(data, format=format, columns=columns, **_filters_of(loaded))
+    folder = summary.parent if out is None else out
+    say(f"{split.interactions!r}; summary of {loaded.size}; results into {folder}")
+    with _watching(_this_command(without="--overwrite")) as watcher:
+        run = EvaluateRun(
+            folder=folder,
+            summary=loaded,
+            split=split,
+            source=data,
+            seed=seed,
+            rows=ROWS if rows is None else _names(rows),
+            seeds=seeds,
+            max_epochs=max_epochs,
+            watcher=watcher,
+        )
+        scored = run.evaluate(overwrite=overwrite)
+    _print_rows(scored)
+    say(f"\nwritten: {folder / RESULTS}")
+
+
+@app.command()
+@guarded
+def baselines(
+    data: Data,
+    out: Out,
+    recipe: RecipeName = None,
+    size: Size = None,
+    seeds: Seeds = 3,
+    rows: Rows = None,
+    seed: Seed = 0,
+    pretrained: PretrainedFile = None,
+    max_epochs: MaxEpochs = None,
+    min_item_interactions: MinItem = None,
+    min_user_interactions: MinUser = None,
+    format: Format = None,
+    columns: Columns = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score what a summary of the given size has to beat: full data, random and longest users, popularity, and
+    pretrained embeddings under an untrained encoder."""
+    _set_threads(threads)
+    from td3_fast.evaluate import ROWS
+    from td3_fast.run import RESULTS, Run
+
+    chosen = _recipe(recipe, data, size, max_epochs)
+    filters = _filters(chosen, min_item_interactions, min_user_interactions)
+    split = _split(data, format=format, columns=columns, **filters)
+    names = tuple(row for row in ROWS if row != "summary") if rows is None else _names(rows)
+    say(f"{split.interactions!r}; results into {out}")
+    with _watching(_this_command(without="--overwrite")) as watcher:
+        run = Run(
+            folder=out,
+            split=split,
+            recipe=chosen,
+            seed=seed,
+            source=data,
+            filters=filters,
+            pretrained_from=pretrained,
+            watcher=watcher,
+        )
+        scored = run.baselines(rows=names, seeds=seeds, overwrite=overwrite)
+    _print_rows(scored)
+    say(f"\nwritten: {out / RESULTS}")
+
+
+@app.command()
+@guarded
+def fit(
+    summary: SummaryFile,
+    learner: Annotated[
+        str | None, typer.Option("--learner", help="The learner's class; the summary's own if left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The file for the trained learner.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps; as distilled for if left out.")
+    ] = None,
+    test: Annotated[str | None, typer.Option("--test", help="DATA to score the learner on.")] = None,
+    seed: Seed = 0,
+    format: Format = None,
+    columns: Columns = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a learner on SUMMARY: no interaction data are needed."""
+    _set_threads(threads)
+    from td3_fast.checkpoint import save_learner
+    from td3_fast.evaluate import teacher_of
+    from td3_fast.summary import TuckerSummary
+
+    if out is not None and out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: choose another file, or --overwrite")
+    loaded = TuckerSummary.load(summary)
+    made = teacher_of(loaded, name=learner, seed=seed)
+    begun = time.perf_counter()
+    with _watching(_this_command()) as watcher:
+        more = {} if steps is None else {"steps": steps}
+        losses = loaded.fit(made, seed=seed, progress=watcher.interruptible, **more)
+    took = time.perf_counter() - begun
+    say(
+        f"{type(made).__name__} trained on a summary of {loaded.size} in {took:.1f} s: {len(losses)} steps, "
+        f"inner loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last"
+    )
+    if out is not None:
+        save_learner(out, made, item_ids=loaded.metadata.item_ids if loaded.metadata else ())
+        say(f"written: {out}")
+    if test is not None:
+        from td3_fast.run import score
+
+        split = _split(test, format=format, columns=columns, **_filters_of(loaded))
+        if loaded.metadata is not None:
+            loaded.metadata.check_items(split.interactions.item_ids.tolist())
+        _print_rows(score(made, split, seed=seed))
+
+
+@app.command()
+@guarded
+def info(summary: SummaryFile) -> None:
+    """Say what a summary is, what it stands for and how it is used."""
+    from td3_fast.summary import TuckerSummary
+
+    loaded = TuckerSummary.load(summary)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
+    d1, d2, d3 = loaded.core.shape
+    learned = sum(p.numel() for p in loaded.parameters())
+    table.add_row(
+        "summary", f"{loaded.num_users} users by {loaded.num_positions} positions, {loaded.normalize}"
+    )
+    table.add_row("factors", f"core {d1} by {d2} by {d3}; {learned:,} numbers learned")
+    table.add_row("items", f"{loaded.num_items - 1:,} and padding, {d3} numbers each")
+    table.add_row("file", f"{summary.stat().st_size:,} bytes")
+    metadata = loaded.metadata
+    if metadata is not None:
+        recipe, source = metadata.training, metadata.preprocessing
+        table.add_row("data", f"{source.data}, filters {source.filters or 'none'}")
+        table.add_row("fingerprint", source.fingerprint)
+        table.add_row(
+            "training",
+            f"{recipe.learner}, {recipe.steps} steps of {recipe.batch_size} users, {recipe.optimiser}, rate "
+            f"{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, item table {recipe.item_embedding}",
+        )
+        table.add_row("learner", ", ".join(f"{k} {v}" for k, v in recipe.learner_config.items()))
+        shown = [
+            f"{name} {100 * value:.2f} %" for name, value in metadata.metrics.items() if name.endswith("@10")
+        ]
+        table.add_row("validation", ", ".join(shown))
+        for name, value in metadata.settings.get("distill", {}).items():
+            table.add_row(f"  {name}", str(value))
+        table.add_row("versions", ", ".join(f"{name} {number}" for name, number in metadata.versions.items()))
+    console.print(table, highlight=False, markup=False)
+
+
+@app.command()
+@guarded
+def recipes() -> None:
+    """List the named configurations."""
+    from td3_fast.recipes import RECIPES
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("recipe", "size", "rank", "learner", "epochs", "batch", "inner steps", "window", "filters"):
+        table.add_column(name)
+    for recipe in RECIPES.values():
+        config, learner = recipe.distill, recipe.learner
+        table.add_row(
+            recipe.name,
+            f"{config.users}x{config.positions}",
+            str(config.user_rank),
+            f"SASRec, {learner['hidden']} wide, {learner['max_len']} long",
+            str(config.epochs),
+            f"{config.batch_size:,}",
+            str(config.inner_steps),
+            str(config.window),
+            f"{recipe.min_item_interactions} by item, {recipe.min_user_interactions} by user",
+        )
+    console.print(table, highlight=False)
+
+
+@app.command()
+@guarded
+def demo(
+    data: Annotated[
+        str, typer.Argument(help="A file or a name; the built-in data if left out.")
+    ] = "synthetic",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help=f"The folder that everything goes into; {DEMO_FOLDER} if left out."),
+    ] = None,
+    seeds: Seeds = 3,
+    seed: Seed = 0,
+    format: Format = None,
+    columns: Columns = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """The whole path in some minutes, with small settings: pretrain, distil, evaluate.
+
+    The figures show that it works; for figures to report, use a recipe with `distill` and `evaluate`.
+    """
+    _set_threads(threads)
+    from td3_fast.recipes import recipe_named
+    from td3_fast.run import REPORT, SUMMARY, EvaluateRun, Run
+    from td3_fast.summary import TuckerSummary
+
+    folder = DEMO_FOLDER if out is None else out
+    recipe = recipe_named("synthetic")
+    split = _split(data, format=format, columns=columns)
+    epochs = max(2, min(recipe.pretrain.fit.max_epochs, DEMO_EXAMPLES // max(len(split.train), 1)))
+    recipe = replace(
+        recipe, pretrain=replace(recipe.pretrain, fit=replace(recipe.pretrain.fit, max_epochs=epochs))
+    )
+    recipe = replace(recipe, distill=_demo_config(recipe, len(split.train)))
+    begun = time.perf_counter()
+    _plan(split, recipe, folder)
+    command = shlex.join(["td3-fast", "evaluate", str(folder / SUMMARY), data, "--out", str(folder)])
+    with _watching(_this_command()) as watcher:
+        run = Run(
+            folder=folder,
+            split=split,
+            recipe=recipe,
+            seed=seed,
+            source=data,
+            watcher=watcher,
+            evaluation_seeds=seeds,
+        )
+        run.distill(overwrite=overwrite or out is None)
+        rows = EvaluateRun(
+            folder=folder,
+            summary=TuckerSummary.load(folder / SUMMARY),
+            split=split,
+            source=data,
+            seed=seed,
+            rows=DEMO_ROWS,
+            seeds=seeds,
+            watcher=watcher,
+        ).evaluate()
+    _print_rows(rows)
+    say(
+        f"\n{time.perf_counter() - begun:.0f} s in all. The picture of it is {folder / REPORT}. Every baseline:"
+    )
+    say(f"  {command}")
+
+
+def _demo_config(recipe: Recipe, num_examples: int) -> Any:
+    """As many outer steps as for the built-in data, whatever the size of a file."""
+    return replace(recipe.distill, batch_size=max(recipe.distill.batch_size, -(-num_examples // 9)))
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _recipe(name: str | None, data: str, size: str | None, max_epochs: int | None) -> Recipe:
+    from td3_fast.recipes import RECIPES, recipe_named
+
+    if name is None:
+        name = Path(data).name.split(".")[0]
+        if name not in RECIPES:
+            raise ValueError(f"name a recipe, --recipe {' | '.join(RECIPES)}: there is none called {name!r}")
+    recipe = recipe_named(name)
+    if size is not None:
+        recipe = recipe.sized(size)
+    if max_epochs is not None:
+        fit = replace(recipe.pretrain.fit, max_epochs=max_epochs)
+        recipe = replace(recipe, pretrain=replace(recipe.pretrain, fit=fit))
+    return recipe
+
+
+def _filters(recipe: Recipe, min_item: int | None, min_user: int | None) -> dict[str, Any]:
+    filters = {
+        "min_item_interactions": recipe.min_item_interactions if min_item is None else min_item,
+        "min_user_interactions": recipe.min_user_interactions if min_user is None else min_user,
+    }
+    return {name: minimum for name, minimum in filters.items() if minimum}
+
+
+def _filters_of(summary: TuckerSummary) -> dict[str, Any]:
+    return {} if summary.metadata is None else summary.metadata.preprocessing.filters
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _split(data: str, *, format: str | None, columns: str | None, **filters: Any) -> Split:
+    from td3_fast.data import leave_one_out, resolve
+
+    extra: dict[str, Any] = {"format": format, "columns": parse_columns(columns)}
+    log = resolve(data, **{name: value for name, value in extra.items() if value is not None}, **filters)
+    return leave_one_out(log)
+
+
+def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
+    config, fit = recipe.distill, recipe.pretrain.fit
+    log, examples = split.interactions, len(split.train)
+    steps = -(-examples // config.batch_size)
+    first = config.inner_steps if config.window_kind != "random" else config.window
+    inner = f"{first} to {config.inner_steps}" if first != config.inner_steps else str(first)
+    window = config.inner_steps if config.window_kind == "full" else config.window
+    say(
+        f"data      {log.name}: {log.num_users:,} users, {log.num_items - 1:,} items, "
+        f"{log.num_interactions:,} interactions"
+    )
+    say(f"          {examples:,} training examples, {len(split.validation):,} users validated and tested")
+    say(
+        f"pretrain  SASRec, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
+        f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
+    )
+    say(
+        f"distil    {config.users} users by {config.positions} positions, ranks {config.user_rank} and "
+        f"{config.position_rank}; {config.epochs} epochs of {steps:,} outer steps"
+    )
+    say(
+        f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"
+    )
+    say(f"into      {folder}")
+
+
+def _print_rows(rows: list[Row]) -> None:
+    from td3_fast.report import results_tables
+
+    for table in results_tables(rows):
+        say()
+        console.print(table, highlight=False, markup=False)
+
+
+def main() -> None:
+    """The entry point of `td3-fast`."""
+    app(prog_name="td3-fast")
+
+
+if __name__ == "__main__":
+    main()
