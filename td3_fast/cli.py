@@ -156,8 +156,9 @@ def distill(
         raise ValueError("--resume and --overwrite exclude each other")
     _set_threads(threads)
     from td3_fast.distill import with_semantics
-    from td3_fast.run import SUMMARY, Run
+    from td3_fast.run import SUMMARY, Run, check_free
 
+    check_free(out, resume=resume, overwrite=overwrite)
     chosen = _recipe(recipe, data, size, max_epochs)
     changes: dict[str, Any] = {
         "epochs": epochs,

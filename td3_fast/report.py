@@ -218,7 +218,7 @@ def _draw_steps(axes: Any, steps: Sequence[Mapping[str, float]], max_norm: float
             at, _trailing_mean(values, width), color=colour, linewidth=1.8, label=f"mean of {width} steps"
         )
         axis.legend(frameon=False, fontsize=8)
-    if max_norm is not None:
+    if max_norm is not None and values.max() > max_norm / 10:  # the last panel's
         axes[1, 0].axhline(
             max_norm, color=GREY, linestyle="--", linewidth=1, label=f"clipped to {max_norm:g}"
         )
@@ -271,5 +271,6 @@ def _draw_rows(axis: Any, rows: Sequence[Row], metric: str) -> None:
     axis.margins(x=0.12)
     axis.set_xlim(left=0)
     axis.set(
-        title=f"Test {metric}, {rows[0].protocol}", xlabel="%, mean ± sd over seeds; lines: zero-step, full"
+        title=f"Test {metric}, {rows[0].protocol}",
+        xlabel="%, mean ± sd over seeds; dotted: zero-step, dashed: full",
     )

@@ -78,6 +78,18 @@ class Watcher:
             raise Stopped
 
 
+def check_free(folder: Path, *, resume: bool, overwrite: bool) -> list[str]:
+    """The files of a run in `folder`; RunError where there are some and nobody said what to do with them."""
+    names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS)
+    present = [name for name in names if (folder / name).exists()]
+    if present and not resume and not overwrite:
+        raise RunError(
+            f"{folder} holds a run already ({', '.join(present)}): go on with it by --resume, replace it by "
+            "--overwrite, or choose another folder"
+        )
+    return present
+
+
 @dataclass(kw_only=True)
 class _Clock:
     """Seconds spent on each step, those before an interruption included."""
@@ -226,16 +238,10 @@ class Run:
     def _claim(self, resume: bool, overwrite: bool) -> Checkpoint | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._settings = self._run_settings()
-        names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS)
-        present = [name for name in names if (self.folder / name).exists()]
-        if present and overwrite:
+        present = check_free(self.folder, resume=resume, overwrite=overwrite)
+        if overwrite:
             for name in present:
                 (self.folder / name).unlink()
-        elif present and not resume:
-            raise RunError(
-                f"{self.folder} holds a run already ({', '.join(present)}): go on with it by --resume, "
-                "replace it by --overwrite, or choose another folder"
-            )
         path = self.folder / CHECKPOINT
         if not path.exists():
             if resume and not present:
@@ -324,7 +330,7 @@ class Run:
         seconds = self._clock.so_far()["pretrain"]
         best = pretrained.history[pretrained.best_epoch - 1]
         self.watcher.say(
-            f"pretrained in {seconds:.0f} s: epoch {pretrained.best_epoch} of {len(pretrained.history)} is "
+            f"pretrained in {seconds:.1f} s: epoch {pretrained.best_epoch} of {len(pretrained.history)} is "
             f"the best, validation MRR@10 {100 * best['MRR@10']:.2f} %"
         )
         return pretrained, wanted
