@@ -49,17 +49,15 @@ auto find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-std::tuple<Tensor, Tensor> call_soft_embedding(const Tensor& queries,
-                                               const Tensor& keys,
-                                               const Tensor& values) {
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ThreeTensors call_soft_embedding_forward(const Tensor& queries, const Tensor& keys, const Tensor& values) {
   static const auto op =
-      find_operator<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>(
-          "td3_fast::soft_embedding");
+      find_operator<decltype(call_soft_embedding_forward)>("td3_fast::soft_embedding_forward");
   return op.call(queries, keys, values);
 }
-
-using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ThreeTensors call_soft_embedding_backward(const OptionalTensor& grad_embedding,
                                           const OptionalTensor& grad_logsumexp,
@@ -68,10 +66,12 @@ ThreeTensors call_soft_embedding_backward(const OptionalTensor& grad_embedding,
                                           const Tensor& values,
                                           const Tensor& embedding,
                                           const Tensor& logsumexp,
+                                          const Tensor& remainder,
                                           std::array<bool, 3> needed) {
   static const auto op =
       find_operator<decltype(call_soft_embedding_backward)>("td3_fast::soft_embedding_backward");
-  return op.call(grad_embedding, grad_logsumexp, queries, keys, values, embedding, logsumexp, needed);
+  return op.call(grad_embedding, grad_logsumexp, queries, keys, values, embedding, logsumexp, remainder,
+                 needed);
 }
 
 FiveTensors call_soft_embedding_double_backward(const OptionalTensor& grad_grad_queries,
@@ -84,14 +84,15 @@ FiveTensors call_soft_embedding_double_backward(const OptionalTensor& grad_grad_
                                                 const Tensor& values,
                                                 const Tensor& embedding,
                                                 const Tensor& logsumexp,
+                                                const Tensor& remainder,
                                                 std::array<bool, 5> needed) {
   static const auto op = find_operator<decltype(call_soft_embedding_double_backward)>(
       "td3_fast::soft_embedding_double_backward");
   return op.call(grad_grad_queries, grad_grad_keys, grad_grad_values, grad_embedding, grad_logsumexp, queries,
-                 keys, values, embedding, logsumexp, needed);
+                 keys, values, embedding, logsumexp, remainder, needed);
 }
 
-ThreeTensors call_item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save) {
+FourTensors call_item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save) {
   static const auto op =
       find_operator<decltype(call_item_logsumexp_forward)>("td3_fast::item_logsumexp_forward");
   return op.call(hidden, items, save);
@@ -101,12 +102,13 @@ std::tuple<Tensor, Tensor> call_item_logsumexp_backward(const Tensor& grad_logsu
                                                         const Tensor& hidden,
                                                         const Tensor& items,
                                                         const Tensor& logsumexp,
+                                                        const Tensor& remainder,
                                                         const Tensor& mean,
                                                         const Tensor& probabilities,
                                                         std::array<bool, 2> needed) {
   static const auto op =
       find_operator<decltype(call_item_logsumexp_backward)>("td3_fast::item_logsumexp_backward");
-  return op.call(grad_logsumexp, hidden, items, logsumexp, mean, probabilities, needed);
+  return op.call(grad_logsumexp, hidden, items, logsumexp, remainder, mean, probabilities, needed);
 }
 
 ThreeTensors call_item_logsumexp_double_backward(const OptionalTensor& grad_grad_hidden,
@@ -115,12 +117,13 @@ ThreeTensors call_item_logsumexp_double_backward(const OptionalTensor& grad_grad
                                                  const Tensor& hidden,
                                                  const Tensor& items,
                                                  const Tensor& logsumexp,
+                                                 const Tensor& remainder,
                                                  const Tensor& mean,
                                                  const Tensor& probabilities,
                                                  std::array<bool, 3> needed) {
   static const auto op = find_operator<decltype(call_item_logsumexp_double_backward)>(
       "td3_fast::item_logsumexp_double_backward");
-  return op.call(grad_grad_hidden, grad_grad_items, grad_logsumexp, hidden, items, logsumexp, mean,
+  return op.call(grad_grad_hidden, grad_grad_items, grad_logsumexp, hidden, items, logsumexp, remainder, mean,
                  probabilities, needed);
 }
 
@@ -162,7 +165,7 @@ void forbid_third_order(const char* name, const variable_list& outputs, const In
   for (const Tensor& output : outputs) set_history(output, node);
 }
 
-// A saved tensor with the name that an error about its reuse needs.
+// A node of one of this library's operators.
 struct OpNode : Node {
   template <size_t N>
   std::array<bool, N> outputs_needed() const {
@@ -185,12 +188,14 @@ variable_list keep_needed(const std::array<bool, N>& needed, const Tuple& gradie
 
 struct SoftEmbeddingBackward final : OpNode {
   SavedVariable queries, keys, values, embedding, logsumexp;
+  Tensor remainder;  // not differentiable
 
   std::string name() const override { return "SoftEmbeddingBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* saved : {&queries, &keys, &values, &embedding, &logsumexp}) saved->reset_data();
+    remainder.reset();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -200,12 +205,13 @@ struct SoftEmbeddingBackward final : OpNode {
     return keep_needed(
         needed, call_soft_embedding_backward(if_defined(grads[0]), if_defined(grads[1]), queries.unpack(),
                                              keys.unpack(), values.unpack(), embedding.unpack(getptr()),
-                                             logsumexp.unpack(getptr()), needed));
+                                             logsumexp.unpack(getptr()), remainder, needed));
   }
 };
 
 struct SoftEmbeddingDoubleBackward final : OpNode {
   SavedVariable grad_embedding, grad_logsumexp, queries, keys, values, embedding, logsumexp;
+  Tensor remainder;
 
   std::string name() const override { return "SoftEmbeddingDoubleBackward"; }
 
@@ -215,6 +221,7 @@ struct SoftEmbeddingDoubleBackward final : OpNode {
          {&grad_embedding, &grad_logsumexp, &queries, &keys, &values, &embedding, &logsumexp}) {
       saved->reset_data();
     }
+    remainder.reset();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -225,18 +232,18 @@ struct SoftEmbeddingDoubleBackward final : OpNode {
     FiveTensors gradients = call_soft_embedding_double_backward(
         if_defined(grads[0]), if_defined(grads[1]), if_defined(grads[2]), if_defined(grad_x),
         if_defined(grad_logsumexp.unpack()), queries.unpack(), keys.unpack(), values.unpack(),
-        embedding.unpack(), logsumexp.unpack(), needed);
+        embedding.unpack(), logsumexp.unpack(), remainder, needed);
     return keep_needed(needed, gradients);
   }
 };
 
-std::tuple<Tensor, Tensor> soft_embedding(const Tensor& queries, const Tensor& keys, const Tensor& values) {
+ThreeTensors soft_embedding_forward(const Tensor& queries, const Tensor& keys, const Tensor& values) {
   const bool differentiates = compute_requires_grad(queries, keys, values);
-  std::tuple<Tensor, Tensor> result = [&] {
+  ThreeTensors result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_soft_embedding(queries, keys, values);
+    return call_soft_embedding_forward(queries, keys, values);
   }();
-  const auto& [embedding, logsumexp] = result;
+  const auto& [embedding, logsumexp, remainder] = result;
   if (differentiates) {
     const auto node = make_node<SoftEmbeddingBackward>();
     node->set_next_edges(collect_next_edges(queries, keys, values));
@@ -247,13 +254,14 @@ std::tuple<Tensor, Tensor> soft_embedding(const Tensor& queries, const Tensor& k
     set_history(logsumexp, node);
     node->embedding = SavedVariable(embedding, true);
     node->logsumexp = SavedVariable(logsumexp, true);
+    node->remainder = remainder;
   }
   if (any_tangent(queries, keys, values)) {
     const Tensor primal = embedding._fw_primal(0);
     const FiveTensors tangents = call_soft_embedding_double_backward(
         if_defined(tangent_of(queries)), if_defined(tangent_of(keys)), if_defined(tangent_of(values)),
         at::zeros_like(primal), std::nullopt, queries._fw_primal(0), keys._fw_primal(0), values._fw_primal(0),
-        primal, logsumexp._fw_primal(0), {false, false, false, true, true});
+        primal, logsumexp._fw_primal(0), remainder, {false, false, false, true, true});
     set_tangent(embedding, std::get<3>(tangents));
     set_tangent(logsumexp, std::get<4>(tangents));
   }
@@ -267,6 +275,7 @@ ThreeTensors soft_embedding_backward(const OptionalTensor& grad_embedding,
                                      const Tensor& values,
                                      const Tensor& embedding,
                                      const Tensor& logsumexp,
+                                     const Tensor& remainder,
                                      std::array<bool, 3> needed) {
   const Tensor grad_x = or_undefined(grad_embedding), grad_l = or_undefined(grad_logsumexp);
   check_no_tangent("soft_embedding_backward", grad_x, grad_l, queries, keys, values);
@@ -274,7 +283,7 @@ ThreeTensors soft_embedding_backward(const OptionalTensor& grad_embedding,
   ThreeTensors result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_soft_embedding_backward(grad_embedding, grad_logsumexp, queries, keys, values, embedding,
-                                        logsumexp, needed);
+                                        logsumexp, remainder, needed);
   }();
   if (differentiates) {
     const auto node = make_node<SoftEmbeddingDoubleBackward>();
@@ -286,6 +295,7 @@ ThreeTensors soft_embedding_backward(const OptionalTensor& grad_embedding,
     node->values = SavedVariable(values, false);
     node->embedding = SavedVariable(embedding, false);
     node->logsumexp = SavedVariable(logsumexp, false);
+    node->remainder = remainder;
     for (const Tensor& output : {std::get<0>(result), std::get<1>(result), std::get<2>(result)}) {
       set_history(output, node);
     }
@@ -303,12 +313,13 @@ FiveTensors soft_embedding_double_backward(const OptionalTensor& grad_grad_queri
                                            const Tensor& values,
                                            const Tensor& embedding,
                                            const Tensor& logsumexp,
+                                           const Tensor& remainder,
                                            std::array<bool, 5> needed) {
   FiveTensors result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_soft_embedding_double_backward(grad_grad_queries, grad_grad_keys, grad_grad_values,
                                                grad_embedding, grad_logsumexp, queries, keys, values,
-                                               embedding, logsumexp, needed);
+                                               embedding, logsumexp, remainder, needed);
   }();
   const auto& [a, b, c, d, e] = result;
   forbid_third_order("soft_embedding_double_backward", {a, b, c, d, e}, or_undefined(grad_grad_queries),
@@ -321,13 +332,14 @@ FiveTensors soft_embedding_double_backward(const OptionalTensor& grad_grad_queri
 
 struct ItemLogsumexpBackward final : OpNode {
   SavedVariable hidden, items, logsumexp;
-  Tensor mean, probabilities;  // not differentiable
+  Tensor remainder, mean, probabilities;  // not differentiable
 
   std::string name() const override { return "ItemLogsumexpBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* saved : {&hidden, &items, &logsumexp}) saved->reset_data();
+    remainder.reset();
     mean.reset();
     probabilities.reset();
   }
@@ -339,19 +351,20 @@ struct ItemLogsumexpBackward final : OpNode {
     const Tensor hidden_in = hidden.unpack();
     return keep_needed(
         needed, call_item_logsumexp_backward(grads[0], hidden_in, items.unpack(), logsumexp.unpack(getptr()),
-                                             mean, probabilities, needed));
+                                             remainder, mean, probabilities, needed));
   }
 };
 
 struct ItemLogsumexpDoubleBackward final : OpNode {
   SavedVariable grad_logsumexp, hidden, items, logsumexp;
-  Tensor mean, probabilities;
+  Tensor remainder, mean, probabilities;
 
   std::string name() const override { return "ItemLogsumexpDoubleBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* saved : {&grad_logsumexp, &hidden, &items, &logsumexp}) saved->reset_data();
+    remainder.reset();
     mean.reset();
     probabilities.reset();
   }
@@ -361,20 +374,21 @@ struct ItemLogsumexpDoubleBackward final : OpNode {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(3);
     const auto needed = outputs_needed<3>();
     const Tensor grad = grad_logsumexp.unpack();
-    return keep_needed(needed, call_item_logsumexp_double_backward(
-                                   if_defined(grads[0]), if_defined(grads[1]), grad, hidden.unpack(),
-                                   items.unpack(), logsumexp.unpack(), mean, probabilities, needed));
+    return keep_needed(
+        needed, call_item_logsumexp_double_backward(if_defined(grads[0]), if_defined(grads[1]), grad,
+                                                    hidden.unpack(), items.unpack(), logsumexp.unpack(),
+                                                    remainder, mean, probabilities, needed));
   }
 };
 
-ThreeTensors item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save) {
+FourTensors item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save) {
   const bool differentiates = compute_requires_grad(hidden, items);
   const bool has_tangent = any_tangent(hidden, items);
-  ThreeTensors result = [&] {
+  FourTensors result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_item_logsumexp_forward(hidden, items, save || differentiates || has_tangent);
   }();
-  const auto& [logsumexp, mean, probabilities] = result;
+  const auto& [logsumexp, remainder, mean, probabilities] = result;
   if (differentiates) {
     const auto node = make_node<ItemLogsumexpBackward>();
     node->set_next_edges(collect_next_edges(hidden, items));
@@ -384,12 +398,14 @@ ThreeTensors item_logsumexp_forward(const Tensor& hidden, const Tensor& items, b
     node->probabilities = probabilities;
     set_history(logsumexp, node);
     node->logsumexp = SavedVariable(logsumexp, true);
+    node->remainder = remainder;
   }
   if (has_tangent) {
     const Tensor primal = logsumexp._fw_primal(0);
-    const ThreeTensors tangents = call_item_logsumexp_double_backward(
-        if_defined(tangent_of(hidden)), if_defined(tangent_of(items)), at::ones_like(primal),
-        hidden._fw_primal(0), items._fw_primal(0), primal, mean, probabilities, {true, false, false});
+    const ThreeTensors tangents =
+        call_item_logsumexp_double_backward(if_defined(tangent_of(hidden)), if_defined(tangent_of(items)),
+                                            at::ones_like(primal), hidden._fw_primal(0), items._fw_primal(0),
+                                            primal, remainder, mean, probabilities, {true, false, false});
     set_tangent(logsumexp, std::get<0>(tangents));
   }
   return result;
@@ -399,6 +415,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
                                                    const Tensor& hidden,
                                                    const Tensor& items,
                                                    const Tensor& logsumexp,
+                                                   const Tensor& remainder,
                                                    const Tensor& mean,
                                                    const Tensor& probabilities,
                                                    std::array<bool, 2> needed) {
@@ -406,8 +423,8 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
   const bool differentiates = compute_requires_grad(grad_logsumexp, hidden, items);
   std::tuple<Tensor, Tensor> result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_item_logsumexp_backward(grad_logsumexp, hidden, items, logsumexp, mean, probabilities,
-                                        needed);
+    return call_item_logsumexp_backward(grad_logsumexp, hidden, items, logsumexp, remainder, mean,
+                                        probabilities, needed);
   }();
   if (differentiates) {
     const auto node = make_node<ItemLogsumexpDoubleBackward>();
@@ -416,6 +433,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
     node->hidden = SavedVariable(hidden, false);
     node->items = SavedVariable(items, false);
     node->logsumexp = SavedVariable(logsumexp, false);
+    node->remainder = remainder;
     node->mean = mean;
     node->probabilities = probabilities;
     set_history(std::get<0>(result), node);
@@ -430,13 +448,14 @@ ThreeTensors item_logsumexp_double_backward(const OptionalTensor& grad_grad_hidd
                                             const Tensor& hidden,
                                             const Tensor& items,
                                             const Tensor& logsumexp,
+                                            const Tensor& remainder,
                                             const Tensor& mean,
                                             const Tensor& probabilities,
                                             std::array<bool, 3> needed) {
   ThreeTensors result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_item_logsumexp_double_backward(grad_grad_hidden, grad_grad_items, grad_logsumexp, hidden,
-                                               items, logsumexp, mean, probabilities, needed);
+                                               items, logsumexp, remainder, mean, probabilities, needed);
   }();
   const auto& [a, b, c] = result;
   forbid_third_order("item_logsumexp_double_backward", {a, b, c}, or_undefined(grad_grad_hidden),
@@ -447,7 +466,7 @@ ThreeTensors item_logsumexp_double_backward(const OptionalTensor& grad_grad_hidd
 }  // namespace
 
 TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
-  m.impl("soft_embedding", soft_embedding);
+  m.impl("soft_embedding_forward", soft_embedding_forward);
   m.impl("soft_embedding_backward", soft_embedding_backward);
   m.impl("soft_embedding_double_backward", soft_embedding_double_backward);
   m.impl("item_logsumexp_forward", item_logsumexp_forward);

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 namespace td3_fast {
 
 // The type of statistics and sums: float32 for half precision, else the type itself.
@@ -49,6 +51,27 @@ inline void check_ranking(const at::Tensor& hidden,
                         target.scalar_type() == at::kLong && target.device() == hidden.device(),
                     "expected an int64 target for each of ", hidden.size(0), " rows, got ", target.sizes(),
                     " of ", target.scalar_type());
+}
+
+// excluded_offsets (rows + 1,) and excluded_items (nnz,), both or neither.
+inline void check_excluded(const at::Tensor& hidden,
+                           const std::optional<at::Tensor>& offsets,
+                           const std::optional<at::Tensor>& items) {
+  TORCH_CHECK_VALUE(offsets.has_value() == items.has_value(), "excluded items need their offsets");
+  if (!offsets.has_value()) return;
+  TORCH_CHECK_VALUE(
+      offsets->scalar_type() == at::kLong && items->scalar_type() == at::kLong && offsets->dim() == 1 &&
+          items->dim() == 1 && offsets->size(0) == hidden.size(0) + 1 &&
+          offsets->device() == hidden.device() && items->device() == hidden.device(),
+      "expected int64 offsets (rows + 1,) and items (nnz,) of what is excluded, on the device of hidden");
+}
+
+// candidates (rows, k).
+inline void check_candidates(const at::Tensor& hidden, const at::Tensor& candidates) {
+  TORCH_CHECK_VALUE(candidates.dim() == 2 && candidates.size(0) == hidden.size(0) &&
+                        candidates.scalar_type() == at::kLong && candidates.device() == hidden.device(),
+                    "expected int64 candidates (rows, k) on the device of hidden, got ", candidates.sizes(),
+                    " of ", candidates.scalar_type());
 }
 
 }  // namespace td3_fast

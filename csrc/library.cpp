@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/tile.h"
@@ -16,61 +17,82 @@ namespace py = pybind11;
 namespace td3_fast {
 namespace {
 
-// The logsumexp alone; what its derivatives need is saved where autograd asks for it.
+// The operators without what they save for their derivatives.
+
+std::tuple<at::Tensor, at::Tensor> soft_embedding(const at::Tensor& queries,
+                                                  const at::Tensor& keys,
+                                                  const at::Tensor& values) {
+  using Signature =
+      std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&);
+  static const auto forward = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("td3_fast::soft_embedding_forward", "")
+                                  .typed<Signature>();
+  const auto [embedding, logsumexp, remainder] = forward.call(queries, keys, values);
+  return {embedding, logsumexp};
+}
+
 at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
+  using Signature =
+      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, bool);
   static const auto forward = c10::Dispatcher::singleton()
                                   .findSchemaOrThrow("td3_fast::item_logsumexp_forward", "")
-                                  .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                      const at::Tensor&, const at::Tensor&, bool)>();
+                                  .typed<Signature>();
   return std::get<0>(forward.call(hidden, items, false));
 }
 
 }  // namespace
 
-// A gradient that `needed` does not ask for is returned as an empty tensor. The embedding and the logsumexp
-// given to a derivative are functions of its other inputs: derivatives towards queries, keys and values are
-// total.
+// The remainder is what the logsumexp loses to rounding: derivatives make the probabilities anew from their
+// sum, and float32 alone would be off by 1e-4 for scores of 1e4. It is not differentiable, and neither are
+// the expected item row (mean) and the probabilities. A gradient that `needed` does not ask for is returned
+// as an empty tensor. The embedding and the logsumexp given to a derivative are functions of its other
+// inputs: derivatives towards queries, keys and values are total.
 TORCH_LIBRARY(td3_fast, m) {
-  m.set_python_module("td3_fast.ops");
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
+  m.set_python_module("td3_fast.ops.soft_embedding");
   m.def("soft_embedding(Tensor queries, Tensor keys, Tensor values) -> (Tensor embedding, Tensor logsumexp)",
-        tags);
+        soft_embedding, tags);
   m.def(
-      "soft_embedding_backward(Tensor? grad_embedding, Tensor? grad_logsumexp, Tensor queries, Tensor keys, "
-      "Tensor values, Tensor embedding, Tensor logsumexp, bool[3] needed) "
-      "-> (Tensor grad_queries, Tensor grad_keys, Tensor grad_values)",
+      "soft_embedding_forward(Tensor queries, Tensor keys, Tensor values) "
+      "-> (Tensor embedding, Tensor logsumexp, Tensor remainder)",
       tags);
   m.def(
-      "soft_embedding_double_backward(Tensor? grad_grad_queries, Tensor? grad_grad_keys, Tensor? "
-      "grad_grad_values, "
-      "Tensor? grad_embedding, Tensor? grad_logsumexp, Tensor queries, Tensor keys, Tensor values, "
-      "Tensor embedding, Tensor logsumexp, bool[5] needed) "
-      "-> (Tensor grad_queries, Tensor grad_keys, Tensor grad_values, Tensor grad_grad_embedding, "
-      "Tensor grad_grad_logsumexp)",
+      "soft_embedding_backward(Tensor? grad_embedding, Tensor? grad_logsumexp, "
+      "Tensor queries, Tensor keys, Tensor values, Tensor embedding, Tensor logsumexp, Tensor remainder, "
+      "bool[3] needed) -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_values)",
+      tags);
+  m.def(
+      "soft_embedding_double_backward("
+      "Tensor? grad_grad_queries, Tensor? grad_grad_keys, Tensor? grad_grad_values, "
+      "Tensor? grad_embedding, Tensor? grad_logsumexp, "
+      "Tensor queries, Tensor keys, Tensor values, Tensor embedding, Tensor logsumexp, Tensor remainder, "
+      "bool[5] needed) -> (Tensor grad_queries, Tensor grad_keys, Tensor grad_values, "
+      "Tensor grad_grad_embedding, Tensor grad_grad_logsumexp)",
       tags);
 
+  m.set_python_module("td3_fast.ops.item_cross_entropy");
   m.def("item_logsumexp(Tensor hidden, Tensor items) -> Tensor", item_logsumexp, tags);
-  // Of the outputs only the logsumexp is differentiable.
   m.def(
       "item_logsumexp_forward(Tensor hidden, Tensor items, bool save) "
-      "-> (Tensor logsumexp, Tensor mean, Tensor probabilities)",
+      "-> (Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities)",
       tags);
   m.def(
-      "item_logsumexp_backward(Tensor grad_logsumexp, Tensor hidden, Tensor items, Tensor logsumexp, Tensor "
-      "mean, "
-      "Tensor probabilities, bool[2] needed) -> (Tensor grad_hidden, Tensor grad_items)",
+      "item_logsumexp_backward(Tensor grad_logsumexp, Tensor hidden, Tensor items, "
+      "Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities, bool[2] needed) "
+      "-> (Tensor grad_hidden, Tensor grad_items)",
       tags);
   m.def(
-      "item_logsumexp_double_backward(Tensor? grad_grad_hidden, Tensor? grad_grad_items, Tensor "
-      "grad_logsumexp, "
-      "Tensor hidden, Tensor items, Tensor logsumexp, Tensor mean, Tensor probabilities, bool[3] needed) "
+      "item_logsumexp_double_backward(Tensor? grad_grad_hidden, Tensor? grad_grad_items, "
+      "Tensor grad_logsumexp, Tensor hidden, Tensor items, "
+      "Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities, bool[3] needed) "
       "-> (Tensor grad_grad_logsumexp, Tensor grad_hidden, Tensor grad_items)",
       tags);
 
+  m.set_python_module("td3_fast.ops.target_rank");
   m.def(
-      "target_rank(Tensor hidden, Tensor item_embeddings, Tensor target, Tensor? excluded_offsets, "
-      "Tensor? excluded_items, bool exclude_padding) -> Tensor",
+      "target_rank(Tensor hidden, Tensor item_embeddings, Tensor target, "
+      "Tensor? excluded_offsets, Tensor? excluded_items, bool exclude_padding) -> Tensor",
       tags);
   m.def("candidate_rank(Tensor hidden, Tensor item_embeddings, Tensor target, Tensor candidates) -> Tensor",
         tags);

@@ -172,6 +172,7 @@ void forward(const Tensor& queries,  // (rows, rank)
              int64_t items,
              const Tensor& embedding,  // (rows, d)
              const Tensor& logsumexp,  // (rows,)
+             const Tensor& remainder,  // (rows,)
              T* kept) {
   constexpr int64_t P = kPanel<T>;
   const Tile<T>& t = tile<T>();
@@ -214,6 +215,7 @@ void forward(const Tensor& queries,  // (rows, rank)
   });
 
   T* logsumexp_out = logsumexp.mutable_data_ptr<T>();
+  T* remainder_out = remainder.mutable_data_ptr<T>();
   T* embedding_out = width > 0 ? embedding.mutable_data_ptr<T>() : nullptr;
   at::parallel_for(0, plan.panels, kPanelsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -227,7 +229,7 @@ void forward(const Tensor& queries,  // (rows, rank)
       T* sum = weighted.at(0, panel);
       for (int64_t chunk = 0; chunk < plan.chunks.count; ++chunk) {
         std::copy_n(maxima.at(chunk, panel), P, factor);
-        t.probabilities(factor, 1, peak);
+        t.probabilities(factor, 1, peak, nullptr);
         const T *part_sum = sums.at(chunk, panel), *part = weighted.at(chunk, panel);
         for (int64_t lane = 0; lane < P; ++lane) total[lane] += part_sum[lane] * factor[lane];
         for (int64_t column = 0; column < width; ++column) {
@@ -240,7 +242,9 @@ void forward(const Tensor& queries,  // (rows, rank)
       const int64_t lanes = lanes_of<T>(rows, panel);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t row = panel * P + lane;
-        logsumexp_out[row] = peak[lane] + std::log(total[lane]);
+        const double exact = static_cast<double>(peak[lane]) + std::log(static_cast<double>(total[lane]));
+        logsumexp_out[row] = static_cast<T>(exact);
+        remainder_out[row] = static_cast<T>(exact - logsumexp_out[row]);
         const T inverse = T(1) / total[lane];
         for (int64_t column = 0; column < width; ++column) {
           embedding_out[row * width + column] = sum[column * P + lane] * inverse;
@@ -251,7 +255,7 @@ void forward(const Tensor& queries,  // (rows, rank)
       // row.
       for (int64_t chunk = 0; kept != nullptr && chunk < plan.chunks.count; ++chunk) {
         std::copy_n(maxima.at(chunk, panel), P, factor);
-        t.probabilities(factor, 1, peak);
+        t.probabilities(factor, 1, peak, nullptr);
         for (int64_t lane = 0; lane < P; ++lane)
           sums.at(chunk, panel)[lane] = lane < lanes ? factor[lane] * total[lane] : T(0);
       }
@@ -275,7 +279,7 @@ struct Rows {
   Table<T> keys, values;  // values are absent where no gradient reaches the embedding
   Tensor queries, grad_embedding;
   Scratch<T> queries_lanes, grad_lanes;
-  Scratch<T> logsumexp, shift, inner;  // inner is D
+  Scratch<T> logsumexp, remainder, shift, inner;  // inner is D
   const T* kept;
 
   Rows(const Tensor& queries_in,
@@ -286,6 +290,7 @@ struct Rows {
        const Tensor& grad_logsumexp,     // undefined for zero
        const Tensor& embedding,
        const Tensor& logsumexp_in,
+       const Tensor& remainder_in,
        const T* kept_in)
       : rows(queries_in.size(0)),
         items(num_items),
@@ -296,6 +301,7 @@ struct Rows {
         grad_embedding(grad_embedding_in),
         queries_lanes(pack_lanes<T>(queries_in)),
         logsumexp(pack_vector<T>(logsumexp_in, std::numeric_limits<T>::infinity())),
+        remainder(pack_vector<T>(remainder_in, T(0))),
         kept(kept_in) {
     const int64_t padded = panels() * P;
     inner = Scratch<T>(padded);
@@ -323,7 +329,7 @@ struct Rows {
     if (kept != nullptr) return kept + (panel * items + begin) * P;
     tile<T>().product(key, rank, Walk::kRows, count, rank, queries_lanes.data() + panel * rank * P, out,
                       lanes(panel), false);
-    tile<T>().probabilities(out, count, logsumexp.data() + panel * P);
+    tile<T>().probabilities(out, count, logsumexp.data() + panel * P, remainder.data() + panel * P);
     return out;
   }
   // Elements from one panel's probabilities to the next's, for tiles made `step` items apart.
@@ -475,14 +481,40 @@ struct TableTiles {
             c.grad_grad_values.tile(begin, count, cursor.take(c.grad_grad_values.scratch_size(step)))) {}
 };
 
-// u_mean, m and s_mean of every row, [3][panel][lane].
+// Lane vectors of RowSums, one after the other.
+constexpr int64_t kRowSums = 7;
+
+template <typename T>
+RowSums<T> row_sums_in(T* sums) {
+  constexpr int64_t P = kPanel<T>;
+  return {sums, sums + P, sums + 2 * P, sums + 3 * P, sums + 4 * P, sums + 5 * P, sums + 6 * P};
+}
+
+// Adds the sums of other items to `into`, relative to the centre of the larger peak.
+template <typename T>
+void merge(const RowSums<T>& into, const RowSums<T>& from) {
+  for (int64_t lane = 0; lane < kPanel<T>; ++lane) {
+    const bool higher = from.peak[lane] > into.peak[lane];
+    const T centre = higher ? from.centre[lane] : into.centre[lane];
+    const T moved_into = into.centre[lane] - centre, moved_from = from.centre[lane] - centre;
+    into.u[lane] += moved_into * into.mass[lane] + moved_from * from.mass[lane] + from.u[lane];
+    into.covariance[lane] += moved_into * into.w[lane] + moved_from * from.w[lane] + from.covariance[lane];
+    into.mass[lane] += from.mass[lane];
+    into.w[lane] += from.w[lane];
+    into.s[lane] += from.s[lane];
+    into.peak[lane] = higher ? from.peak[lane] : into.peak[lane];
+    into.centre[lane] = centre;
+  }
+}
+
+// u_mean and offset of every row, [2][panel][lane].
 template <typename T>
 Scratch<T> row_means(const Cotangents<T>& c) {
   constexpr int64_t P = kPanel<T>;
   const Rows<T>& r = c.r;
   const Plan plan(r.panels(), r.items, false, r.items);
   const int64_t step = tile_items(std::max(r.rank, r.width)), slot = step * P;
-  const ChunkSums<T> sums(plan, 3);
+  const ChunkSums<T> sums(plan, kRowSums);
   const int64_t scratch_size = 4 * slot + c.scratch_size(step);
   const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
   run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
@@ -490,27 +522,34 @@ Scratch<T> row_means(const Cotangents<T>& c) {
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     Cursor<T> cursor{scratch.data() + worker * scratch_size};
-    T *p_slot = cursor.take(slot), *w_slot = cursor.take(slot), *u_slot = cursor.take(slot),
-      *s_slot = cursor.take(slot);
+    T *p_slot = cursor.take(slot), *w_slot = cursor.take(slot);
+    T *u_slot = cursor.take(slot), *s_slot = cursor.take(slot);
     for (int64_t begin = plan.chunks.begin(chunk), end = plan.chunks.begin(chunk + 1); begin < end;
          begin += step) {
       const int64_t count = std::min(step, end - begin);
       const TableTiles<T> tables(c, begin, count, step, cursor);
       for (int64_t panel = first; panel < last; ++panel) {
         const T* p = r.probabilities(panel, begin, count, tables.key, p_slot);
+        const T* w = r.value_grads(panel, count, tables.value, w_slot);
         c.u(panel, count, tables.key, tables.grad_grad_key, u_slot);
-        T* sum = sums.at(chunk, panel);
-        tile<T>().row_means(p, r.value_grads(panel, count, tables.value, w_slot), u_slot,
-                            c.s(panel, count, tables.grad_grad_value, s_slot), count, sum, sum + P,
-                            sum + 2 * P);
+        const T* s = c.s(panel, count, tables.grad_grad_value, s_slot);
+        tile<T>().row_means(p, w, u_slot, s, count, r.inner.data() + panel * P,
+                            row_sums_in(sums.at(chunk, panel)));
       }
     }
   });
-  Scratch<T> means(3 * plan.panels * P);
+  Scratch<T> means(2 * plan.panels * P);
   for (int64_t panel = 0; panel < plan.panels; ++panel) {
-    const T* total = sums.total(panel);
-    for (int64_t mean = 0; mean < 3; ++mean)
-      std::copy_n(total + mean * P, P, means.data() + (mean * plan.panels + panel) * P);
+    const RowSums<T> total = row_sums_in(sums.at(0, panel));
+    for (int64_t chunk = 1; chunk < plan.chunks.count; ++chunk)
+      merge(total, row_sums_in(sums.at(chunk, panel)));
+    T *u_mean = means.data() + panel * P, *offset = u_mean + plan.panels * P;
+    for (int64_t lane = 0; lane < P; ++lane) {
+      // Lanes beyond the last row have no probability.
+      const T from_centre = total.mass[lane] != 0 ? total.u[lane] / total.mass[lane] : T(0);
+      u_mean[lane] = total.centre[lane] + from_centre;
+      offset[lane] = total.covariance[lane] - from_centre * total.w[lane] + total.s[lane];
+    }
   }
   return means;
 }
@@ -543,9 +582,7 @@ void double_backward(const Cotangents<T>& c,
   const Scratch<T> grad_columns = grad_values.defined() ? pack_columns<T>(r.grad_embedding) : Scratch<T>();
 
   const int64_t padded = plan.panels * P;
-  const T *u_mean = means.data(), *m = u_mean + padded, *s_mean = m + padded;
-  Scratch<T> offset(padded);
-  for (int64_t i = 0; i < padded; ++i) offset.data()[i] = m[i] - r.inner.data()[i] * u_mean[i] + s_mean[i];
+  const T *u_mean = means.data(), *offset = u_mean + padded;
 
   const int64_t scratch_size = (3 * kGroup + 4) * slot + c.scratch_size(step) +
                                TileSums<T>::size(r.rank, step) + TileSums<T>::size(r.width, step) + 4 * P;
@@ -579,7 +616,7 @@ void double_backward(const Cotangents<T>& c,
           c.u(panel, count, tables.key, tables.grad_grad_key, u_slot);
           t.second_order(p, r.value_grads(panel, count, tables.value, w_slot), u_slot,
                          c.s(panel, count, tables.grad_grad_value, s_slot), count,
-                         {r.shift.data() + panel * P, u_mean + panel * P, offset.data() + panel * P}, b, grad,
+                         {r.shift.data() + panel * P, u_mean + panel * P, offset + panel * P}, b, grad,
                          centred);
           if (grad_queries.defined()) {
             T* sum = query_sums.at(chunk, panel);
@@ -661,19 +698,23 @@ T* kept_from(const Tensor& probabilities, int64_t begin, int64_t items) {
   return probabilities.numel() > 0 ? probabilities.mutable_data_ptr<T>() + begin * items : nullptr;
 }
 
-std::tuple<Tensor, Tensor> soft_embedding(const Tensor& queries, const Tensor& keys, const Tensor& values) {
+std::tuple<Tensor, Tensor, Tensor> soft_embedding_forward(const Tensor& queries,
+                                                          const Tensor& keys,
+                                                          const Tensor& values) {
   check_soft_embedding(queries, keys, values);
   return with_accumulate_type(queries, [&](auto zero) {
     using T = decltype(zero);
     const int64_t rows = queries.size(0), width = values.size(1);
     const Tensor rows_in = as<T>(queries);
     const Tensor embedding = output<T>(true, {rows, width}), logsumexp = output<T>(true, {rows});
+    const Tensor remainder = output<T>(true, {rows});
     const Table<T> key_table(keys), value_table(values);
     for_row_blocks<T>(rows, width, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), key_table, value_table, keys.size(0),
-                 rows_of(embedding, begin, count), rows_of(logsumexp, begin, count), nullptr);
+                 rows_of(embedding, begin, count), rows_of(logsumexp, begin, count),
+                 rows_of(remainder, begin, count), nullptr);
     });
-    return std::make_tuple(embedding.to(queries.scalar_type()), logsumexp);
+    return std::make_tuple(embedding.to(queries.scalar_type()), logsumexp, remainder);
   });
 }
 
@@ -684,6 +725,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_backward(const OptionalTensor&
                                                            const Tensor& values,
                                                            const Tensor& embedding,
                                                            const Tensor& logsumexp,
+                                                           const Tensor& remainder,
                                                            std::array<bool, 3> needed) {
   check_soft_embedding(queries, keys, values);
   return with_accumulate_type(queries, [&](auto zero) {
@@ -699,7 +741,8 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_backward(const OptionalTensor&
     for_row_blocks<T>(rows, rank, [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), key_table, value_table, items,
                           rows_of(grad_x, begin, count), rows_of(grad_l, begin, count),
-                          rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count), nullptr);
+                          rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count),
+                          rows_of(remainder, begin, count), nullptr);
       backward(block, rows_of(grad_queries, begin, count), grad_keys, grad_values, begin > 0);
     });
     if (needed[2] && !grad_x.defined()) grad_values = at::zeros({items, width}, options_of<T>());
@@ -722,6 +765,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
     const Tensor& values,
     const Tensor& embedding,
     const Tensor& logsumexp,
+    const Tensor& remainder,
     std::array<bool, 5> needed) {
   check_soft_embedding(queries, keys, values);
   return with_accumulate_type(queries, [&](auto zero) {
@@ -743,7 +787,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
     for_row_blocks<T>(rows, rank + width, [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), key_table, value_table, items,
                           rows_of(grad_x, begin, count), rows_of(grad_l, begin, count),
-                          rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count), nullptr);
+                          rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count),
+                          rows_of(remainder, begin, count), nullptr);
       const Cotangents<T> cotangents(block, rows_of(grad_grad_q, begin, count), grad_grad_k, grad_grad_v);
       const Scratch<T> means = row_means(cotangents);
       if (out_grad_l.defined()) std::copy_n(means.data(), count, out_grad_l.mutable_data_ptr<T>() + begin);
@@ -759,22 +804,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
 }
 
 // With `save`, also softmax(hidden items^T) items and, while it is small, softmax(hidden items^T) in panels.
-std::tuple<Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& hidden,
-                                                          const Tensor& items,
-                                                          bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& hidden,
+                                                                  const Tensor& items,
+                                                                  bool save) {
   check_soft_embedding(hidden, items, items);
   return with_accumulate_type(hidden, [&](auto zero) {
     using T = decltype(zero);
     const int64_t rows = hidden.size(0), num_items = items.size(0), width = items.size(1);
     const Tensor rows_in = as<T>(hidden);
-    const Tensor logsumexp = output<T>(true, {rows}), mean = output<T>(save, {rows, width});
+    const Tensor logsumexp = output<T>(true, {rows}), remainder = output<T>(true, {rows});
+    const Tensor mean = output<T>(save, {rows, width});
     const Tensor probabilities = output<T>(true, {save ? kept_size<T>(rows, num_items) : 0});
     const Table<T> table(items);
     for_row_blocks<T>(rows, width, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), table, Table<T>(), num_items, rows_of(mean, begin, count),
-                 rows_of(logsumexp, begin, count), kept_from<T>(probabilities, begin, num_items));
+                 rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
+                 kept_from<T>(probabilities, begin, num_items));
     });
-    return std::make_tuple(logsumexp, result(mean, logsumexp), probabilities);
+    return std::make_tuple(logsumexp, remainder, result(mean, logsumexp), probabilities);
   });
 }
 
@@ -782,6 +829,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
                                                    const Tensor& hidden,
                                                    const Tensor& items,
                                                    const Tensor& logsumexp,
+                                                   const Tensor& remainder,
                                                    const Tensor& mean,
                                                    const Tensor& probabilities,
                                                    std::array<bool, 2> needed) {
@@ -798,7 +846,8 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
       for_row_blocks<T>(rows, width, [&](int64_t begin, int64_t count) {
         const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                             rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
-                            rows_of(logsumexp, begin, count), kept_from<T>(probabilities, begin, num_items));
+                            rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
+                            kept_from<T>(probabilities, begin, num_items));
         backward(block, Tensor(), grad_items, Tensor(), begin > 0);
       });
       if (rows == 0) grad_items.zero_();
@@ -814,6 +863,7 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
                                                                   const Tensor& hidden,
                                                                   const Tensor& items,
                                                                   const Tensor& logsumexp,
+                                                                  const Tensor& remainder,
                                                                   const Tensor& mean,
                                                                   const Tensor& probabilities,
                                                                   std::array<bool, 3> needed) {
@@ -828,7 +878,8 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
     for_row_blocks<T>(rows, 2 * width, [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                           rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
-                          rows_of(logsumexp, begin, count), kept_from<T>(probabilities, begin, num_items));
+                          rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
+                          kept_from<T>(probabilities, begin, num_items));
       const Cotangents<T> cotangents(block, rows_of(grad_grad_h, begin, count), grad_grad_table, Table<T>());
       Scratch<T> means;
       if (grad_grad_table.present()) {
@@ -836,8 +887,8 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
       } else {
         // The mean of u = grad_grad_hidden . item is known: one pass suffices.
         const int64_t padded = block.panels() * kPanel<T>;
-        means = Scratch<T>(3 * padded);
-        std::fill_n(means.data(), 3 * padded, T(0));
+        means = Scratch<T>(2 * padded);
+        std::fill_n(means.data(), 2 * padded, T(0));
         if (grad_grad_h.defined()) {
           const Tensor products =
               at::sum(rows_of(grad_grad_h, begin, count) * rows_of(mean, begin, count), {1});
@@ -859,7 +910,7 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
 }  // namespace
 
 TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("soft_embedding", soft_embedding);
+  m.impl("soft_embedding_forward", soft_embedding_forward);
   m.impl("soft_embedding_backward", soft_embedding_backward);
   m.impl("soft_embedding_double_backward", soft_embedding_double_backward);
   m.impl("item_logsumexp_forward", item_logsumexp_forward);

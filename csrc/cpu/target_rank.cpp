@@ -73,6 +73,7 @@ void full_ranks(const Tensor& hidden,
   constexpr int64_t P = kPanel<T>;
   const Tile<T>& t = tile<T>();
   const int64_t rows = hidden.size(0), depth = hidden.size(1), panels = ceil_div(rows, P);
+  if (rows == 0) return;
   const int64_t ranges = ceil_div(panels, kPanelsPerTask);
   const Chunks chunks{num_items,
                       std::clamp<int64_t>(ceil_div(kTasks, ranges), 1, ceil_div(num_items, kSmallestChunk))};
@@ -178,14 +179,9 @@ Tensor target_rank(const Tensor& hidden,
                    const std::optional<Tensor>& excluded_items,
                    bool exclude_padding) {
   check_ranking(hidden, item_embeddings, target);
-  TORCH_CHECK_VALUE(excluded_offsets.has_value() == excluded_items.has_value(),
-                    "excluded items need their offsets");
+  check_excluded(hidden, excluded_offsets, excluded_items);
   Tensor offsets, items;
   if (excluded_offsets.has_value()) {
-    TORCH_CHECK_VALUE(excluded_offsets->scalar_type() == at::kLong &&
-                          excluded_items->scalar_type() == at::kLong && excluded_offsets->dim() == 1 &&
-                          excluded_items->dim() == 1 && excluded_offsets->size(0) == hidden.size(0) + 1,
-                      "expected int64 offsets (rows + 1,) and items (nnz,) of what is excluded");
     offsets = excluded_offsets->contiguous();
     items = excluded_items->contiguous();
   }
@@ -206,9 +202,7 @@ Tensor candidate_rank(const Tensor& hidden,
                       const Tensor& target,
                       const Tensor& candidates) {
   check_ranking(hidden, item_embeddings, target);
-  TORCH_CHECK_VALUE(
-      candidates.dim() == 2 && candidates.size(0) == hidden.size(0) && candidates.scalar_type() == at::kLong,
-      "expected int64 candidates (rows, k), got ", candidates.sizes(), " of ", candidates.scalar_type());
+  check_candidates(hidden, candidates);
   const Tensor targets = target.contiguous(), ids = candidates.contiguous();
   const Tensor ranks = at::empty(target.sizes(), target.options());
   check_ids(targets.const_data_ptr<int64_t>(), targets.numel(), item_embeddings.size(0), "target");

@@ -25,7 +25,21 @@ template <typename T>
 struct SecondOrderRows {
   const T* shift;   // grad_logsumexp - D
   const T* u_mean;  // row mean of u
-  const T* offset;  // m - D u_mean + s_mean
+  const T* offset;  // sum p (w - D) (u - u_mean) + s_mean
+};
+
+// Lane vectors that row means come from. Sums of u are relative to its value at the most probable item so
+// far: where one item has nearly all of the probability, the differences that the second order is made of are
+// then exact.
+template <typename T>
+struct RowSums {
+  T* peak;        // largest p
+  T* centre;      // u there
+  T* mass;        // sum p
+  T* u;           // sum p (u - centre)
+  T* w;           // sum p (w - D)
+  T* covariance;  // sum p (w - D) (u - centre)
+  T* s;           // sum p s
 };
 
 // Every pointer to lanes is aligned to 64 bytes; "items" counts the rows of a tile.
@@ -52,8 +66,8 @@ struct Tile {
   // the weighted sum are rescaled to it, and the tile is added to sum.
   void (*online_softmax)(T* scores, int64_t items, T* maximum, T* sum, T* weighted, int64_t width);
 
-  // scores become exp(scores - logsumexp).
-  void (*probabilities)(T* scores, int64_t items, const T* logsumexp);
+  // scores become exp(scores - logsumexp - remainder); remainder may be null, for zero.
+  void (*probabilities)(T* scores, int64_t items, const T* logsumexp, const T* remainder);
 
   // p *= factor, with zero where the factor is zero, whatever p holds.
   void (*scale)(T* p, int64_t items, const T* factor);
@@ -61,9 +75,14 @@ struct Tile {
   // grad_scores = p (w + shift); w may be null, for zero.
   void (*grad_scores)(const T* p, const T* w, int64_t items, const T* shift, T* grad_scores);
 
-  // u_mean += sum p u, wu_mean += sum p w u, s_mean += sum p s. w and s may be null, for zero.
-  void (*row_means)(
-      const T* p, const T* w, const T* u, const T* s, int64_t items, T* u_mean, T* wu_mean, T* s_mean);
+  // Adds a tile to the sums that the row means come from. w and s may be null, for zero.
+  void (*row_means)(const T* p,
+                    const T* w,
+                    const T* u,
+                    const T* s,
+                    int64_t items,
+                    const T* inner,  // D
+                    const RowSums<T>& sums);
 
   // b = p [(w + shift)(u - u_mean) - offset + s], grad_scores = p (w + shift), centred = p (u - u_mean).
   // w and s may be null, for zero; each output may be null, or be w, u or s itself.

@@ -280,12 +280,14 @@ struct alignas(64) Lanes {
 };
 
 template <typename T>
-void probabilities(T* scores, int64_t items, const T* logsumexp) {
+void probabilities(T* scores, int64_t items, const T* logsumexp, const T* remainder) {
   constexpr int64_t P = kPanel<T>;
-  const Lanes<T> shift(logsumexp);
+  const Lanes<T> high(logsumexp);
+  Lanes<T> low;
+  for (int64_t lane = 0; lane < P; ++lane) low[lane] = remainder != nullptr ? remainder[lane] : T(0);
   for (int64_t item = 0; item < items; ++item) {
     T* s = scores + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) s[lane] = exponential(s[lane] - shift[lane]);
+    for (int64_t lane = 0; lane < P; ++lane) s[lane] = exponential(s[lane] - high[lane] - low[lane]);
   }
 }
 
@@ -314,33 +316,58 @@ void grad_scores(const T* p, const T* w, int64_t items, const T* shift_of_rows, 
 }
 
 template <typename T, bool kW, bool kS>
-void row_means_of(
-    const T* p, const T* w, const T* u, const T* s, int64_t items, T* u_mean, T* wu_mean, T* s_mean) {
+void row_means_of(const T* p,
+                  const T* w,
+                  const T* u,
+                  const T* s,
+                  int64_t items,
+                  const T* inner_of_rows,
+                  const RowSums<T>& sums) {
   constexpr int64_t P = kPanel<T>;
-  alignas(64) T sum_u[P] = {}, sum_wu[P] = {}, sum_s[P] = {};
+  const Lanes<T> inner(inner_of_rows);
+  Lanes<T> peak(sums.peak), centre(sums.centre);
   for (int64_t item = 0; item < items; ++item) {
     const int64_t at = item * P;
     for (int64_t lane = 0; lane < P; ++lane) {
-      const T pu = p[at + lane] * u[at + lane];
-      sum_u[lane] += pu;
-      if constexpr (kW) sum_wu[lane] += pu * w[at + lane];
-      if constexpr (kS) sum_s[lane] += p[at + lane] * s[at + lane];
+      const bool higher = p[at + lane] > peak[lane];
+      centre[lane] = higher ? u[at + lane] : centre[lane];
+      peak[lane] = higher ? p[at + lane] : peak[lane];
+    }
+  }
+  alignas(64) T mass[P] = {}, sum_u[P] = {}, sum_w[P] = {}, covariance[P] = {}, sum_s[P] = {};
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t at = item * P;
+    for (int64_t lane = 0; lane < P; ++lane) {
+      const T weight = p[at + lane], from_centre = u[at + lane] - centre[lane];
+      mass[lane] += weight;
+      sum_u[lane] += weight * from_centre;
+      if constexpr (kW) {
+        const T pw = weight * (w[at + lane] - inner[lane]);
+        sum_w[lane] += pw;
+        covariance[lane] += pw * from_centre;
+      }
+      if constexpr (kS) sum_s[lane] += weight * s[at + lane];
     }
   }
   for (int64_t lane = 0; lane < P; ++lane) {
-    u_mean[lane] += sum_u[lane];
-    wu_mean[lane] += sum_wu[lane];
-    s_mean[lane] += sum_s[lane];
+    const T moved = sums.centre[lane] - centre[lane];
+    sums.u[lane] += moved * sums.mass[lane] + sum_u[lane];
+    sums.covariance[lane] += moved * sums.w[lane] + covariance[lane];
+    sums.mass[lane] += mass[lane];
+    sums.w[lane] += sum_w[lane];
+    sums.s[lane] += sum_s[lane];
+    sums.peak[lane] = peak[lane];
+    sums.centre[lane] = centre[lane];
   }
 }
 
 template <typename T>
 void row_means(
-    const T* p, const T* w, const T* u, const T* s, int64_t items, T* u_mean, T* wu_mean, T* s_mean) {
+    const T* p, const T* w, const T* u, const T* s, int64_t items, const T* inner, const RowSums<T>& sums) {
   const auto run = w == nullptr
                        ? (s == nullptr ? row_means_of<T, false, false> : row_means_of<T, false, true>)
                        : (s == nullptr ? row_means_of<T, true, false> : row_means_of<T, true, true>);
-  run(p, w, u, s, items, u_mean, wu_mean, s_mean);
+  run(p, w, u, s, items, inner, sums);
 }
 
 template <typename T, bool kW, bool kS>

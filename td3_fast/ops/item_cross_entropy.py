@@ -69,7 +69,7 @@ def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
 
 
 @register_fake("td3_fast::item_logsumexp_forward")
-def _(hidden: Tensor, items: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, items: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     (rows, d), n = hidden.shape, items.shape[0]
     kept = 0
@@ -77,8 +77,9 @@ def _(hidden: Tensor, items: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor
         panel = _PANEL_BYTES // accumulate.itemsize
         padded = (rows + panel - 1) // panel * panel
         kept = padded * n if padded * n * accumulate.itemsize <= _KEPT_BYTES else 0
-    mean = hidden.new_empty((rows, d) if save else (0,), dtype=accumulate)
-    return hidden.new_empty((rows,), dtype=accumulate), mean, hidden.new_empty((kept,), dtype=accumulate)
+    logsumexp = hidden.new_empty((rows,), dtype=accumulate)
+    mean = logsumexp.new_empty((rows, d) if save else (0,))
+    return logsumexp, torch.empty_like(logsumexp), mean, logsumexp.new_empty((kept,))
 
 
 @register_fake("td3_fast::item_logsumexp_backward")
@@ -87,6 +88,7 @@ def _(
     hidden: Tensor,
     items: Tensor,
     logsumexp: Tensor,
+    remainder: Tensor,
     mean: Tensor,
     probabilities: Tensor,
     needed: list[bool],
@@ -102,6 +104,7 @@ def _(
     hidden: Tensor,
     items: Tensor,
     logsumexp: Tensor,
+    remainder: Tensor,
     mean: Tensor,
     probabilities: Tensor,
     needed: list[bool],

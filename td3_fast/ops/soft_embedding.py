@@ -59,11 +59,11 @@ def reference(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
     return embedding.to(queries.dtype), scores.logsumexp(-1)
 
 
-@register_fake("td3_fast::soft_embedding")
-def _(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+@register_fake("td3_fast::soft_embedding_forward")
+def _(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, d = queries.shape[0], values.shape[1]
-    accumulate = torch.promote_types(queries.dtype, torch.float32)
-    return queries.new_empty((rows, d)), queries.new_empty((rows,), dtype=accumulate)
+    logsumexp = queries.new_empty((rows,), dtype=torch.promote_types(queries.dtype, torch.float32))
+    return queries.new_empty((rows, d)), logsumexp, torch.empty_like(logsumexp)
 
 
 @register_fake("td3_fast::soft_embedding_backward")
@@ -75,6 +75,7 @@ def _(
     values: Tensor,
     embedding: Tensor,
     logsumexp: Tensor,
+    remainder: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
     return gradients_like((queries, keys, values), needed)
@@ -92,6 +93,7 @@ def _(
     values: Tensor,
     embedding: Tensor,
     logsumexp: Tensor,
+    remainder: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
     return gradients_like((queries, keys, values, embedding, logsumexp), needed)
@@ -103,5 +105,5 @@ def gradients_like(inputs: tuple[Tensor, ...], needed: list[bool]) -> tuple[Tens
 
 
 # The derivatives are autograd nodes in csrc/autograd.cpp; in Python each would cost the inner loop about as
-# much as its kernel. They make soft_embedding and soft_embedding_backward differentiable; what would
+# much as its kernel. They make soft_embedding_forward and soft_embedding_backward differentiable; what would
 # be the third order raises. README.md derives the formulas.

@@ -41,6 +41,12 @@ def test_rate_outside_the_unit_interval_is_refused(rate: float) -> None:
 
 
 def test_derived_seeds_differ_by_path_and_fit_a_generator() -> None:
-    seeds = {derive_seed(0), derive_seed(1), derive_seed(0, "a"), derive_seed(0, "a", 1), derive_seed(0, "b", 1)}
+    seeds = {
+        derive_seed(0),
+        derive_seed(1),
+        derive_seed(0, "a"),
+        derive_seed(0, "a", 1),
+        derive_seed(0, "b", 1),
+    }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,348 @@
+// Soft embedding and item logsumexp on CUDA; formulas and symbols: ops/README.md.
+//
+// A warp owns one row and walks over items 32 at a time (forward, row means, sums over items), or owns one
+// item and walks over rows 32 at a time (sums over rows): lanes make the coefficients of 32 pairs, and then
+// take columns of the sums, kept in shared memory. Items are split over blocks; the splits are merged in
+// order by the caller. No atomics: same input, same bits. Sums are in the accumulate type. Simple, not fast:
+// tables are read through cache.
+
+#include "elements.cuh"
+
+namespace td3_fast::cuda {
+namespace {
+
+template <typename T>
+__device__ T minus_infinity() {
+  return -static_cast<T>(INFINITY);
+}
+
+template <typename T>
+__device__ T warp_sum(T value) {
+  for (int half = kWarp / 2; half > 0; half /= 2) value += __shfl_xor_sync(kAllLanes, value, half);
+  return value;
+}
+
+template <typename T>
+__device__ T warp_max(T value) {
+  for (int half = kWarp / 2; half > 0; half /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, value, half);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+template <typename T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+__device__ Range split_of(const SoftEmbedding& problem) {
+  const int64_t split = blockIdx.y, size = (problem.items + problem.splits - 1) / problem.splits;
+  const int64_t begin = split * size, end = begin + size;
+  return {begin < problem.items ? begin : problem.items, end < problem.items ? end : problem.items};
+}
+
+template <typename T, typename Stored>
+__global__ void __launch_bounds__(kWarp* kWarps) forward_kernel(SoftEmbedding problem) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp, width = problem.width;
+  if (row >= problem.rows) return;
+  T* p = shared_memory<T>() + warp * (kWarp + width);
+  T* sum = p + kWarp;
+  for (int64_t column = lane; column < width; column += kWarp) sum[column] = 0;
+  const T* query = static_cast<const T*>(problem.queries) + row * problem.rank;
+  const Stored* keys = static_cast<const Stored*>(problem.keys);
+  const Stored* values = static_cast<const Stored*>(problem.values);
+  T maximum = minus_infinity<T>(), total = 0;
+  const Range range = split_of(problem);
+  for (int64_t begin = range.begin; begin < range.end; begin += kWarp) {
+    const int64_t item = begin + lane;
+    const bool inside = item < range.end;
+    const T score =
+        inside ? inner_product(query, keys + item * problem.rank, problem.rank) : minus_infinity<T>();
+    const T tile_maximum = warp_max(score);
+    const T peak = tile_maximum > maximum ? tile_maximum : maximum;
+    const T factor = exp(maximum - peak);
+    const T weight = inside ? exp(score - peak) : T(0);
+    total = total * factor + warp_sum(weight);
+    maximum = peak;
+    p[lane] = weight;
+    __syncwarp();
+    const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
+    for (int64_t column = lane; column < width; column += kWarp) {
+      T added = 0;
+      for (int i = 0; i < count; ++i) added += p[i] * load<T>(values + (begin + i) * width + column);
+      sum[column] = sum[column] * factor + added;
+    }
+    __syncwarp();
+  }
+  const int64_t at = int64_t{blockIdx.y} * problem.rows + row;
+  if (lane == 0) {
+    static_cast<T*>(problem.maxima)[at] = maximum;
+    static_cast<T*>(problem.sums)[at] = total;
+  }
+  for (int64_t column = lane; column < width; column += kWarp) {
+    static_cast<T*>(problem.weighted)[at * width + column] = sum[column];
+  }
+}
+
+template <typename T>
+struct Pair {
+  T p, w, u, s;  // w is w - D
+};
+
+// p, w - D, u and s of one row and one item.
+template <typename T, typename Stored, bool kSecondOrder>
+__device__ Pair<T> pair_of(const SoftEmbedding& problem, int64_t row, int64_t item) {
+  const int64_t rank = problem.rank, width = problem.width;
+  const T* query = static_cast<const T*>(problem.queries) + row * rank;
+  const T* grad = static_cast<const T*>(problem.grad_embedding);
+  const Stored* key = static_cast<const Stored*>(problem.keys) + item * rank;
+  const auto statistic = [row](const void* of) { return static_cast<const T*>(of)[row]; };
+  Pair<T> pair{};
+  pair.p = exp(inner_product(query, key, rank) - statistic(problem.logsumexp) - statistic(problem.remainder));
+  if (grad != nullptr) {
+    const Stored* value = static_cast<const Stored*>(problem.values) + item * width;
+    pair.w = inner_product(grad + row * width, value, width) - statistic(problem.inner);
+  }
+  if constexpr (kSecondOrder) {
+    if (problem.grad_grad_queries != nullptr) {
+      pair.u = inner_product(static_cast<const T*>(problem.grad_grad_queries) + row * rank, key, rank);
+    }
+    if (problem.grad_grad_keys != nullptr) {
+      pair.u += inner_product(query, static_cast<const Stored*>(problem.grad_grad_keys) + item * rank, rank);
+    }
+    if (problem.grad_grad_values != nullptr) {
+      pair.s = inner_product(grad + row * width,
+                             static_cast<const Stored*>(problem.grad_grad_values) + item * width, width);
+    }
+  }
+  return pair;
+}
+
+template <typename T>
+struct Coefficients {
+  T p, grad, b, centred;
+};
+
+template <typename T, typename Stored, bool kSecondOrder>
+__device__ Coefficients<T> coefficients_of(const SoftEmbedding& problem, int64_t row, int64_t item) {
+  const Pair<T> pair = pair_of<T, Stored, kSecondOrder>(problem, row, item);
+  const auto statistic = [row](const void* of) { return static_cast<const T*>(of)[row]; };
+  // shift + D is the upstream gradient of the logsumexp, which goes with w - D.
+  const T weight = pair.w + (statistic(problem.shift) + statistic(problem.inner));
+  Coefficients<T> result{pair.p, pair.p * weight, 0, 0};
+  if constexpr (kSecondOrder) {
+    const T centred = pair.u - statistic(problem.u_mean);
+    result.b = pair.p * (weight * centred - statistic(problem.offset) + pair.s);
+    result.centred = pair.p * centred;
+  }
+  return result;
+}
+
+// The largest p of a row's split and u there, the centre; then sum p, sum p (u - centre), sum p (w - D),
+// sum p (w - D)(u - centre) and sum p s. About the most probable item the differences of the second order are
+// exact.
+template <typename T, typename Stored>
+__global__ void __launch_bounds__(kWarp* kWarps) row_means_kernel(SoftEmbedding problem) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp;
+  if (row >= problem.rows) return;
+  const Range range = split_of(problem);
+  T peak = 0, centre = 0;
+  for (int64_t item = range.begin + lane; item < range.end; item += kWarp) {
+    const Pair<T> pair = pair_of<T, Stored, true>(problem, row, item);
+    if (pair.p > peak) {
+      peak = pair.p;
+      centre = pair.u;
+    }
+  }
+  const T row_peak = warp_max(peak);
+  const unsigned holders = __ballot_sync(kAllLanes, peak == row_peak);
+  centre = __shfl_sync(kAllLanes, centre, holders != 0 ? __ffs(holders) - 1 : 0);
+  T sums[5] = {0, 0, 0, 0, 0};
+  for (int64_t item = range.begin + lane; item < range.end; item += kWarp) {
+    const Pair<T> pair = pair_of<T, Stored, true>(problem, row, item);
+    const T from_centre = pair.u - centre;
+    sums[0] += pair.p;
+    sums[1] += pair.p * from_centre;
+    sums[2] += pair.p * pair.w;
+    sums[3] += pair.p * pair.w * from_centre;
+    sums[4] += pair.p * pair.s;
+  }
+  T* means = static_cast<T*>(problem.means) + (int64_t{blockIdx.y} * problem.rows + row) * 7;
+  for (int i = 0; i < 5; ++i) sums[i] = warp_sum(sums[i]);
+  if (lane != 0) return;
+  means[0] = row_peak;
+  means[1] = centre;
+  for (int i = 0; i < 5; ++i) means[2 + i] = sums[i];
+}
+
+// Towards queries: sum_item grad key, or sum_item (b key + grad grad_grad_key).
+// Towards grad_embedding: sum_item (centred value + p grad_grad_value).
+template <typename T, typename Stored, bool kSecondOrder>
+__global__ void __launch_bounds__(kWarp* kWarps) sum_over_items_kernel(SoftEmbedding problem) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp, rank = problem.rank, width = problem.width;
+  if (row >= problem.rows) return;
+  auto* pairs = reinterpret_cast<Coefficients<T>*>(shared_memory<T>()) + warp * kWarp;
+  T* sums = shared_memory<T>() + kWarps * kWarp * 4 + warp * (rank + width);
+  for (int64_t column = lane; column < rank + width; column += kWarp) sums[column] = 0;
+  const Stored* keys = static_cast<const Stored*>(problem.keys);
+  const Stored* values = static_cast<const Stored*>(problem.values);
+  const Stored* grad_grad_keys = static_cast<const Stored*>(problem.grad_grad_keys);
+  const Stored* grad_grad_values = static_cast<const Stored*>(problem.grad_grad_values);
+  const Range range = split_of(problem);
+  for (int64_t begin = range.begin; begin < range.end; begin += kWarp) {
+    const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
+    if (lane < count) pairs[lane] = coefficients_of<T, Stored, kSecondOrder>(problem, row, begin + lane);
+    __syncwarp();
+    for (int64_t column = lane; problem.row_sums != nullptr && column < rank; column += kWarp) {
+      T added = 0;
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (begin + i) * rank + column;
+        added += (kSecondOrder ? pairs[i].b : pairs[i].grad) * load<T>(keys + at);
+        if (kSecondOrder && grad_grad_keys != nullptr) added += pairs[i].grad * load<T>(grad_grad_keys + at);
+      }
+      sums[column] += added;
+    }
+    for (int64_t column = lane; problem.grad_sums != nullptr && column < width; column += kWarp) {
+      T added = 0;
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (begin + i) * width + column;
+        added += pairs[i].centred * load<T>(values + at);
+        if (grad_grad_values != nullptr) added += pairs[i].p * load<T>(grad_grad_values + at);
+      }
+      sums[rank + column] += added;
+    }
+    __syncwarp();
+  }
+  const int64_t at = int64_t{blockIdx.y} * problem.rows + row;
+  for (int64_t column = lane; problem.row_sums != nullptr && column < rank; column += kWarp) {
+    static_cast<T*>(problem.row_sums)[at * rank + column] = sums[column];
+  }
+  for (int64_t column = lane; problem.grad_sums != nullptr && column < width; column += kWarp) {
+    static_cast<T*>(problem.grad_sums)[at * width + column] = sums[rank + column];
+  }
+}
+
+// Towards keys: sum_row grad query, or sum_row (b query + grad grad_grad_query).
+// Towards values: sum_row p grad_embedding, or sum_row centred grad_embedding.
+template <typename T, typename Stored, bool kSecondOrder>
+__global__ void __launch_bounds__(kWarp* kWarps) sum_over_rows_kernel(SoftEmbedding problem) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t item = int64_t{blockIdx.x} * kWarps + warp, rank = problem.rank, width = problem.width;
+  if (item >= problem.items) return;
+  auto* pairs = reinterpret_cast<Coefficients<T>*>(shared_memory<T>()) + warp * kWarp;
+  T* sums = shared_memory<T>() + kWarps * kWarp * 4 + warp * (rank + width);
+  for (int64_t column = lane; column < rank + width; column += kWarp) sums[column] = 0;
+  const T* queries = static_cast<const T*>(problem.queries);
+  const T* grad_grad_queries = static_cast<const T*>(problem.grad_grad_queries);
+  const T* grad_embedding = static_cast<const T*>(problem.grad_embedding);
+  for (int64_t begin = 0; begin < problem.rows; begin += kWarp) {
+    const int count = static_cast<int>(problem.rows - begin < kWarp ? problem.rows - begin : kWarp);
+    if (lane < count) pairs[lane] = coefficients_of<T, Stored, kSecondOrder>(problem, begin + lane, item);
+    __syncwarp();
+    for (int64_t column = lane; problem.grad_keys != nullptr && column < rank; column += kWarp) {
+      T added = 0;
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (begin + i) * rank + column;
+        added += (kSecondOrder ? pairs[i].b : pairs[i].grad) * queries[at];
+        if (kSecondOrder && grad_grad_queries != nullptr) added += pairs[i].grad * grad_grad_queries[at];
+      }
+      sums[column] += added;
+    }
+    for (int64_t column = lane; problem.grad_values != nullptr && column < width; column += kWarp) {
+      T added = 0;
+      for (int i = 0; i < count; ++i) {
+        added +=
+            (kSecondOrder ? pairs[i].centred : pairs[i].p) * grad_embedding[(begin + i) * width + column];
+      }
+      sums[rank + column] += added;
+    }
+    __syncwarp();
+  }
+  for (int64_t column = lane; problem.grad_keys != nullptr && column < rank; column += kWarp) {
+    static_cast<T*>(problem.grad_keys)[item * rank + column] = sums[column];
+  }
+  for (int64_t column = lane; problem.grad_values != nullptr && column < width; column += kWarp) {
+    static_cast<T*>(problem.grad_values)[item * width + column] = sums[rank + column];
+  }
+}
+
+// Launches with enough shared memory for `elements` of T; wide rows need more than a kernel gets unasked.
+template <typename T, typename Kernel>
+const char* launch(Kernel kernel,
+                   const SoftEmbedding& problem,
+                   int64_t owners,
+                   int64_t splits,
+                   int64_t elements,
+                   void* stream) {
+  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
+  if (bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return "rank and d are too large for the shared memory of a block";
+    }
+  }
+  const dim3 grid(static_cast<unsigned>((owners + kWarps - 1) / kWarps), static_cast<unsigned>(splits));
+  kernel<<<grid, kWarp * kWarps, bytes, static_cast<cudaStream_t>(stream)>>>(problem);
+  return launch_error();
+}
+
+}  // namespace
+
+const char* forward(const SoftEmbedding& problem, void* stream) {
+  const char* error = nullptr;
+  with_element(problem.table, [&](auto zero, auto stored) {
+    using T = decltype(zero);
+    error = launch<T>(forward_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits,
+                      kWarps * (kWarp + problem.width), stream);
+  });
+  return error;
+}
+
+const char* row_means(const SoftEmbedding& problem, void* stream) {
+  const char* error = nullptr;
+  with_element(problem.table, [&](auto zero, auto stored) {
+    using T = decltype(zero);
+    error =
+        launch<T>(row_means_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits, 0, stream);
+  });
+  return error;
+}
+
+const char* sum_over_items(const SoftEmbedding& problem, bool second_order, void* stream) {
+  const char* error = nullptr;
+  with_element(problem.table, [&](auto zero, auto stored) {
+    using T = decltype(zero);
+    using Stored = decltype(stored);
+    const auto kernel =
+        second_order ? sum_over_items_kernel<T, Stored, true> : sum_over_items_kernel<T, Stored, false>;
+    error = launch<T>(kernel, problem, problem.rows, problem.splits,
+                      kWarps * (4 * kWarp + problem.rank + problem.width), stream);
+  });
+  return error;
+}
+
+const char* sum_over_rows(const SoftEmbedding& problem, bool second_order, void* stream) {
+  const char* error = nullptr;
+  with_element(problem.table, [&](auto zero, auto stored) {
+    using T = decltype(zero);
+    using Stored = decltype(stored);
+    const auto kernel =
+        second_order ? sum_over_rows_kernel<T, Stored, true> : sum_over_rows_kernel<T, Stored, false>;
+    error = launch<T>(kernel, problem, problem.items, 1, kWarps * (4 * kWarp + problem.rank + problem.width),
+                      stream);
+  });
+  return error;
+}
+
+}  // namespace td3_fast::cuda

@@ -1,0 +1,74 @@
+"""What the tests of the ops share: an error budget, subsets of inputs, and peak memory."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+STATUS = Path("/proc/self/status")
+RESET_PEAK = Path("/proc/self/clear_refs")
+
+
+def assert_within_budget(
+    actual: Tensor, reference: Tensor, truth: Tensor, *, name: str = "", scale: float = 1.0
+) -> None:
+    """Allow twice the error that the same-dtype reference has against the float64 truth, and a margin.
+
+    ``scale`` is the size of the terms that cancel in the result, in units of the result or of one.
+    """
+    assert actual.shape == truth.shape, name
+    assert actual.dtype == reference.dtype, name
+    if truth.numel() == 0:
+        return
+    error = (actual.double() - truth).abs().max()
+    allowed = 2 * (reference.double() - truth).abs().max()
+    # In float64 the reference is the truth and says nothing of the error that rounding makes.
+    ulps = 512 if actual.dtype == torch.float64 else 32
+    margin = ulps * scale * torch.finfo(actual.dtype).eps * (truth.abs().max() + 1)
+    assert error <= allowed + margin, f"{name}: error {error:.3g}, the reference has {allowed / 2:.3g}"
+
+
+def subsets(count: int) -> list[tuple[bool, ...]]:
+    """Every choice of at least one of ``count`` inputs."""
+    return [choice for choice in itertools.product([False, True], repeat=count) if any(choice)]
+
+
+def derivatives(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    upstream: list[Tensor],
+    cotangents: list[Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Outputs, first-order and second-order gradients of ``function``, by name."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    upstream = [x.to(inputs[0].dtype).detach().clone().requires_grad_() for x in upstream]
+    outputs = function(*inputs)
+    upstream = [x.detach().to(y.dtype).requires_grad_() for x, y in zip(upstream, outputs, strict=True)]
+    first = torch.autograd.grad(outputs, inputs, upstream, create_graph=True)
+    cotangents = [c.to(x.dtype) for c, x in zip(cotangents, first, strict=True)]
+    second = torch.autograd.grad(first, [*inputs, *upstream], cotangents)
+    for kind, tensors in (("output", outputs), ("gradient", first), ("second order", second)):
+        for index, tensor in enumerate(tensors):
+            yield f"{kind} {index}", tensor.detach()
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """Memory that ``run`` adds to what is held before it, at its peak."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def kilobytes(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text()).group(1))
+
+    RESET_PEAK.write_text("5")
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024

@@ -1,0 +1,167 @@
+import functools
+
+import pytest
+import torch
+from op_checks import RESET_PEAK, assert_within_budget, derivatives, peak_bytes, subsets
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from td3_fast import ops
+
+OPS = torch.ops.td3_fast
+
+# rows, n, d: as for soft_embedding, and one whose probabilities are too many to keep between orders.
+SHAPES = [
+    (1, 1, 1),
+    (15, 127, 33),
+    (16, 128, 16),
+    (17, 257, 7),
+    (50, 1683, 32),
+    (100, 2049, 20),
+    (130, 20000, 8),
+    (0, 12, 4),
+]
+DTYPES = {
+    "float64": (torch.float64, torch.float64),
+    "float32": (torch.float32, torch.float32),
+    "bfloat16 table": (torch.float32, torch.bfloat16),
+    "float16 table": (torch.float32, torch.float16),
+}
+
+fused = functools.partial(ops.item_cross_entropy, backend="fused")
+reference = functools.partial(ops.item_cross_entropy, backend="reference")
+
+
+def make_inputs(shape, dtypes, device):
+    rows, n, d = shape
+    hidden_dtype, table_dtype = dtypes
+    hidden, target = (torch.randn(rows, d).to(device, hidden_dtype) for _ in range(2))
+    return [hidden, torch.randn(n, d).to(device, table_dtype), target]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value_and_both_orders_match_the_reference(shape, dtypes, device):
+    inputs = make_inputs(shape, dtypes, device)
+    upstream = [torch.randn(shape[0], device=device)]
+    cotangents = [torch.randn_like(x) for x in inputs]
+    results = [
+        derivatives(lambda *given, op=op: (op(*given),), given, upstream, cotangents)
+        for op, given in ((fused, inputs), (reference, inputs), (reference, [x.double() for x in inputs]))
+    ]
+    for (name, actual), (_, same_dtype), (_, exact) in zip(*results, strict=True):
+        assert_within_budget(actual, same_dtype, exact, name=name)
+
+
+def test_an_item_as_target_gives_the_cross_entropy(device):
+    hidden, items, _ = make_inputs((20, 300, 8), DTYPES["float64"], device)
+    target = torch.randint(300, (20,), device=device)
+    inputs = [hidden.requires_grad_(), items.requires_grad_()]
+    actual, expected = fused(*inputs, target), F.cross_entropy(hidden @ items.T, target, reduction="none")
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(
+        torch.autograd.grad(actual.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_soft_embedding_as_target_gives_the_cross_entropy_to_its_distribution(device):
+    hidden, items, queries = make_inputs((6, 40, 5), DTYPES["float64"], device)
+    keys = torch.randn_like(items)
+    target, _ = ops.soft_embedding(queries, keys, items)
+    probabilities = (queries @ keys.T).softmax(-1)
+    expected = F.cross_entropy(hidden @ items.T, probabilities, reduction="none")
+    torch.testing.assert_close(fused(hidden, items, target), expected)
+
+
+@pytest.mark.parametrize("needed", subsets(3), ids=str)
+def test_gradients_of_every_subset_of_inputs_match_finite_differences(needed, device):
+    inputs = make_inputs((3, 6, 2), DTYPES["float64"], device)
+    inputs = [x.requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+    assert gradcheck(fused, inputs, check_forward_ad=True)
+    assert gradgradcheck(fused, inputs)
+
+
+@pytest.mark.parametrize("n", [9, 200_000], ids=["kept", "recomputed"])
+def test_operators_satisfy_opcheck(n, device):
+    hidden, items, _ = (x.requires_grad_() for x in make_inputs((6, n, 2), DTYPES["float64"], device))
+    saved = [x.detach() for x in OPS.item_logsumexp_forward(hidden, items, True)]
+    assert (saved[-1].numel() > 0) == (n == 9 and device.type == "cpu")
+    grad = torch.randn_like(saved[0]).requires_grad_()
+    torch.library.opcheck(OPS.item_logsumexp.default, (hidden, items))
+    torch.library.opcheck(OPS.item_logsumexp_forward.default, (hidden, items, True))
+    torch.library.opcheck(OPS.item_logsumexp_backward.default, (grad, hidden, items, *saved, [True] * 2))
+    constants = [x.detach() for x in (hidden, items, grad, hidden, items)]
+    torch.library.opcheck(OPS.item_logsumexp_double_backward.default, (*constants, *saved, [True] * 3))
+
+
+def test_third_order_raises(device):
+    hidden, items, target = make_inputs((3, 6, 2), DTYPES["float64"], device)
+    hidden.requires_grad_()
+    (first,) = torch.autograd.grad(fused(hidden, items, target).sum(), hidden, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no third"):
+        torch.autograd.grad(second.sum(), hidden)
+
+
+def test_transforms_of_torch_func_match_the_reference(device):
+    hidden, items, target = make_inputs((4, 9, 5), DTYPES["float64"], device)
+    tangent = torch.randn_like(hidden)
+    for transform in (
+        lambda f: torch.func.grad(f)(hidden),
+        lambda f: torch.func.jvp(f, (hidden,), (tangent,))[1],
+        lambda f: torch.func.vjp(torch.func.grad(f), hidden)[1](tangent)[0],
+    ):
+        results = [
+            transform(lambda h, op=op: op(h, items, target).square().sum()) for op in (fused, reference)
+        ]
+        torch.testing.assert_close(*results)
+
+
+def test_same_bits_from_run_to_run_and_for_any_number_of_threads(device):
+    inputs = make_inputs((70, 1000, 16), DTYPES["float32"], device)
+    cotangents = [torch.randn_like(x) for x in inputs]
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (1, 1, 2):
+        torch.set_num_threads(count)
+        upstream = [torch.ones(70, device=device)]
+        runs.append(
+            [x for _, x in derivatives(lambda *given: (fused(*given),), inputs, upstream, cotangents)]
+        )
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("order", ["forward", "backward", "double backward"])
+def test_peak_memory_stays_below_one_tensor_of_rows_by_items(order, device):
+    rows, n, d = 1024, 65536, 8
+    inputs = [
+        x.requires_grad_(order != "forward") for x in make_inputs((rows, n, d), DTYPES["float32"], device)
+    ]
+
+    def run():
+        loss = fused(*inputs).sum()
+        if order == "forward":
+            return
+        create_graph = order == "double backward"
+        first = torch.autograd.grad(loss, inputs, create_graph=create_graph)
+        if create_graph:
+            torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    assert peak_bytes(device, run) < rows * n * 4 // 4
+
+
+def test_targets_that_do_not_fit_are_refused(device):
+    hidden, items, target = make_inputs((4, 9, 5), DTYPES["float32"], device)
+    with pytest.raises(ValueError, match="expected a target of shape"):
+        fused(hidden, items, target[:3])
+    with pytest.raises(ValueError, match="expected a target of shape"):
+        fused(hidden, items, torch.zeros(3, dtype=torch.int64, device=device))
+    if device.type == "cpu":
+        with pytest.raises(IndexError):
+            fused(hidden, items, torch.full((4,), 9))
