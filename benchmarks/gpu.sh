@@ -25,9 +25,10 @@ PYTHON
 "$python" -P -m pytest tests/ops
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -P -m pytest tests/ops/test_cuda.py -k sanitized ||
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -P -m pytest tests/ops/test_soft_embedding.py \
+      -k "cuda and both_orders and float32" ||
       echo "$tool found errors, or cannot run here"
   done
 fi
 "$python" -P -m pytest benchmarks/test_soft_embedding.py benchmarks/test_item_cross_entropy.py \
-  benchmarks/test_target_rank.py --benchmark-enable --benchmark-json "$results/ops-gpu-$commit.json"
+  benchmarks/test_target_rank.py --full --benchmark-enable --benchmark-json "$results/ops-gpu-$commit.json"
