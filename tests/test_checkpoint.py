@@ -156,7 +156,7 @@ def test_other_files_are_refused(pretrained: Pretrained, split: Split, tmp_path:
     with pytest.raises(CheckpointError, match="pickle"):
         load_checkpoint(path)
     save_pretrained(path, pretrained, SETTINGS)
-    with pytest.raises(CheckpointError, match="holds 'td3_fast.Pretrained', not 'td3_fast.Checkpoint'"):
+    with pytest.raises(CheckpointError, match=r"holds 'td3_fast.Pretrained', not 'td3_fast.Checkpoint'"):
         load_checkpoint(path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
