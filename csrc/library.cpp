@@ -43,7 +43,7 @@ at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
 }  // namespace
 
 // The remainder is what the logsumexp loses to rounding: derivatives make the probabilities anew from their
-// sum, and float32 alone would be off by 1e-4 for scores of 1e4. It is not differentiable, and neither are
+// sum, and float32 alone would be off by 1e-3 for scores of 1e4. It is not differentiable, and neither are
 // the expected item row (mean) and the probabilities. A gradient that `needed` does not ask for is returned
 // as an empty tensor. The embedding and the logsumexp given to a derivative are functions of its other
 // inputs: derivatives towards queries, keys and values are total.
