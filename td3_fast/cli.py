@@ -19,15 +19,18 @@ from td3_fast.terminal import Display, Interrupted, Interrupts, console, guarded
 
 if TYPE_CHECKING:
     from td3_fast.data import Split
+    from td3_fast.distill import DistillConfig
     from td3_fast.evaluate import Row
     from td3_fast.recipes import Recipe
     from td3_fast.run import Watcher
     from td3_fast.summary import TuckerSummary
 
+DEFAULT_RECIPE = "ml-100k"
 DEMO_FOLDER = Path("runs/demo")
 DEMO_ROWS = ("summary", "full", "random", "longest", "zero-step")
 # a file of any size takes the demo some minutes: so many examples are seen in one training run at most
-DEMO_EXAMPLES = 500_000
+DEMO_EXAMPLES = 1_000_000
+DEMO_OUTER_STEPS = 200
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +78,8 @@ def _this_command(*, without: str | None = None, also: str | None = None) -> str
 SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="The folder that everything goes into.", show_default=False)]
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="A name from `td3-fast recipes`; that of DATA if left out.")
+    str | None,
+    typer.Option("--recipe", help=f"A name from `td3-fast recipes`; that of DATA, or {DEFAULT_RECIPE}."),
 ]
 Size = Annotated[
     str | None, typer.Option("--size", help="Synthetic users and positions of each, as in 50x50.")
@@ -473,9 +477,11 @@ def demo(
     say(f"  {command}")
 
 
-def _demo_config(recipe: Recipe, num_examples: int) -> Any:
-    """As many outer steps as for the built-in data, whatever the size of a file."""
-    return replace(recipe.distill, batch_size=max(recipe.distill.batch_size, -(-num_examples // 9)))
+def _demo_config(recipe: Recipe, num_examples: int) -> DistillConfig:
+    """No more outer steps than for the built-in data, whatever the size of a file."""
+    config = recipe.distill
+    smallest = -(-num_examples * config.epochs // DEMO_OUTER_STEPS)
+    return replace(config, batch_size=max(config.batch_size, smallest))
 
 
 def _set_threads(threads: int | None) -> None:
@@ -490,8 +496,7 @@ def _recipe(name: str | None, data: str, size: str | None, max_epochs: int | Non
 
     if name is None:
         name = Path(data).name.split(".")[0]
-        if name not in RECIPES:
-            raise ValueError(f"name a recipe, --recipe {' | '.join(RECIPES)}: there is none called {name!r}")
+        name = name if name in RECIPES else DEFAULT_RECIPE
     recipe = recipe_named(name)
     if size is not None:
         recipe = recipe.sized(size)
@@ -548,7 +553,7 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
     say(
         f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"
     )
-    say(f"into      {folder}")
+    say(f"into      {folder}, by the recipe {recipe.name}")
 
 
 def _print_rows(rows: list[Row]) -> None:

@@ -467,7 +467,6 @@ def test_columns_and_format_are_named(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--recipe", "nope"], "unknown recipe 'nope': expected one of magazine, epinions, ml-100k"),
-        ([], "name a recipe"),
         (["--recipe", "synthetic", "--size", "6by6"], "a size is USERSxPOSITIONS"),
         (["--recipe", "synthetic", "--window", "300"], "the window (300) cannot be longer"),
     ],
@@ -476,6 +475,17 @@ def test_settings_that_cannot_be_are_refused(
     data: Path, tmp_path: Path, options: list[str], words: str
 ) -> None:
     assert words in refusal("distill", data, *options, "--out", tmp_path)
+
+
+def test_without_a_recipe_that_of_the_name_is_taken_or_a_common_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr("td3_fast.run.Run.distill", stop)
+    assert "by the recipe synthetic" in run("distill", "synthetic", "--out", tmp_path).stdout
+    assert "by the recipe ml-100k" in run("distill", data, "--out", tmp_path).stdout
 
 
 def test_data_and_artefacts_that_cannot_be_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:
