@@ -6,6 +6,7 @@ Peak memory stands beside the time in `extra_info`, in MiB above what was in use
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,6 +49,7 @@ def distillers() -> Callable[..., Distiller]:
 def peak_memory(step: Callable[[], object]) -> float:
     """MiB of resident memory that a call adds at its peak."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed is not at hand for free
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     step()
