@@ -55,7 +55,7 @@ RECIPES = {
             # table frozen, since a short training on few synthetic users harms it more than it helps the encoder
             pretrain=PretrainConfig(fit=FitConfig(batch_size=128)),
             distill=DistillConfig(
-                users=30, positions=20, user_rank=8, position_rank=8, batch_size=256, users_per_step=15,
+                users=30, positions=20, user_rank=16, position_rank=16, batch_size=128, users_per_step=15,
                 summary_lr=0.03, learner_lr=0.005, item_embedding="frozen",
             ),
             min_item_interactions=3,
