@@ -426,7 +426,7 @@ def demo(
     seed: Seed = 0,
     format: Format = None,
     columns: Columns = None,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of torch.")] = 1,
     overwrite: Overwrite = False,
 ) -> None:
     """The whole path in some minutes, with small settings: pretrain, distil, evaluate.

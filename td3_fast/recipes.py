@@ -90,7 +90,7 @@ RECIPES = {
         Recipe(
             name="synthetic",
             learner={"max_len": 30, "hidden": 32, "inner": 64},
-            pretrain=PretrainConfig(fit=FitConfig(batch_size=1024, max_epochs=30, learning_rate=3e-3)),
+            pretrain=PretrainConfig(fit=FitConfig(batch_size=1024, max_epochs=20, learning_rate=3e-3)),
             distill=DistillConfig(
                 users=20, positions=20, user_rank=8, position_rank=8, batch_size=256, users_per_step=20,
                 summary_lr=0.1, learner_lr=0.005, epochs=3, inner_steps=60, window=20, item_embedding="frozen",
