@@ -416,7 +416,7 @@ def test_fit_needs_no_data_and_scores_on_some(finished: Path, data: Path, tmp_pa
 
 def test_info_says_what_a_summary_is(finished: Path) -> None:
     text = run("info", finished / "summary.safetensors").stdout
-    for words in ("6 users by 6 positions", "tiny", "SASRec, 6 steps", "item table trained"):
+    for words in ("6 users by 6 positions", "tiny", "SASRec, 6 steps", "item table frozen"):
         assert words in text
 
 
