@@ -135,7 +135,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line, above the bars."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """A `td3_fast.progress.Progress`."""
