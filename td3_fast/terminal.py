@@ -67,8 +67,8 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> Result:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
         try:
             return command(*arguments, **options)
         except Interrupted as stop:
@@ -79,6 +79,9 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
             if settings.tracebacks or not _is_for_users(error):
                 raise
             _fail(f"error: {error}", 1 if isinstance(error, ArithmeticError) else 2)
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
     return run
 
