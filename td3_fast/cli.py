@@ -49,8 +49,8 @@ def options(
 
 
 @contextmanager
-def _watching(how_to_go_on: str) -> Iterator[Watcher]:
-    """Progress on the terminal; an interruption ends in `how_to_go_on`."""
+def _watching(when_stopped: str) -> Iterator[Watcher]:
+    """Progress on the terminal; an interruption ends in the words `when_stopped`."""
     from td3_fast.run import Stopped, Watcher
 
     with Display(console) as display:
@@ -65,14 +65,14 @@ def _watching(how_to_go_on: str) -> Iterator[Watcher]:
             try:
                 yield watcher
             except (Stopped, KeyboardInterrupt):
-                raise Interrupted(f"stopped; what is done is kept. Go on with:\n  {how_to_go_on}") from None
+                raise Interrupted(f"stopped; {when_stopped}") from None
 
 
-def _this_command(*, without: str | None = None, also: str | None = None) -> str:
+def _go_on(*, without: str | None = None, also: str | None = None) -> str:
     words = [word for word in sys.argv[1:] if word != without]
     if also is not None and also not in words:
         words.append(also)
-    return shlex.join(["td3-fast", *words])
+    return f"what is done is kept. Go on with:\n  {shlex.join(['td3-fast', *words])}"
 
 
 SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
@@ -188,7 +188,7 @@ def distill(
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
     split = _split(data, format=format, columns=columns, **filters)
     _plan(split, chosen, out)
-    with _watching(_this_command(without="--overwrite", also="--resume")) as watcher:
+    with _watching(_go_on(without="--overwrite", also="--resume")) as watcher:
         run = Run(
             folder=out,
             split=split,
@@ -236,7 +236,7 @@ def evaluate(
     split = _split(data, format=format, columns=columns, **_filters_of(loaded))
     folder = summary.parent if out is None else out
     say(f"{split.interactions!r}; summary of {loaded.size}; results into {folder}")
-    with _watching(_this_command(without="--overwrite")) as watcher:
+    with _watching(_go_on(without="--overwrite")) as watcher:
         run = EvaluateRun(
             folder=folder,
             summary=loaded,
@@ -283,7 +283,7 @@ def baselines(
     split = _split(data, format=format, columns=columns, **filters)
     names = tuple(row for row in ROWS if row != "summary") if rows is None else _names(rows)
     say(f"{split.interactions!r}; results into {out}")
-    with _watching(_this_command(without="--overwrite")) as watcher:
+    with _watching(_go_on(without="--overwrite")) as watcher:
         run = Run(
             folder=out,
             split=split,
@@ -328,7 +328,7 @@ def fit(
     loaded = TuckerSummary.load(summary)
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
-    with _watching(_this_command()) as watcher:
+    with _watching("nothing is written") as watcher:
         more = {} if steps is None else {"steps": steps}
         losses = loaded.fit(made, seed=seed, progress=watcher.interruptible, **more)
     took = time.perf_counter() - begun
@@ -449,7 +449,7 @@ def demo(
     begun = time.perf_counter()
     _plan(split, recipe, folder)
     command = shlex.join(["td3-fast", "evaluate", str(folder / SUMMARY), data, "--out", str(folder)])
-    with _watching(_this_command()) as watcher:
+    with _watching("the same command starts anew, with the pretrained learner if it was finished") as watcher:
         run = Run(
             folder=folder,
             split=split,
