@@ -46,7 +46,12 @@ Engine = Literal["native", "higher"]
 
 @dataclass(frozen=True, kw_only=True)
 class Semantics:
-    """Where the released program departs from the paper, one switch each; the defaults follow the paper."""
+    """Where the released program departs from the paper, one switch each; the defaults follow the paper.
+
+    Two are approximations of the program. Its alignment features are those of pretraining's own passes, at weights
+    that differ from batch to batch; here they are passes of the finished model with dropout. And `carry_embeddings`
+    hands the item table from run to run, but not from the learner of the distillation to the first run.
+    """
 
     reload_learner: Literal["step", "epoch"] = (
         "step"  # "epoch": the warm-up steps of one outer step carry to the next

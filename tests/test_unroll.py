@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from td3_fast.data import generate_interactions, leave_one_out
 from td3_fast.distill import DistillConfig, Distiller, DistillState, Semantics
-from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
+from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.training import Pretrained
 from td3_fast.unroll import (
     AdamConfig,
@@ -165,16 +164,3 @@ def test_window_draws_cover_their_range() -> None:
     full, _ = small_distiller(window_kind="full")
     assert fixed.config.draw_window(generator) == (7, 5)
     assert full.config.draw_window(generator) == (0, 12)
-
-
-def test_flat_parameters_round_trip() -> None:
-    learner = SASRec(SASRecConfig(num_items=NUM_ITEMS, max_len=4), seed=0)
-    flat = FlatParameters(learner)
-    vector = flat.gather(learner.state_dict())
-    other = SASRec(SASRecConfig(num_items=NUM_ITEMS, max_len=4), seed=1)
-    flat.write(other, vector, learner.item_embeddings)
-    for name, value in learner.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name])
-    assert np.prod(vector.shape) == sum(
-        p.numel() for n, p in learner.named_parameters() if n != "item_embeddings"
-    )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from td3_fast.learners.base import FlatParameters, Learner, next_item_loss
+from td3_fast.learners.base import FlatParameters, Learner
 from td3_fast.learners.sasrec import SASRec, SASRecConfig
 
 LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {"SASRec": (SASRec, SASRecConfig)}
@@ -23,5 +23,4 @@ __all__ = [
     "SASRec",
     "SASRecConfig",
     "build_learner",
-    "next_item_loss",
 ]

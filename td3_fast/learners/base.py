@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.ops import DropoutStream, item_cross_entropy
+from td3_fast.ops import DropoutStream
 
 
 class Learner(nn.Module):
@@ -52,19 +52,6 @@ class Learner(nn.Module):
         """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
         embeds = F.embedding(histories, self.item_embeddings)
         return self.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
-
-
-def next_item_loss(
-    learner: Learner,
-    histories: Tensor,  # (batch, length) int64
-    lengths: Tensor,  # (batch,) int64
-    targets: Tensor,  # (batch,) int64
-    *,
-    dropout: DropoutStream | None = None,
-) -> Tensor:
-    """Mean cross-entropy of the next item over the whole catalogue."""
-    hidden = learner(histories, lengths, dropout=dropout)
-    return item_cross_entropy(hidden, learner.item_embeddings, targets).mean()
 
 
 class FlatParameters:

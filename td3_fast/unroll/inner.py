@@ -59,7 +59,6 @@ class InnerLoop:
     separate_passes: bool = (
         False  # an encoder pass with its own dropout for each of the two, as the authors do
     )
-    dropout: bool = True
     restart_batches_at: int | None = None  # the step at which the cycle of users starts over
 
     def __post_init__(self) -> None:
@@ -89,12 +88,12 @@ class InnerLoop:
         middle = torch.randint(low, high, (users, 1), generator=seeded_generator(self.seed, "middle", step))
         return torch.cat([last, middle], dim=1)
 
-    def passes(self, step: int) -> list[tuple[Tensor, DropoutStream | None]]:
+    def passes(self, step: int) -> list[tuple[Tensor, DropoutStream]]:
         """The encoder passes of a step: their target positions (b, k), and their dropout."""
         targets = self.targets(step)
         parts = targets.split(1, dim=1) if self.separate_passes else (targets,)
         return [
-            (part, DropoutStream(derive_seed(self.seed, "dropout", step, index)) if self.dropout else None)
+            (part, DropoutStream(derive_seed(self.seed, "dropout", step, index)))
             for index, part in enumerate(parts)
         ]
 
