@@ -42,6 +42,7 @@ from td3_fast.unroll import (
 
 Window = Literal["random", "fixed", "full"]
 Engine = Literal["native", "higher"]
+Start = Literal["pool", "fresh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,7 @@ class DistillConfig:
     inner_steps: int = 200  # N
     window: int = 40  # W
     window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
+    start: Start = "pool"  # a checkpoint of pretraining; "fresh": an encoder drawn anew, as the summary is used
     summary_weight_decay: float = 1e-4
     learner_weight_decay: float = 5e-5
     max_norm: float = 1.0
@@ -294,7 +296,11 @@ class Distiller:
         reload = self.config.semantics.reload_learner == "step" or state.step % self.steps_per_epoch == 0
         if not reload and state.carried is not None:
             return initial_state(state.carried)
-        theta, items = self.pool[drawn]
+        if self.config.start == "fresh":
+            fresh = fresh_like(self.teacher, seed=derive_seed(self.seed, "start", state.step))
+            theta, items = self.flat.gather(fresh.state_dict()), self.items
+        else:
+            theta, items = self.pool[drawn]
         return initial_state((theta, items) if self.config.item_embedding == "trained" else (theta,))
 
     def meta_gradient(

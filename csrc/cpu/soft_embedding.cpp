@@ -28,16 +28,19 @@ using OptionalTensor = std::optional<Tensor>;
 // Panels whose tiles are formed before the sums over their rows are taken: the depth of those sums.
 constexpr int64_t kGroup = 4;
 // Panels that share one pass over a chunk where no sum over rows is asked for.
-constexpr int64_t kPanelsPerTask = 16;
-constexpr int64_t kTasks = 32;
+constexpr int64_t kPanelsPerTask = 32;
+constexpr int64_t kTasks = 64, kTasksOfRowSums = 32;
+// Elements of a tile of an item table; the derivatives hold several tiles of scores beside it.
+constexpr int64_t kForwardTile = 16384, kTile = 8192;
 constexpr int64_t kSmallestChunk = 256;
 constexpr int64_t kLargestKeptChunk = 1024;
 // Scratch of one pass, and the probabilities kept between orders.
 constexpr int64_t kScratchBytes = int64_t{16} << 20;
 constexpr int64_t kKeptBytes = int64_t{8} << 20;
 
-int64_t tile_items(int64_t columns) {
-  return std::clamp<int64_t>(8192 / std::max<int64_t>(columns, 1), 32, 128) / 16 * 16;
+// Items of a tile: `elements` of the wider table, within bounds.
+int64_t tile_items(int64_t columns, int64_t elements) {
+  return std::clamp<int64_t>(elements / std::max<int64_t>(columns, 1), 32, elements / 64) / 16 * 16;
 }
 
 template <typename T>
@@ -46,12 +49,17 @@ int64_t kept_size(int64_t rows, int64_t items) {
   return size * static_cast<int64_t>(sizeof(T)) <= kKeptBytes ? size : 0;
 }
 
+// Sums over items are kept for every chunk and row, `columns` of them: how many fit the scratch.
+template <typename T>
+int64_t fitting_sums(int64_t columns) {
+  return kScratchBytes / (std::max<int64_t>(columns, 1) * static_cast<int64_t>(sizeof(T)));
+}
+
 // Rows are taken in blocks of this size, so that scratch stays bounded whatever the number of rows.
 template <typename T>
-int64_t rows_per_block(int64_t rows, int64_t columns) {
+int64_t rows_per_block(int64_t rows, int64_t columns, bool sums_rows) {
   constexpr int64_t P = kPanel<T>;
-  const int64_t fitting =
-      kScratchBytes / (kTasks * std::max<int64_t>(columns, 1) * static_cast<int64_t>(sizeof(T)));
+  const int64_t fitting = fitting_sums<T>(columns) / (sums_rows ? kTasksOfRowSums : 1);
   const int64_t blocks = ceil_div(rows, std::max(fitting, 4 * P));
   return blocks <= 1 ? rows : ceil_div(ceil_div(rows, blocks), P) * P;
 }
@@ -61,16 +69,22 @@ struct Plan {
   int64_t panels, panels_per_task, ranges;
   Chunks chunks;
 
-  // With sums over rows a chunk's task takes every panel, since it alone writes the chunk's items.
-  Plan(int64_t num_panels, int64_t items, bool sums_rows, int64_t largest_chunk)
-      : panels(num_panels),
-        panels_per_task(sums_rows ? num_panels : std::min(num_panels, kPanelsPerTask)),
-        ranges(ceil_div(num_panels, panels_per_task)),
-        chunks{items, std::clamp<int64_t>(ceil_div(kTasks, ranges), 1, ceil_div(items, kSmallestChunk))} {
-    chunks.count = std::max(chunks.count, ceil_div(items, largest_chunk));
-  }
   int64_t tasks() const { return ranges * chunks.count; }
 };
+
+// With sums over rows a chunk's task takes every panel, since it alone writes the chunk's items.
+template <typename T>
+Plan make_plan(int64_t panels, int64_t items, int64_t columns, bool sums_rows, int64_t largest_chunk) {
+  const int64_t ranges = sums_rows ? 1 : ceil_div(panels, kPanelsPerTask);
+  const int64_t tasks = sums_rows ? kTasksOfRowSums : kTasks;
+  const int64_t panels_per_task = ceil_div(panels, std::max<int64_t>(ranges, 1));
+  const int64_t most =
+      std::max<int64_t>(fitting_sums<T>(columns) / std::max<int64_t>(panels * kPanel<T>, 1), 1);
+  int64_t count =
+      std::min({ceil_div(tasks, std::max<int64_t>(ranges, 1)), most, ceil_div(items, kSmallestChunk)});
+  count = std::max({count, ceil_div(items, largest_chunk), int64_t{1}});
+  return {panels, panels_per_task, ranges, Chunks{items, count}};
+}
 
 template <typename T>
 int64_t lanes_of(int64_t rows, int64_t panel) {
@@ -178,9 +192,11 @@ void forward(const Tensor& queries,  // (rows, rank)
   const Tile<T>& t = tile<T>();
   const int64_t rows = queries.size(0), rank = keys.columns();
   const int64_t width = embedding.defined() ? embedding.size(1) : 0;
-  const Plan plan(ceil_div(rows, P), items, false, kept != nullptr ? kLargestKeptChunk : items);
+  const Plan plan =
+      make_plan<T>(ceil_div(rows, P), items, width, false, kept != nullptr ? kLargestKeptChunk : items);
   // Kept probabilities are relative to one maximum per chunk until the merge, so the tile is the chunk.
-  const int64_t step = kept != nullptr ? plan.chunks.largest() : tile_items(std::max(rank, width));
+  const int64_t step =
+      kept != nullptr ? plan.chunks.largest() : tile_items(std::max(rank, width), kForwardTile);
 
   const Scratch<T> packed = pack_lanes<T>(queries);
   const ChunkSums<T> weighted(plan, width), sums(plan, 1), maxima(plan, 1);
@@ -191,7 +207,7 @@ void forward(const Tensor& queries,  // (rows, rank)
   const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
 
   run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
-    const int64_t chunk = task % plan.chunks.count, range = task / plan.chunks.count;
+    const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     T* score_scratch = scratch.data() + worker * scratch_size;
@@ -364,8 +380,8 @@ void backward(const Rows<T>& r,
   constexpr int64_t P = kPanel<T>;
   const Tile<T>& t = tile<T>();
   const bool sums_rows = grad_keys.defined() || grad_values.defined();
-  const Plan plan(r.panels(), r.items, sums_rows, r.items);
-  const int64_t step = tile_items(std::max(r.rank, r.width)), slot = step * P;
+  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank, sums_rows, r.items);
+  const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> query_sums = grad_queries.defined() ? ChunkSums<T>(plan, r.rank) : ChunkSums<T>();
   const Scratch<T> query_columns = grad_keys.defined() ? pack_columns<T>(r.queries) : Scratch<T>();
   const Scratch<T> grad_columns = grad_values.defined() ? pack_columns<T>(r.grad_embedding) : Scratch<T>();
@@ -375,7 +391,7 @@ void backward(const Rows<T>& r,
                                TileSums<T>::size(r.width, step) + 4 * P;
   const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
   run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
-    const int64_t chunk = task % plan.chunks.count, range = task / plan.chunks.count;
+    const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     Cursor<T> cursor{scratch.data() + worker * scratch_size};
@@ -512,13 +528,13 @@ template <typename T>
 Scratch<T> row_means(const Cotangents<T>& c) {
   constexpr int64_t P = kPanel<T>;
   const Rows<T>& r = c.r;
-  const Plan plan(r.panels(), r.items, false, r.items);
-  const int64_t step = tile_items(std::max(r.rank, r.width)), slot = step * P;
+  const Plan plan = make_plan<T>(r.panels(), r.items, kRowSums, false, r.items);
+  const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> sums(plan, kRowSums);
   const int64_t scratch_size = 4 * slot + c.scratch_size(step);
   const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
   run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
-    const int64_t chunk = task % plan.chunks.count, range = task / plan.chunks.count;
+    const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     Cursor<T> cursor{scratch.data() + worker * scratch_size};
@@ -567,8 +583,8 @@ void double_backward(const Cotangents<T>& c,
   const Tile<T>& t = tile<T>();
   const Rows<T>& r = c.r;
   const bool sums_rows = grad_keys.defined() || grad_values.defined();
-  const Plan plan(r.panels(), r.items, sums_rows, r.items);
-  const int64_t step = tile_items(std::max(r.rank, r.width)), slot = step * P;
+  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank + r.width, sums_rows, r.items);
+  const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> query_sums = grad_queries.defined() ? ChunkSums<T>(plan, r.rank) : ChunkSums<T>();
   const ChunkSums<T> grad_sums = grad_grad_embedding.defined() ? ChunkSums<T>(plan, r.width) : ChunkSums<T>();
   const bool needs_b = grad_queries.defined() || grad_keys.defined();
@@ -588,7 +604,7 @@ void double_backward(const Cotangents<T>& c,
                                TileSums<T>::size(r.rank, step) + TileSums<T>::size(r.width, step) + 4 * P;
   const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
   run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
-    const int64_t chunk = task % plan.chunks.count, range = task / plan.chunks.count;
+    const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     Cursor<T> cursor{scratch.data() + worker * scratch_size};
@@ -682,8 +698,8 @@ Table<T> table_or_absent(const Tensor& table) {
 
 // body(begin, count) for every block of rows.
 template <typename T, typename Body>
-void for_row_blocks(int64_t rows, int64_t columns, const Body& body) {
-  const int64_t block = rows_per_block<T>(rows, columns);
+void for_row_blocks(int64_t rows, int64_t columns, bool sums_rows, const Body& body) {
+  const int64_t block = rows_per_block<T>(rows, columns, sums_rows);
   for (int64_t begin = 0; begin < rows; begin += block) body(begin, std::min(block, rows - begin));
 }
 
@@ -709,7 +725,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_forward(const Tensor& queries,
     const Tensor embedding = output<T>(true, {rows, width}), logsumexp = output<T>(true, {rows});
     const Tensor remainder = output<T>(true, {rows});
     const Table<T> key_table(keys), value_table(values);
-    for_row_blocks<T>(rows, width, [&](int64_t begin, int64_t count) {
+    for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), key_table, value_table, keys.size(0),
                  rows_of(embedding, begin, count), rows_of(logsumexp, begin, count),
                  rows_of(remainder, begin, count), nullptr);
@@ -738,7 +754,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_backward(const OptionalTensor&
     // Without grad_embedding, or without rows, a gradient is zero that no pass below writes.
     Tensor grad_values = output<T>(needed[2] && grad_x.defined(), {items, width});
     const Table<T> key_table(keys), value_table(values);
-    for_row_blocks<T>(rows, rank, [&](int64_t begin, int64_t count) {
+    for_row_blocks<T>(rows, rank, needed[1] || needed[2], [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), key_table, value_table, items,
                           rows_of(grad_x, begin, count), rows_of(grad_l, begin, count),
                           rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count),
@@ -784,7 +800,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
         grad_grad_k = table_or_absent<T>(undefined_or(grad_grad_keys));
     const Table<T> grad_grad_v =
         reaches_values ? table_or_absent<T>(undefined_or(grad_grad_values)) : Table<T>();
-    for_row_blocks<T>(rows, rank + width, [&](int64_t begin, int64_t count) {
+    for_row_blocks<T>(rows, rank + width, needed[1] || needed[2], [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), key_table, value_table, items,
                           rows_of(grad_x, begin, count), rows_of(grad_l, begin, count),
                           rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count),
@@ -816,7 +832,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& 
     const Tensor mean = output<T>(save, {rows, width});
     const Tensor probabilities = output<T>(true, {save ? kept_size<T>(rows, num_items) : 0});
     const Table<T> table(items);
-    for_row_blocks<T>(rows, width, [&](int64_t begin, int64_t count) {
+    for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), table, Table<T>(), num_items, rows_of(mean, begin, count),
                  rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
                  kept_from<T>(probabilities, begin, num_items));
@@ -843,7 +859,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
     if (needed[1]) {
       const Tensor rows_in = as<T>(hidden);
       const Table<T> table(items);
-      for_row_blocks<T>(rows, width, [&](int64_t begin, int64_t count) {
+      for_row_blocks<T>(rows, width, true, [&](int64_t begin, int64_t count) {
         const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                             rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
                             rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
@@ -875,7 +891,7 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
     const Tensor out_grad = output<T>(needed[0], {rows}), out_hidden = output<T>(needed[1], {rows, width});
     const Tensor out_items = output<T>(needed[2], {num_items, width});
     const Table<T> table(items), grad_grad_table = table_or_absent<T>(undefined_or(grad_grad_items));
-    for_row_blocks<T>(rows, 2 * width, [&](int64_t begin, int64_t count) {
+    for_row_blocks<T>(rows, 2 * width, needed[2], [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                           rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
                           rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),

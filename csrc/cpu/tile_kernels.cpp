@@ -29,11 +29,17 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
 };
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+template <typename T>
+using Bits = typename VectorOf<T>::bits;
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
@@ -50,20 +56,19 @@ inline __attribute__((always_inline)) void block(const T* a,
                                                  const T* b,
                                                  T* c,
                                                  bool accumulate) {
-  using Vector = typename VectorOf<T>::type;
-  Vector sum[M][V];
+  Vector<T> sum[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[i][v] = Vector{};
+    for (int v = 0; v < V; ++v) sum[i][v] = Vector<T>{};
   }
   for (int64_t start = 0; start < depth; start += segment, a += a_segment) {
     const int64_t length = depth - start < segment ? depth - start : segment;
     const T* a_k = a;
     for (int64_t k = 0; k < length; ++k) {
-      Vector b_k[V];
+      Vector<T> b_k[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b_k[v] = *reinterpret_cast<const Vector*>(b + v * kLanes<T>);
+      for (int v = 0; v < V; ++v) b_k[v] = *reinterpret_cast<const Vector<T>*>(b + v * kLanes<T>);
       b += kPanel<T>;
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
@@ -78,7 +83,7 @@ inline __attribute__((always_inline)) void block(const T* a,
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vector* out = reinterpret_cast<Vector*>(c + i * kPanel<T> + v * kLanes<T>);
+      Vector<T>* out = reinterpret_cast<Vector<T>*>(c + i * kPanel<T> + v * kLanes<T>);
       *out = accumulate ? *out + sum[i][v] : sum[i][v];
     }
   }
@@ -178,44 +183,38 @@ void sum_rows(const T* a, int64_t a_panel, int64_t items, int64_t rows, const T*
 }
 
 // exp as 2^k e^r with |r| <= ln(2) / 2 and a polynomial for e^r, within 2 ulp. Results below the smallest
-// normal number are zero; arguments above 88.3 (709.4), which no softmax has, count as that. k is read off
-// the bits of a sum that rounds.
-inline __attribute__((always_inline)) float exponential(float x) {
+// normal number are zero, those above the largest, which no softmax has, are not defined. k is read off the
+// bits of a sum that rounds, and added to the exponent of e^r.
+inline __attribute__((always_inline)) Vector<float> exponential(Vector<float> x) {
   constexpr float kLowest = -87.33654f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-  float clamped = x < kLowest ? kLowest : x;
-  clamped = clamped > 88.3f ? 88.3f : clamped;
-  const float rounded = clamped * 1.44269504088896341f + kRound;
-  const float k = rounded - kRound;
-  float r = clamped - k * 0.693359375f;
+  const Vector<float> rounded = x * 1.44269504088896341f + kRound;
+  const Vector<float> k = rounded - kRound;
+#if defined(__FMA__)
+  const Vector<float> r = x - k * 0.693147180559945f;  // a product that is not rounded: one constant does
+#else
+  Vector<float> r = x - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+#endif
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  int32_t bits;
-  __builtin_memcpy(&bits, &rounded, sizeof(bits));
-  const int32_t exponent = (bits << 23) + (127 << 23);
-  float power;
-  __builtin_memcpy(&power, &exponent, sizeof(power));
-  const float result = p * power;
-  return x < kLowest ? 0.0f : result;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Bits<float> power = (Bits<float>)p + ((Bits<float>)rounded << 23);
+  return (Vector<float>)(x < kLowest ? Bits<float>{} : power);
 }
 
-inline __attribute__((always_inline)) double exponential(double x) {
+inline __attribute__((always_inline)) Vector<double> exponential(Vector<double> x) {
   constexpr double kLowest = -708.39;
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  double clamped = x < kLowest ? kLowest : x;
-  clamped = clamped > 709.4 ? 709.4 : clamped;
-  const double rounded = clamped * 1.4426950408889634074 + kRound;
-  const double k = rounded - kRound;
-  double r = clamped - k * 6.93145751953125e-1;
+  const Vector<double> rounded = x * 1.4426950408889634074 + kRound;
+  const Vector<double> k = rounded - kRound;
+  Vector<double> r = x - k * 6.93145751953125e-1;
   r = r - k * 1.42860682030941723212e-6;
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
+  Vector<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
   p = p * r + 1.0 / 3628800.0;
   p = p * r + 1.0 / 362880.0;
@@ -227,67 +226,74 @@ inline __attribute__((always_inline)) double exponential(double x) {
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
-  int64_t bits;
-  __builtin_memcpy(&bits, &rounded, sizeof(bits));
-  const int64_t exponent = static_cast<int64_t>((static_cast<uint64_t>(bits) << 52) + (1023ull << 52));
-  double power;
-  __builtin_memcpy(&power, &exponent, sizeof(power));
-  const double result = p * power;
-  return x < kLowest ? 0.0 : result;
+  const Bits<double> power = (Bits<double>)p + ((Bits<double>)rounded << 52);
+  return (Vector<double>)(x < kLowest ? Bits<double>{} : power);
 }
+
+// A panel of lanes in vectors, which no store to a tile can alias.
+template <typename T>
+struct Lanes {
+  Vector<T> v[kVectorsPerPanel];
+
+  Lanes() = default;
+  explicit Lanes(const T* from) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) v[i] = reinterpret_cast<const Vector<T>*>(from)[i];
+  }
+  void store(T* to) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) reinterpret_cast<Vector<T>*>(to)[i] = v[i];
+  }
+};
 
 template <typename T>
 void online_softmax(T* scores, int64_t items, T* maximum, T* sum, T* weighted, int64_t width) {
   constexpr int64_t P = kPanel<T>;
-  alignas(64) T peak[P], factor[P], added[P];
-  for (int64_t lane = 0; lane < P; ++lane) peak[lane] = maximum[lane];
+  constexpr int V = kVectorsPerPanel;
+  const Lanes<T> before(maximum);
+  Lanes<T> peak = before, factor, added{};
   for (int64_t item = 0; item < items; ++item) {
-    const T* s = scores + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) peak[lane] = s[lane] > peak[lane] ? s[lane] : peak[lane];
+    const Lanes<T> s(scores + item * P);
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) peak.v[i] = s.v[i] > peak.v[i] ? s.v[i] : peak.v[i];
+  }
+  for (int64_t item = 0; item < items; ++item) {
+    Lanes<T> s(scores + item * P);
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      s.v[i] = exponential(s.v[i] - peak.v[i]);
+      added.v[i] += s.v[i];
+    }
+    s.store(scores + item * P);
   }
   bool moved = false;
-  for (int64_t lane = 0; lane < P; ++lane) {
-    moved |= peak[lane] != maximum[lane];
-    factor[lane] = exponential(maximum[lane] - peak[lane]);
-    maximum[lane] = peak[lane];
-    added[lane] = 0;
+  for (int64_t lane = 0; lane < P; ++lane)
+    moved |= peak.v[lane / kLanes<T>][lane % kLanes<T>] != maximum[lane];
+  Lanes<T> total(sum);
+  for (int i = 0; i < V; ++i) {
+    factor.v[i] = exponential(before.v[i] - peak.v[i]);
+    total.v[i] = total.v[i] * factor.v[i] + added.v[i];
   }
-  for (int64_t item = 0; item < items; ++item) {
-    T* s = scores + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) {
-      s[lane] = exponential(s[lane] - peak[lane]);
-      added[lane] += s[lane];
-    }
-  }
-  for (int64_t lane = 0; lane < P; ++lane) sum[lane] = sum[lane] * factor[lane] + added[lane];
+  total.store(sum);
+  peak.store(maximum);
   if (!moved) return;
   for (int64_t column = 0; column < width; ++column) {
-    for (int64_t lane = 0; lane < P; ++lane) weighted[column * P + lane] *= factor[lane];
+    Lanes<T> w(weighted + column * P);
+    for (int i = 0; i < V; ++i) w.v[i] *= factor.v[i];
+    w.store(weighted + column * P);
   }
 }
-
-// A panel of lanes in a local array, which no store to a tile can alias.
-template <typename T>
-struct alignas(64) Lanes {
-  T value[kPanel<T>];
-
-  Lanes() = default;
-  explicit Lanes(const T* from) {
-    for (int64_t lane = 0; lane < kPanel<T>; ++lane) value[lane] = from[lane];
-  }
-  T operator[](int64_t lane) const { return value[lane]; }
-  T& operator[](int64_t lane) { return value[lane]; }
-};
 
 template <typename T>
 void probabilities(T* scores, int64_t items, const T* logsumexp, const T* remainder) {
   constexpr int64_t P = kPanel<T>;
   const Lanes<T> high(logsumexp);
-  Lanes<T> low;
-  for (int64_t lane = 0; lane < P; ++lane) low[lane] = remainder != nullptr ? remainder[lane] : T(0);
+  const Lanes<T> low = remainder != nullptr ? Lanes<T>(remainder) : Lanes<T>{};
   for (int64_t item = 0; item < items; ++item) {
-    T* s = scores + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) s[lane] = exponential(s[lane] - high[lane] - low[lane]);
+    Lanes<T> s(scores + item * P);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) s.v[i] = exponential(s.v[i] - high.v[i] - low.v[i]);
+    s.store(scores + item * P);
   }
 }
 
@@ -296,23 +302,29 @@ void scale(T* p, int64_t items, const T* factor) {
   constexpr int64_t P = kPanel<T>;
   const Lanes<T> by(factor);
   for (int64_t item = 0; item < items; ++item) {
-    T* s = p + item * P;
-    for (int64_t lane = 0; lane < P; ++lane) s[lane] = by[lane] == 0 ? T(0) : s[lane] * by[lane];
+    Lanes<T> s(p + item * P);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) s.v[i] = by.v[i] == 0 ? Vector<T>{} : s.v[i] * by.v[i];
+    s.store(p + item * P);
+  }
+}
+
+template <typename T, bool kW>
+void grad_scores_of(const T* p, const T* w, int64_t items, const T* shift_of_rows, T* out) {
+  constexpr int64_t P = kPanel<T>;
+  const Lanes<T> shift(shift_of_rows);
+  for (int64_t item = 0; item < items; ++item) {
+    Lanes<T> s(p + item * P);
+    const Lanes<T> w_item(kW ? w + item * P : shift_of_rows);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) s.v[i] *= kW ? w_item.v[i] + shift.v[i] : shift.v[i];
+    s.store(out + item * P);
   }
 }
 
 template <typename T>
-void grad_scores(const T* p, const T* w, int64_t items, const T* shift_of_rows, T* out) {
-  constexpr int64_t P = kPanel<T>;
-  const Lanes<T> shift(shift_of_rows);
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t at = item * P;
-    if (w != nullptr) {
-      for (int64_t lane = 0; lane < P; ++lane) out[at + lane] = p[at + lane] * (w[at + lane] + shift[lane]);
-    } else {
-      for (int64_t lane = 0; lane < P; ++lane) out[at + lane] = p[at + lane] * shift[lane];
-    }
-  }
+void grad_scores(const T* p, const T* w, int64_t items, const T* shift, T* out) {
+  (w != nullptr ? grad_scores_of<T, true> : grad_scores_of<T, false>)(p, w, items, shift, out);
 }
 
 template <typename T, bool kW, bool kS>
@@ -324,41 +336,46 @@ void row_means_of(const T* p,
                   const T* inner_of_rows,
                   const RowSums<T>& sums) {
   constexpr int64_t P = kPanel<T>;
-  const Lanes<T> inner(inner_of_rows);
-  Lanes<T> peak(sums.peak), centre(sums.centre);
+  const Lanes<T> inner(inner_of_rows), centre_before(sums.centre);
+  Lanes<T> peak(sums.peak), centre = centre_before;
   for (int64_t item = 0; item < items; ++item) {
-    const int64_t at = item * P;
-    for (int64_t lane = 0; lane < P; ++lane) {
-      const bool higher = p[at + lane] > peak[lane];
-      centre[lane] = higher ? u[at + lane] : centre[lane];
-      peak[lane] = higher ? p[at + lane] : peak[lane];
+    const Lanes<T> p_item(p + item * P), u_item(u + item * P);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) {
+      const Bits<T> higher = p_item.v[i] > peak.v[i];
+      centre.v[i] = higher ? u_item.v[i] : centre.v[i];
+      peak.v[i] = higher ? p_item.v[i] : peak.v[i];
     }
   }
-  alignas(64) T mass[P] = {}, sum_u[P] = {}, sum_w[P] = {}, covariance[P] = {}, sum_s[P] = {};
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t at = item * P;
-    for (int64_t lane = 0; lane < P; ++lane) {
-      const T weight = p[at + lane], from_centre = u[at + lane] - centre[lane];
-      mass[lane] += weight;
-      sum_u[lane] += weight * from_centre;
+  // One vector of lanes at a time: all of its sums stay in registers.
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectorsPerPanel; ++i) {
+    const int64_t lane = i * kLanes<T>;
+    const Vector<T> centre_i = centre.v[i], inner_i = inner.v[i];
+    Vector<T> mass{}, sum_u{}, sum_w{}, covariance{}, sum_s{};
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t at = item * P + lane;
+      const Vector<T> weight = *reinterpret_cast<const Vector<T>*>(p + at);
+      const Vector<T> from_centre = *reinterpret_cast<const Vector<T>*>(u + at) - centre_i;
+      mass += weight;
+      sum_u += weight * from_centre;
       if constexpr (kW) {
-        const T pw = weight * (w[at + lane] - inner[lane]);
-        sum_w[lane] += pw;
-        covariance[lane] += pw * from_centre;
+        const Vector<T> pw = weight * (*reinterpret_cast<const Vector<T>*>(w + at) - inner_i);
+        sum_w += pw;
+        covariance += pw * from_centre;
       }
-      if constexpr (kS) sum_s[lane] += weight * s[at + lane];
+      if constexpr (kS) sum_s += weight * *reinterpret_cast<const Vector<T>*>(s + at);
     }
+    const auto total = [&](T* of) -> Vector<T>& { return *reinterpret_cast<Vector<T>*>(of + lane); };
+    const Vector<T> moved = centre_before.v[i] - centre_i;
+    total(sums.u) += moved * total(sums.mass) + sum_u;
+    total(sums.covariance) += moved * total(sums.w) + covariance;
+    total(sums.mass) += mass;
+    total(sums.w) += sum_w;
+    total(sums.s) += sum_s;
   }
-  for (int64_t lane = 0; lane < P; ++lane) {
-    const T moved = sums.centre[lane] - centre[lane];
-    sums.u[lane] += moved * sums.mass[lane] + sum_u[lane];
-    sums.covariance[lane] += moved * sums.w[lane] + covariance[lane];
-    sums.mass[lane] += mass[lane];
-    sums.w[lane] += sum_w[lane];
-    sums.s[lane] += sum_s[lane];
-    sums.peak[lane] = peak[lane];
-    sums.centre[lane] = centre[lane];
-  }
+  peak.store(sums.peak);
+  centre.store(sums.centre);
 }
 
 template <typename T>
@@ -381,31 +398,23 @@ void second_order_of(const T* p,
                      T* grad_scores,
                      T* centred) {
   constexpr int64_t P = kPanel<T>;
-  alignas(64) T shift[P], u_mean[P], offset[P], b_item[P], grad_item[P], centred_item[P];
-  for (int64_t lane = 0; lane < P; ++lane) {
-    shift[lane] = rows.shift[lane];
-    u_mean[lane] = rows.u_mean[lane];
-    offset[lane] = rows.offset[lane];
-  }
+  const Lanes<T> shift(rows.shift), u_mean(rows.u_mean), offset(rows.offset);
   for (int64_t item = 0; item < items; ++item) {
     const int64_t at = item * P;
-    for (int64_t lane = 0; lane < P; ++lane) {
-      const T weight = kW ? w[at + lane] + shift[lane] : shift[lane];
-      const T u_centred = u[at + lane] - u_mean[lane];
-      const T slope = kS ? s[at + lane] - offset[lane] : -offset[lane];
-      b_item[lane] = p[at + lane] * (weight * u_centred + slope);
-      grad_item[lane] = p[at + lane] * weight;
-      centred_item[lane] = p[at + lane] * u_centred;
+    const Lanes<T> p_item(p + at), u_item(u + at), w_item(kW ? w + at : p + at), s_item(kS ? s + at : p + at);
+    Lanes<T> b_item, grad_item, centred_item;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) {
+      const Vector<T> weight = kW ? w_item.v[i] + shift.v[i] : shift.v[i];
+      const Vector<T> u_centred = u_item.v[i] - u_mean.v[i];
+      const Vector<T> slope = kS ? s_item.v[i] - offset.v[i] : -offset.v[i];
+      b_item.v[i] = p_item.v[i] * (weight * u_centred + slope);
+      grad_item.v[i] = p_item.v[i] * weight;
+      centred_item.v[i] = p_item.v[i] * u_centred;
     }
-    if (b != nullptr) {
-      for (int64_t lane = 0; lane < P; ++lane) b[at + lane] = b_item[lane];
-    }
-    if (grad_scores != nullptr) {
-      for (int64_t lane = 0; lane < P; ++lane) grad_scores[at + lane] = grad_item[lane];
-    }
-    if (centred != nullptr) {
-      for (int64_t lane = 0; lane < P; ++lane) centred[at + lane] = centred_item[lane];
-    }
+    if (b != nullptr) b_item.store(b + at);
+    if (grad_scores != nullptr) grad_item.store(grad_scores + at);
+    if (centred != nullptr) centred_item.store(centred + at);
   }
 }
 
