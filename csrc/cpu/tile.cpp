@@ -4,13 +4,19 @@
 
 #include <cstring>
 
+#include "encoder.h"
+
 namespace td3_fast::cpu {
 
 extern const Tile<float> float_tile_baseline;
 extern const Tile<double> double_tile_baseline;
+extern const Encoder<float> float_encoder_baseline;
+extern const Encoder<double> double_encoder_baseline;
 #ifdef TD3_FAST_X86_64
 extern const Tile<float> float_tile_avx2, float_tile_avx512;
 extern const Tile<double> double_tile_avx2, double_tile_avx512;
+extern const Encoder<float> float_encoder_avx2, float_encoder_avx512;
+extern const Encoder<double> double_encoder_avx2, double_encoder_avx512;
 #endif
 
 namespace {
@@ -18,20 +24,23 @@ namespace {
 struct InstructionSet {
   const Tile<float>* float_tile;
   const Tile<double>* double_tile;
+  const Encoder<float>* float_encoder;
+  const Encoder<double>* double_encoder;
   bool (*supported)();
 };
 
 const InstructionSet kInstructionSets[] = {
 #ifdef TD3_FAST_X86_64
-    {&float_tile_avx512, &double_tile_avx512,
+    {&float_tile_avx512, &double_tile_avx512, &float_encoder_avx512, &double_encoder_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      }},
-    {&float_tile_avx2, &double_tile_avx2,
+    {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {&float_tile_baseline, &double_tile_baseline, [] { return true; }},
+    {&float_tile_baseline, &double_tile_baseline, &float_encoder_baseline, &double_encoder_baseline,
+     [] { return true; }},
 };
 
 const InstructionSet* best() {
@@ -55,6 +64,16 @@ const Tile<float>& tile<float>() {
 template <>
 const Tile<double>& tile<double>() {
   return *selected->double_tile;
+}
+
+template <>
+const Encoder<float>& encoder<float>() {
+  return *selected->float_encoder;
+}
+
+template <>
+const Encoder<double>& encoder<double>() {
+  return *selected->double_encoder;
 }
 
 int instruction_sets(const char** names, int capacity) {

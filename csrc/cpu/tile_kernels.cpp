@@ -1,48 +1,12 @@
-// Tile arithmetic for one instruction set, TD3_FAST_INSTRUCTION_SET; see tile.h.
-//
-// Only built-in functions and templates of this file's own namespace may be used: an inline function of a
-// shared header, emitted here with wide instructions, could be the copy that the linker keeps for all.
+// Tile arithmetic for one instruction set; see tile.h, and vectors.h for what may be used here.
 
 #include "tile.h"
-
-#define TD3_FAST_CONCAT_(a, b) a##b
-#define TD3_FAST_CONCAT(a, b) TD3_FAST_CONCAT_(a, b)
-#define TD3_FAST_STRING_(a) #a
-#define TD3_FAST_STRING(a) TD3_FAST_STRING_(a)
+#include "vectors.h"
 
 namespace td3_fast::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kMaxUnroll = 14;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kMaxUnroll = 6;
-#else
-constexpr int kVectorBytes = 16;
-constexpr int kMaxUnroll = 3;
-#endif
-
-template <typename T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-template <typename T>
-using Bits = typename VectorOf<T>::bits;
-
-template <typename T>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+constexpr int kMaxUnroll = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 3;
 constexpr int kVectorsPerPanel = 64 / kVectorBytes;
 
 // One block of M rows of c by V vectors of lanes, held in registers while the depth runs.
@@ -180,54 +144,6 @@ template <typename T>
 void sum_rows(const T* a, int64_t a_panel, int64_t items, int64_t rows, const T* b, T* c, int64_t lanes) {
   blocks_of_lanes<T, Walk::kRows, kVectorsPerPanel>(a, kPanel<T>, a_panel, kPanel<T>, items, rows, b, c,
                                                     lanes, true);
-}
-
-// exp as 2^k e^r with |r| <= ln(2) / 2 and a polynomial for e^r, within 2 ulp. Results below the smallest
-// normal number are zero, those above the largest, which no softmax has, are not defined. k is read off the
-// bits of a sum that rounds, and added to the exponent of e^r.
-inline __attribute__((always_inline)) Vector<float> exponential(Vector<float> x) {
-  constexpr float kLowest = -87.33654f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
-  const Vector<float> rounded = x * 1.44269504088896341f + kRound;
-  const Vector<float> k = rounded - kRound;
-#if defined(__FMA__)
-  const Vector<float> r = x - k * 0.693147180559945f;  // a product that is not rounded: one constant does
-#else
-  Vector<float> r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
-#endif
-  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Bits<float> power = (Bits<float>)p + ((Bits<float>)rounded << 23);
-  return (Vector<float>)(x < kLowest ? Bits<float>{} : power);
-}
-
-inline __attribute__((always_inline)) Vector<double> exponential(Vector<double> x) {
-  constexpr double kLowest = -708.39;
-  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  const Vector<double> rounded = x * 1.4426950408889634074 + kRound;
-  const Vector<double> k = rounded - kRound;
-  Vector<double> r = x - k * 6.93145751953125e-1;
-  r = r - k * 1.42860682030941723212e-6;
-  Vector<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
-  const Bits<double> power = (Bits<double>)p + ((Bits<double>)rounded << 52);
-  return (Vector<double>)(x < kLowest ? Bits<double>{} : power);
 }
 
 // A panel of lanes in vectors, which no store to a tile can alias.

@@ -48,6 +48,12 @@ class Learner(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """What `type(self)` needs to be built again, as plain JSON values."""
 
+    def encode_flat(
+        self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None
+    ) -> Tensor | None:
+        """`encode` with the parameters of a `FlatParameters` vector, in one fused call; None where there is none."""
+        return None
+
     def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
         """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
         embeds = F.embedding(histories, self.item_embeddings)
@@ -98,6 +104,9 @@ class FlatParameters:
         self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
     ) -> Tensor:
         """`learner.encode` with the parameters of `flat` (size,)."""
+        fused = self._shell.encode_flat(flat, inputs_embeds, positions, dropout=dropout)
+        if fused is not None:
+            return fused
         for (attributes, name), tensor in zip(self._slots, self.scatter(flat).values(), strict=True):
             attributes[name] = tensor
         return self._shell.encode(inputs_embeds, positions, dropout=dropout)

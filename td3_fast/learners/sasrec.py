@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from td3_fast.learners.base import Learner, causal_bias, normal_
-from td3_fast.ops import DropoutStream, seeded_generator
+from td3_fast.ops import DropoutStream, EncoderShape, causal_encoder, has_causal_encoder, seeded_generator
 
 LAYER_NORM_EPS = 1e-12
 INITIAL_STD = 0.02
@@ -152,15 +152,36 @@ class SASRec(Learner):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
 
+    def encode_flat(
+        self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None
+    ) -> Tensor | None:
+        config = self.config
+        shape = EncoderShape(
+            positions=config.max_len,
+            width=config.hidden,
+            inner=config.inner,
+            heads=config.heads,
+            layers=config.layers,
+            hidden_dropout=config.hidden_dropout,
+            attention_dropout=config.attention_dropout,
+        )
+        if not has_causal_encoder(shape, flat):
+            return None
+        self._check_length(inputs_embeds)
+        return causal_encoder(flat, inputs_embeds, positions, shape, dropout=dropout)
+
+    def _check_length(self, inputs_embeds: Tensor) -> None:
+        if inputs_embeds.shape[1] > self.max_len:
+            raise ValueError(
+                f"got sequences of {inputs_embeds.shape[1]} items, but this SASRec has {self.max_len} positions: "
+                "cut the histories or build it with a larger max_len"
+            )
+
     def encode(
         self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
     ) -> Tensor:
         batch, length, d = inputs_embeds.shape
-        if length > self.max_len:
-            raise ValueError(
-                f"got sequences of {length} items, but this SASRec has {self.max_len} positions: "
-                "cut the histories or build it with a larger max_len"
-            )
+        self._check_length(inputs_embeds)
         hidden = self.norm(inputs_embeds + self.position_embeddings[:length])
         if dropout is not None:
             hidden = dropout(hidden, self.config.hidden_dropout)

@@ -1,5 +1,6 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
+from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
 from td3_fast.ops.dropout import DropoutStream, derive_seed, seeded_generator
 from td3_fast.ops.item_cross_entropy import item_cross_entropy
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
@@ -9,9 +10,12 @@ from td3_fast.ops.tucker import tucker_queries, tucker_soft_embedding
 
 __all__ = [
     "DropoutStream",
+    "EncoderShape",
     "FusedUnavailableWarning",
     "build_facts",
+    "causal_encoder",
     "derive_seed",
+    "has_causal_encoder",
     "has_fused",
     "item_cross_entropy",
     "seeded_generator",

@@ -42,12 +42,21 @@ class DropoutStream:
 
     def mask(self, shape: torch.Size, rate: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The next mask: 0 at `rate`, else the inverse of the share that survives."""
-        dropped = round(rate * 65536)
-        if not 0 <= dropped < 65536:
-            raise ValueError(f"dropout rate must lie in [0, 1), got {rate}")
+        dropped = dropped_of(rate)
+        lanes = self.words(shape.numel(), device=device)[: shape.numel()].view(shape)
+        return (lanes >= dropped - 32768).to(dtype).mul_(65536 / (65536 - dropped))
+
+    def words(self, count: int, *, device: torch.device) -> Tensor:
+        """The random words of the next mask: int16, at least `count`; an element survives where its word is high."""
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self._seed)
-        words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64, device=device)
-        words.random_(-(2**63), None, generator=self._generator)
-        lanes = words.view(torch.int16)[: shape.numel()].view(shape)
-        return (lanes >= dropped - 32768).to(dtype).mul_(65536 / (65536 - dropped))
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+        return words.random_(-(2**63), None, generator=self._generator).view(torch.int16)
+
+
+def dropped_of(rate: float) -> int:
+    """A dropout rate in 65536ths."""
+    dropped = round(rate * 65536)
+    if not 0 <= dropped < 65536:
+        raise ValueError(f"dropout rate must lie in [0, 1), got {rate}")
+    return dropped

@@ -1,0 +1,257 @@
+// The causal encoder on the CPU: forward, backward and double backward; the passes are in
+// encoder_kernels.cpp.
+//
+// Groups of sequences, a vector's lanes each, are dealt out in chunks that depend on shapes alone. Each chunk
+// sums the gradients of the parameters for itself, and the sums are added in the order of chunks: same input,
+// same bits, on any number of threads of the same instruction set.
+
+#include "encoder.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "panels.h"
+
+namespace td3_fast::cpu {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxChunks = 16;
+constexpr int64_t kGroupsPerChunk = 8;
+constexpr double kNormEps = 1e-12;
+
+struct Options {
+  EncoderSizes sizes;
+  int64_t batch, hidden_dropped, attention_dropped;
+
+  Options(const Tensor& parameters,
+          const Tensor& inputs,
+          const Tensor& positions,
+          at::TensorList words,
+          at::IntArrayRef sizes_in) {
+    TORCH_CHECK_VALUE(sizes_in.size() == 6,
+                      "expected sizes (positions, inner, heads, layers, dropped of hidden, "
+                      "dropped of attention)");
+    TORCH_CHECK_VALUE(inputs.dim() == 3 && positions.dim() == 2 && positions.size(0) == inputs.size(0) &&
+                          positions.scalar_type() == at::kLong,
+                      "expected inputs (batch, length, d) and int64 positions (batch, k), got ",
+                      inputs.sizes(), " and ", positions.sizes());
+    batch = inputs.size(0);
+    hidden_dropped = sizes_in[4], attention_dropped = sizes_in[5];
+    sizes = {inputs.size(1), sizes_in[0], inputs.size(2),   sizes_in[1],
+             sizes_in[2],    sizes_in[3], positions.size(1)};
+    TORCH_CHECK_VALUE(
+        sizes.layers >= 1 && sizes.layers <= kMaxLayers && sizes.heads >= 1 &&
+            sizes.width % sizes.heads == 0 && sizes.length >= 1 && sizes.length <= sizes.positions,
+        "expected 1 to ", kMaxLayers, " layers, heads that divide d, and 1 to ", sizes.positions, " inputs");
+    TORCH_CHECK_VALUE(parameters.dim() == 1 && parameters.size(0) == encoder_parameters(sizes),
+                      "expected a vector of ", encoder_parameters(sizes), " parameters, got ",
+                      parameters.sizes());
+    TORCH_CHECK_VALUE(parameters.scalar_type() == inputs.scalar_type() &&
+                          (inputs.scalar_type() == at::kFloat || inputs.scalar_type() == at::kDouble),
+                      "parameters and inputs must both be float32 or float64");
+    const Tensor each = positions.contiguous();
+    const int64_t* position = each.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < each.numel(); ++i) {
+      TORCH_CHECK_INDEX(position[i] >= 0 && position[i] < sizes.length, "position ", position[i],
+                        " is not one of the ", sizes.length, " inputs");
+    }
+    if (words.empty()) return;
+    TORCH_CHECK_VALUE(static_cast<int64_t>(words.size()) == 1 + 3 * sizes.layers, "expected ",
+                      1 + 3 * sizes.layers, " tensors of random words, got ", words.size());
+    for (int64_t site = 0; site < 1 + 3 * sizes.layers; ++site) {
+      const int64_t size = site_size(site);
+      TORCH_CHECK_VALUE(words[site].scalar_type() == at::kShort && words[site].is_contiguous() &&
+                            (words[site].numel() == 0 || words[site].numel() >= size),
+                        "expected ", size, " int16 words for dropout site ", site);
+    }
+  }
+
+  bool attention_site(int64_t site) const { return site > 0 && site % 3 == 1; }
+  int64_t site_size(int64_t site) const {
+    if (site == 0) return batch * sizes.length * sizes.width;
+    const int64_t rows = (site - 1) / 3 + 1 < sizes.layers ? sizes.length : sizes.asked;
+    return batch * rows * (attention_site(site) ? sizes.heads * sizes.length : sizes.width);
+  }
+};
+
+template <typename T>
+std::vector<EncoderDropout<T>> dropout_of(const Options& options, at::TensorList words) {
+  std::vector<EncoderDropout<T>> sites(1 + 3 * options.sizes.layers, {nullptr, 0, T(1)});
+  for (size_t site = 0; site < words.size(); ++site) {
+    if (words[site].numel() == 0) continue;
+    const int64_t dropped = options.attention_site(site) ? options.attention_dropped : options.hidden_dropped;
+    sites[site] = {words[site].const_data_ptr<int16_t>(), static_cast<int16_t>(dropped - 32768),
+                   static_cast<T>(65536.0 / (65536 - dropped))};
+  }
+  return sites;
+}
+
+template <typename T>
+const T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+// run(first, count, scratch, sums) for every group of sequences; what the chunks sum is added up in `total`.
+template <typename T, typename Run>
+void for_groups(
+    const EncoderSizes& sizes, int64_t batch, bool tangents, const Tensor& total, const Run& run) {
+  const Encoder<T>& e = encoder<T>();
+  const int64_t groups = ceil_div(batch, e.lanes);
+  const int64_t chunks = std::clamp<int64_t>(groups / kGroupsPerChunk, 1, kMaxChunks);
+  const int64_t size = total.defined() ? total.numel() : 0, sums_size = size * e.lanes;
+  const int64_t scratch_size = ceil_div(e.scratch_size(sizes, tangents), 64) * 64;
+  const Scratch<T> sums(num_workers(chunks) * sums_size), parts(chunks * size);
+  const Scratch<uint8_t> scratch(num_workers(chunks) * scratch_size);
+  run_tasks(chunks, [&](int64_t chunk, int64_t worker) {
+    T* own = sums.data() + worker * sums_size;
+    std::fill_n(own, sums_size, T(0));
+    const Chunks split{groups, chunks};
+    for (int64_t group = split.begin(chunk); group < split.begin(chunk + 1); ++group) {
+      const int64_t first = group * e.lanes;
+      run(first, std::min(e.lanes, batch - first), scratch.data() + worker * scratch_size, own);
+    }
+    T* part = parts.data() + chunk * size;
+    std::fill_n(part, size, T(0));
+    e.add_lanes(own, size, part);
+  });
+  if (size == 0) return;
+  T* out = total.mutable_data_ptr<T>();
+  std::fill_n(out, size, T(0));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const T* part = parts.data() + chunk * size;
+    for (int64_t i = 0; i < size; ++i) out[i] += part[i];
+  }
+}
+
+template <typename Run>
+auto with_type(const Tensor& inputs, const Run& run) {
+  return inputs.scalar_type() == at::kDouble ? run(double{}) : run(float{});
+}
+
+Tensor causal_encoder_forward(const Tensor& parameters,
+                              const Tensor& inputs,
+                              const Tensor& positions,
+                              at::TensorList words,
+                              at::IntArrayRef sizes) {
+  const Options options(parameters, inputs, positions, words, sizes);
+  return with_type(inputs, [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor theta = parameters.contiguous(), x = inputs.contiguous(),
+                 at_positions = positions.contiguous();
+    const Tensor outputs =
+        at::empty({options.batch, options.sizes.asked, options.sizes.width}, inputs.options());
+    const auto dropout = dropout_of<T>(options, words);
+    const EncoderCall<T> call{options.sizes,
+                              static_cast<T>(kNormEps),
+                              theta.const_data_ptr<T>(),
+                              nullptr,
+                              x.const_data_ptr<T>(),
+                              nullptr,
+                              at_positions.const_data_ptr<int64_t>(),
+                              dropout.data(),
+                              nullptr,
+                              outputs.mutable_data_ptr<T>(),
+                              nullptr};
+    for_groups<T>(options.sizes, options.batch, false, Tensor(),
+                  [&](int64_t first, int64_t count, void* scratch, T*) {
+                    encoder<T>().forward(call, first, count, scratch);
+                  });
+    return outputs;
+  });
+}
+
+std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
+                                                   const Tensor& parameters,
+                                                   const Tensor& inputs,
+                                                   const Tensor& positions,
+                                                   at::TensorList words,
+                                                   at::IntArrayRef sizes,
+                                                   bool needs_inputs) {
+  const Options options(parameters, inputs, positions, words, sizes);
+  return with_type(inputs, [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor theta = parameters.contiguous(), x = inputs.contiguous(),
+                 at_positions = positions.contiguous();
+    const Tensor grad = grad_outputs.contiguous();
+    const Tensor grad_parameters = at::empty_like(theta);
+    const Tensor grad_inputs = needs_inputs ? at::empty_like(x) : at::empty({0}, x.options());
+    const auto dropout = dropout_of<T>(options, words);
+    const EncoderCall<T> call{options.sizes,
+                              static_cast<T>(kNormEps),
+                              theta.const_data_ptr<T>(),
+                              nullptr,
+                              x.const_data_ptr<T>(),
+                              nullptr,
+                              at_positions.const_data_ptr<int64_t>(),
+                              dropout.data(),
+                              grad.const_data_ptr<T>(),
+                              nullptr,
+                              needs_inputs ? grad_inputs.mutable_data_ptr<T>() : nullptr};
+    for_groups<T>(options.sizes, options.batch, false, grad_parameters,
+                  [&](int64_t first, int64_t count, void* scratch, T* sums) {
+                    encoder<T>().backward(call, first, count, scratch, sums);
+                  });
+    return std::make_tuple(grad_parameters, grad_inputs);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const OptionalTensor& grad_grad_parameters,
+                                                                  const OptionalTensor& grad_grad_inputs,
+                                                                  const Tensor& grad_outputs,
+                                                                  const Tensor& parameters,
+                                                                  const Tensor& inputs,
+                                                                  const Tensor& positions,
+                                                                  at::TensorList words,
+                                                                  at::IntArrayRef sizes,
+                                                                  bool needs_inputs) {
+  const Options options(parameters, inputs, positions, words, sizes);
+  return with_type(inputs, [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor theta = parameters.contiguous(), x = inputs.contiguous(),
+                 at_positions = positions.contiguous();
+    const Tensor grad = grad_outputs.contiguous();
+    const Tensor to_theta = grad_grad_parameters.has_value() ? grad_grad_parameters->contiguous()
+                                                             : at::zeros(theta.sizes(), theta.options());
+    const Tensor to_x = grad_grad_inputs.has_value() ? grad_grad_inputs->contiguous() : Tensor();
+    const Tensor outputs = at::empty_like(grad), grad_parameters = at::empty_like(theta);
+    const Tensor grad_inputs = needs_inputs ? at::empty_like(x) : at::empty({0}, x.options());
+    const auto dropout = dropout_of<T>(options, words);
+    const EncoderCall<T> call{options.sizes,
+                              static_cast<T>(kNormEps),
+                              theta.const_data_ptr<T>(),
+                              to_theta.const_data_ptr<T>(),
+                              x.const_data_ptr<T>(),
+                              data_or_null<T>(to_x),
+                              at_positions.const_data_ptr<int64_t>(),
+                              dropout.data(),
+                              grad.const_data_ptr<T>(),
+                              outputs.mutable_data_ptr<T>(),
+                              needs_inputs ? grad_inputs.mutable_data_ptr<T>() : nullptr};
+    for_groups<T>(options.sizes, options.batch, true, grad_parameters,
+                  [&](int64_t first, int64_t count, void* scratch, T* sums) {
+                    encoder<T>().double_backward(call, first, count, scratch, sums);
+                  });
+    return std::make_tuple(outputs, grad_parameters, grad_inputs);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
+  m.impl("causal_encoder_forward", causal_encoder_forward);
+  m.impl("causal_encoder_backward", causal_encoder_backward);
+  m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
+}
+
+}  // namespace td3_fast::cpu

@@ -1,0 +1,157 @@
+// Derivatives of the causal encoder: twice differentiable in its parameters and inputs; a third order raises.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace td3_fast {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor call_forward(const Tensor& parameters,
+                    const Tensor& inputs,
+                    const Tensor& positions,
+                    at::TensorList words,
+                    at::IntArrayRef sizes) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("td3_fast::causal_encoder_forward", "")
+                             .typed<decltype(call_forward)>();
+  return op.call(parameters, inputs, positions, words, sizes);
+}
+
+std::tuple<Tensor, Tensor> call_backward(const Tensor& grad_outputs,
+                                         const Tensor& parameters,
+                                         const Tensor& inputs,
+                                         const Tensor& positions,
+                                         at::TensorList words,
+                                         at::IntArrayRef sizes,
+                                         bool needs_inputs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("td3_fast::causal_encoder_backward", "")
+                             .typed<decltype(call_backward)>();
+  return op.call(grad_outputs, parameters, inputs, positions, words, sizes, needs_inputs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_double_backward(const std::optional<Tensor>& grad_grad_parameters,
+                                                        const std::optional<Tensor>& grad_grad_inputs,
+                                                        const Tensor& grad_outputs,
+                                                        const Tensor& parameters,
+                                                        const Tensor& inputs,
+                                                        const Tensor& positions,
+                                                        at::TensorList words,
+                                                        at::IntArrayRef sizes,
+                                                        bool needs_inputs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("td3_fast::causal_encoder_double_backward", "")
+                             .typed<decltype(call_double_backward)>();
+  return op.call(grad_grad_parameters, grad_grad_inputs, grad_outputs, parameters, inputs, positions, words,
+                 sizes, needs_inputs);
+}
+
+std::optional<Tensor> if_defined(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// What all three orders carry besides their differentiable inputs.
+struct Constants {
+  Tensor positions;
+  std::vector<Tensor> words;
+  std::vector<int64_t> sizes;
+
+  void save(AutogradContext* context) const {
+    context->saved_data["positions"] = positions;
+    context->saved_data["words"] = words;
+    context->saved_data["sizes"] = sizes;
+  }
+  static Constants of(AutogradContext* context) {
+    return {context->saved_data["positions"].toTensor(), context->saved_data["words"].toTensorVector(),
+            context->saved_data["sizes"].toIntVector()};
+  }
+};
+
+struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
+  static variable_list forward(AutogradContext*,
+                               const std::optional<Tensor>& grad_grad_parameters,
+                               const std::optional<Tensor>& grad_grad_inputs,
+                               const Tensor& grad_outputs,
+                               const Tensor& parameters,
+                               const Tensor& inputs,
+                               const Constants& constants,
+                               bool needs_inputs) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [a, b, c] =
+        call_double_backward(grad_grad_parameters, grad_grad_inputs, grad_outputs, parameters, inputs,
+                             constants.positions, constants.words, constants.sizes, needs_inputs);
+    return {a, b, c};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "causal_encoder is differentiable twice, not three times");
+  }
+};
+
+struct Backward : torch::autograd::Function<Backward> {
+  static variable_list forward(AutogradContext* context,
+                               const Tensor& grad_outputs,
+                               const Tensor& parameters,
+                               const Tensor& inputs,
+                               const Constants& constants,
+                               bool needs_inputs) {
+    context->save_for_backward({grad_outputs, parameters, inputs});
+    context->set_materialize_grads(false);
+    constants.save(context);
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [a, b] = call_backward(grad_outputs, parameters, inputs, constants.positions, constants.words,
+                                constants.sizes, needs_inputs);
+    return {a, b};
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const bool needs_inputs = context->needs_input_grad(2);
+    const variable_list result =
+        DoubleBackward::apply(if_defined(grads[0]), if_defined(grads[1]), saved[0], saved[1], saved[2],
+                              Constants::of(context), needs_inputs);
+    return {result[0], result[1], needs_inputs ? result[2] : Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct Forward : torch::autograd::Function<Forward> {
+  static Tensor forward(AutogradContext* context,
+                        const Tensor& parameters,
+                        const Tensor& inputs,
+                        const Constants& constants) {
+    context->save_for_backward({parameters, inputs});
+    constants.save(context);
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return call_forward(parameters, inputs, constants.positions, constants.words, constants.sizes);
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    const bool needs_inputs = context->needs_input_grad(1);
+    const variable_list result =
+        Backward::apply(grads[0], saved[0], saved[1], Constants::of(context), needs_inputs);
+    return {result[0], needs_inputs ? result[1] : Tensor(), Tensor()};
+  }
+};
+
+Tensor causal_encoder(const Tensor& parameters,
+                      const Tensor& inputs,
+                      const Tensor& positions,
+                      at::TensorList words,
+                      at::IntArrayRef sizes) {
+  return Forward::apply(parameters, inputs, Constants{positions, words.vec(), sizes.vec()});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
+  m.impl("causal_encoder_forward", causal_encoder);
+}
+
+}  // namespace td3_fast

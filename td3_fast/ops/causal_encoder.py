@@ -1,0 +1,118 @@
+"""A causal self-attention encoder in one call, for small models whose passes are bound by the cost of calls."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from td3_fast.ops.dropout import DropoutStream, dropped_of
+from td3_fast.ops.library import has_fused, register_fake
+
+MAX_LAYERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """Sizes and rates of a SASRec: `positions` rows of its position table, width d."""
+
+    positions: int
+    width: int
+    inner: int
+    heads: int
+    layers: int
+    hidden_dropout: float
+    attention_dropout: float
+
+
+def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
+    """Whether `causal_encoder` serves this shape on the device and dtype of `like`: the CPU's kernels alone do."""
+    return (
+        like.device.type == "cpu"
+        and like.dtype in (torch.float32, torch.float64)
+        and shape.layers <= MAX_LAYERS
+        and has_fused("cpu")
+    )
+
+
+def causal_encoder(
+    parameters: Tensor,  # (size,)
+    inputs_embeds: Tensor,  # (batch, length, d)
+    positions: Tensor,  # (batch, k) int64
+    shape: EncoderShape,
+    *,
+    dropout: DropoutStream | None = None,
+) -> Tensor:
+    """The outputs of a SASRec at the asked positions; its reference is `learners.SASRec.encode`.
+
+    Sequences are the lanes of vectors, nothing is computed beyond the last asked position, and only inputs and
+    outputs are kept between orders: a pass is recomputed by its derivative. The double backward runs the same code on
+    dual numbers. Twice differentiable in `parameters` and `inputs_embeds`; a third order raises. Dropout masks are
+    those that the reference draws from an equal `dropout`.
+
+    Args:
+        parameters: position table (positions, d); weight and bias of the first norm; for each layer weight and bias
+            of query, key, value, attention output, its norm, feed-forward in, feed-forward out, its norm.
+        inputs_embeds: (batch, length, d), length <= shape.positions.
+        positions: (batch, k), 0-based.
+
+    Returns:
+        (batch, k, d).
+
+    Raises:
+        ValueError: sizes or dtypes do not agree.
+        IndexError: a position is not one of the inputs.
+    """
+    batch, length, d = inputs_embeds.shape
+    words: list[Tensor] = []
+    if dropout is not None:
+        stream, device = dropout, inputs_embeds.device
+
+        def site(count: int, rate: float) -> Tensor:
+            return torch.empty(0, dtype=torch.int16) if rate == 0.0 else stream.words(count, device=device)
+
+        words.append(site(batch * length * d, shape.hidden_dropout))
+        for layer in range(shape.layers):
+            rows = positions.shape[1] if layer == shape.layers - 1 else length
+            words.append(site(batch * shape.heads * rows * length, shape.attention_dropout))
+            words.append(site(batch * rows * d, shape.hidden_dropout))
+            words.append(site(batch * rows * d, shape.hidden_dropout))
+    sizes = [shape.positions, shape.inner, shape.heads, shape.layers]
+    dropped = [dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+    encoded: Tensor = torch.ops.td3_fast.causal_encoder_forward(
+        parameters, inputs_embeds, positions, words, sizes + dropped
+    )
+    return encoded
+
+
+@register_fake("td3_fast::causal_encoder_forward")
+def _(parameters: Tensor, inputs: Tensor, positions: Tensor, words: list[Tensor], sizes: list[int]) -> Tensor:
+    return inputs.new_empty((*positions.shape, inputs.shape[2]))
+
+
+@register_fake("td3_fast::causal_encoder_backward")
+def _(
+    grad_outputs: Tensor,
+    parameters: Tensor,
+    inputs: Tensor,
+    positions: Tensor,
+    words: list[Tensor],
+    sizes: list[int],
+    needs_inputs: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(parameters), inputs.new_empty(inputs.shape if needs_inputs else 0)
+
+
+@register_fake("td3_fast::causal_encoder_double_backward")
+def _(
+    grad_grad_parameters: Tensor | None,
+    grad_grad_inputs: Tensor | None,
+    grad_outputs: Tensor,
+    parameters: Tensor,
+    inputs: Tensor,
+    positions: Tensor,
+    words: list[Tensor],
+    sizes: list[int],
+    needs_inputs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_inputs = inputs.new_empty(inputs.shape if needs_inputs else 0)
+    return torch.empty_like(grad_outputs), torch.empty_like(parameters), grad_inputs

@@ -1,0 +1,140 @@
+"""The fused encoder against SASRec's modules, at every order."""
+
+import pytest
+import torch
+from torch.autograd import grad
+
+from td3_fast import ops
+from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
+from td3_fast.ops import DropoutStream
+
+pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
+
+
+def setting(*, batch=13, length=9, asked=2, layers=1, heads=1, rates=(0.2, 0.5), dtype=torch.float64):
+    config = SASRecConfig(
+        num_items=5,
+        max_len=11,
+        hidden=8,
+        inner=10,
+        heads=heads,
+        layers=layers,
+        hidden_dropout=rates[0],
+        attention_dropout=rates[1],
+    )
+    learner = SASRec(config, seed=1).to(dtype)
+    flat = FlatParameters(learner)
+    generator = torch.Generator().manual_seed(2)
+    theta = flat.gather(learner.state_dict())
+    theta = theta + 0.3 * torch.randn(theta.shape, generator=generator, dtype=dtype)
+    inputs = torch.randn(batch, length, config.hidden, generator=generator, dtype=dtype)
+    positions = torch.randint(length, (batch, asked), generator=generator)
+    return learner, flat, theta.requires_grad_(), inputs.requires_grad_(), positions
+
+
+def reference(flat, theta, inputs, positions, dropout):
+    learner = flat._shell
+    for (attributes, name), tensor in zip(flat._slots, flat.scatter(theta).values(), strict=True):
+        attributes[name] = tensor
+    return learner.encode(inputs, positions, dropout=dropout)
+
+
+def orders(encode, theta, inputs, *, create_graph=True):
+    """Outputs, first-order gradients, and the gradient of a function of those."""
+    generator = torch.Generator().manual_seed(3)
+
+    def like(x):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    outputs = encode()
+    upstream = like(outputs).requires_grad_()
+    first = grad(outputs, (theta, inputs), upstream, create_graph=create_graph)
+    second = grad(first, (theta, inputs, upstream), [like(x) for x in first])
+    return [outputs, *first, *second]
+
+
+@pytest.mark.parametrize("dropout", [None, 7], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers": 2, "heads": 2},
+        {"batch": 1, "asked": 1},
+        {"length": 1},
+        {"rates": (0.0, 0.3)},
+        {"batch": 150},
+    ],
+    ids=str,
+)
+def test_equals_the_modules_at_every_order(changes, dropout):
+    _, flat, theta, inputs, positions = setting(**changes)
+
+    def stream():
+        return None if dropout is None else DropoutStream(dropout)
+
+    expected = orders(lambda: reference(flat, theta, inputs, positions, stream()), theta, inputs)
+    actual = orders(lambda: flat.encode(theta, inputs, positions, dropout=stream()), theta, inputs)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_float32_is_as_near_to_float64_as_the_modules_are():
+    _, flat, theta, inputs, positions = setting(batch=40, dtype=torch.float64)
+    truth = orders(lambda: reference(flat, theta, inputs, positions, DropoutStream(7)), theta, inputs)
+    theta32, inputs32 = (x.detach().float().requires_grad_() for x in (theta, inputs))
+    modules = orders(
+        lambda: reference(flat, theta32, inputs32, positions, DropoutStream(7)), theta32, inputs32
+    )
+    fused = orders(
+        lambda: flat.encode(theta32, inputs32, positions, dropout=DropoutStream(7)), theta32, inputs32
+    )
+    for exact, near, own in zip(truth, modules, fused, strict=True):
+        budget = 3 * (near - exact).abs().max() + 1e-5 * exact.abs().max()
+        assert (own - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("needed", ["theta", "inputs"])
+def test_gradients_towards_one_of_the_inputs(needed):
+    _, flat, theta, inputs, positions = setting()
+    expected = orders(lambda: reference(flat, theta, inputs, positions, None), theta, inputs)
+    held = inputs.detach() if needed == "theta" else inputs
+    parameters = theta.detach() if needed == "inputs" else theta
+    outputs = flat.encode(parameters, held, positions, dropout=None)
+    upstream = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3), dtype=outputs.dtype)
+    (only,) = grad(outputs, theta if needed == "theta" else inputs, upstream)
+    torch.testing.assert_close(only, expected[1 if needed == "theta" else 2])
+
+
+def test_a_third_order_raises():
+    _, flat, theta, inputs, positions = setting()
+    outputs = flat.encode(theta, inputs, positions, dropout=None)
+    (first,) = grad(outputs.square().sum(), theta, create_graph=True)
+    (second,) = grad(first.square().sum(), theta, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="twice"):
+        grad(second.sum(), theta)
+
+
+def test_equal_bits_on_any_number_of_threads():
+    _, flat, theta, inputs, positions = setting(batch=300, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(
+                orders(lambda: flat.encode(theta, inputs, positions, dropout=DropoutStream(1)), theta, inputs)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refuses_what_does_not_fit():
+    learner, flat, theta, inputs, positions = setting()
+    with pytest.raises(IndexError, match="position"):
+        flat.encode(theta, inputs, positions + 9, dropout=None)
+    with pytest.raises(ValueError, match="parameters"):
+        flat.encode(theta[:-1], inputs, positions, dropout=None)
+    with pytest.raises(ValueError, match="max_len"):
+        flat.encode(theta, torch.zeros(2, 12, 8, dtype=torch.float64), positions[:2], dropout=None)
