@@ -92,10 +92,10 @@ FiveTensors call_soft_embedding_double_backward(const OptionalTensor& grad_grad_
                  keys, values, embedding, logsumexp, remainder, needed);
 }
 
-FourTensors call_item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save) {
+FourTensors call_item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save, bool keep) {
   static const auto op =
       find_operator<decltype(call_item_logsumexp_forward)>("td3_fast::item_logsumexp_forward");
-  return op.call(hidden, items, save);
+  return op.call(hidden, items, save, keep);
 }
 
 std::tuple<Tensor, Tensor> call_item_logsumexp_backward(const Tensor& grad_logsumexp,
@@ -381,12 +381,13 @@ struct ItemLogsumexpDoubleBackward final : OpNode {
   }
 };
 
-FourTensors item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save) {
+FourTensors item_logsumexp_forward(const Tensor& hidden, const Tensor& items, bool save, bool keep) {
   const bool differentiates = compute_requires_grad(hidden, items);
   const bool has_tangent = any_tangent(hidden, items);
   FourTensors result = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_item_logsumexp_forward(hidden, items, save || differentiates || has_tangent);
+    return call_item_logsumexp_forward(hidden, items, save || differentiates || has_tangent,
+                                       keep || compute_requires_grad(items));
   }();
   const auto& [logsumexp, remainder, mean, probabilities] = result;
   if (differentiates) {

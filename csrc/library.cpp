@@ -32,12 +32,12 @@ std::tuple<at::Tensor, at::Tensor> soft_embedding(const at::Tensor& queries,
 }
 
 at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
-  using Signature =
-      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, bool);
+  using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&,
+                                                                               const at::Tensor&, bool, bool);
   static const auto forward = c10::Dispatcher::singleton()
                                   .findSchemaOrThrow("td3_fast::item_logsumexp_forward", "")
                                   .typed<Signature>();
-  return std::get<0>(forward.call(hidden, items, false));
+  return std::get<0>(forward.call(hidden, items, false, false));
 }
 
 }  // namespace
@@ -74,7 +74,7 @@ TORCH_LIBRARY(td3_fast, m) {
   m.set_python_module("td3_fast.ops.item_cross_entropy");
   m.def("item_logsumexp(Tensor hidden, Tensor items) -> Tensor", item_logsumexp, tags);
   m.def(
-      "item_logsumexp_forward(Tensor hidden, Tensor items, bool save) "
+      "item_logsumexp_forward(Tensor hidden, Tensor items, bool save, bool keep) "
       "-> (Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities)",
       tags);
   m.def(
@@ -103,6 +103,10 @@ TORCH_LIBRARY(td3_fast, m) {
       "Tensor grad_outputs, Tensor parameters, Tensor inputs, Tensor positions, Tensor[] words, int[] sizes, "
       "bool needs_inputs) -> (Tensor grad_grad_outputs, Tensor grad_parameters, Tensor grad_inputs)",
       tags);
+
+  m.set_python_module("td3_fast.ops.mix_items");
+  m.def("mix_items(Tensor probabilities, Tensor items) -> Tensor", tags);
+  m.def("mix_items_transposed(Tensor probabilities, Tensor cotangent) -> Tensor", tags);
 
   m.set_python_module("td3_fast.ops.target_rank");
   m.def(

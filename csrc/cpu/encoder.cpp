@@ -111,9 +111,12 @@ void for_groups(
   const int64_t chunks = std::clamp<int64_t>(groups / kGroupsPerChunk, 1, kMaxChunks);
   const int64_t size = total.defined() ? total.numel() : 0, sums_size = size * e.lanes;
   const int64_t scratch_size = ceil_div(e.scratch_size(sizes, tangents), 64) * 64;
-  const Scratch<T> sums(num_workers(chunks) * sums_size), parts(chunks * size);
-  const Scratch<uint8_t> scratch(num_workers(chunks) * scratch_size);
-  run_tasks(chunks, [&](int64_t chunk, int64_t worker) {
+  // Each parameter meets each asked row, each input a few times the width.
+  const int64_t workers =
+      num_workers(chunks, batch * (sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8));
+  const Scratch<T> sums(workers * sums_size), parts(chunks * size);
+  const Scratch<uint8_t> scratch(workers * scratch_size);
+  run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
     T* own = sums.data() + worker * sums_size;
     std::fill_n(own, sums_size, T(0));
     const Chunks split{groups, chunks};

@@ -130,15 +130,21 @@ struct Chunks {
   int64_t largest() const { return ceil_div(items, count); }
 };
 
-inline int64_t num_workers(int64_t tasks) {
-  return at::in_parallel_region() ? 1 : std::min<int64_t>(tasks, at::get_num_threads());
+// Multiply-adds that are worth a thread of their own: below, waking it and waiting for it costs more.
+constexpr int64_t kWorkOfThread = int64_t{1} << 22;
+
+// Threads for `tasks` that make `work` multiply-adds in all.
+inline int64_t num_workers(int64_t tasks, int64_t work) {
+  if (at::in_parallel_region()) return 1;
+  return std::clamp<int64_t>(work / kWorkOfThread, 1,
+                             std::min<int64_t>(std::max<int64_t>(tasks, 1), at::get_num_threads()));
 }
 
 // work(task, worker) for every task, each worker taking the next one that is left.
 template <typename Work>
-void run_tasks(int64_t tasks, const Work& work) {
+void run_tasks(int64_t tasks, int64_t workers, const Work& work) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, num_workers(tasks), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task = next++; task < tasks; task = next++) work(task, worker);
     }

@@ -204,9 +204,10 @@ void forward(const Tensor& queries,  // (rows, rank)
   const int64_t key_size = keys.scratch_size(step), value_size = values.scratch_size(step);
   const int64_t score_size = kept != nullptr ? 0 : step * P;
   const int64_t scratch_size = ceil_div(score_size + key_size + value_size, P) * P;
-  const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
+  const int64_t workers = num_workers(plan.tasks(), rows * items * (rank + width));
+  const Scratch<T> scratch(workers * scratch_size);
 
-  run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
+  run_tasks(plan.tasks(), workers, [&](int64_t task, int64_t worker) {
     const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
@@ -278,7 +279,7 @@ void forward(const Tensor& queries,  // (rows, rank)
     }
   });
   if (kept == nullptr) return;
-  run_tasks(plan.chunks.count, [&](int64_t chunk, int64_t) {
+  run_tasks(plan.chunks.count, workers, [&](int64_t chunk, int64_t) {
     const int64_t begin = plan.chunks.begin(chunk), count = plan.chunks.begin(chunk + 1) - begin;
     for (int64_t panel = 0; panel < plan.panels; ++panel) {
       t.scale(kept + (panel * items + begin) * P, count, sums.at(chunk, panel));
@@ -389,8 +390,9 @@ void backward(const Rows<T>& r,
   const int64_t scratch_size = (2 * kGroup + 1) * slot + r.keys.scratch_size(step) +
                                r.values.scratch_size(step) + TileSums<T>::size(r.rank, step) +
                                TileSums<T>::size(r.width, step) + 4 * P;
-  const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
-  run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
+  const int64_t workers = num_workers(plan.tasks(), r.rows * r.items * 2 * (r.rank + r.width));
+  const Scratch<T> scratch(workers * scratch_size);
+  run_tasks(plan.tasks(), workers, [&](int64_t task, int64_t worker) {
     const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
@@ -532,8 +534,9 @@ Scratch<T> row_means(const Cotangents<T>& c) {
   const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> sums(plan, kRowSums);
   const int64_t scratch_size = 4 * slot + c.scratch_size(step);
-  const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
-  run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
+  const int64_t workers = num_workers(plan.tasks(), r.rows * r.items * 2 * (r.rank + r.width));
+  const Scratch<T> scratch(workers * scratch_size);
+  run_tasks(plan.tasks(), workers, [&](int64_t task, int64_t worker) {
     const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
@@ -602,8 +605,9 @@ void double_backward(const Cotangents<T>& c,
 
   const int64_t scratch_size = (3 * kGroup + 4) * slot + c.scratch_size(step) +
                                TileSums<T>::size(r.rank, step) + TileSums<T>::size(r.width, step) + 4 * P;
-  const Scratch<T> scratch(num_workers(plan.tasks()) * scratch_size);
-  run_tasks(plan.tasks(), [&](int64_t task, int64_t worker) {
+  const int64_t workers = num_workers(plan.tasks(), r.rows * r.items * 2 * (r.rank + r.width));
+  const Scratch<T> scratch(workers * scratch_size);
+  run_tasks(plan.tasks(), workers, [&](int64_t task, int64_t worker) {
     const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
@@ -819,10 +823,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
   });
 }
 
-// With `save`, also softmax(hidden items^T) items and, while it is small, softmax(hidden items^T) in panels.
+// With `save`, also softmax(hidden items^T) items; with `keep`, while it is small, softmax(hidden items^T) in
+// panels.
 std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& hidden,
                                                                   const Tensor& items,
-                                                                  bool save) {
+                                                                  bool save,
+                                                                  bool keep) {
   check_soft_embedding(hidden, items, items);
   return with_accumulate_type(hidden, [&](auto zero) {
     using T = decltype(zero);
@@ -830,7 +836,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& 
     const Tensor rows_in = as<T>(hidden);
     const Tensor logsumexp = output<T>(true, {rows}), remainder = output<T>(true, {rows});
     const Tensor mean = output<T>(save, {rows, width});
-    const Tensor probabilities = output<T>(true, {save ? kept_size<T>(rows, num_items) : 0});
+    const Tensor probabilities = output<T>(true, {save && keep ? kept_size<T>(rows, num_items) : 0});
     const Table<T> table(items);
     for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), table, Table<T>(), num_items, rows_of(mean, begin, count),

@@ -82,9 +82,10 @@ void full_ranks(const Tensor& hidden,
   std::vector<int64_t> ahead(chunks.count * panels * P, 0);
   const int64_t convert_size = table.scratch_size(kTileItems);
   const int64_t scratch_size = ceil_div(kTileItems * P + convert_size, P) * P;
-  const Scratch<T> scratch(num_workers(std::max(panels, ranges * chunks.count)) * scratch_size);
+  const int64_t workers = num_workers(ranges * chunks.count, rows * num_items * depth);
+  const Scratch<T> scratch(workers * scratch_size);
 
-  run_tasks(panels, [&](int64_t panel, int64_t worker) {
+  run_tasks(panels, workers, [&](int64_t panel, int64_t worker) {
     T* scores = scratch.data() + worker * scratch_size;
     const int64_t lanes = std::min(P, rows - panel * P);
     for (int64_t lane = 0; lane < P; ++lane) {
@@ -96,8 +97,8 @@ void full_ranks(const Tensor& hidden,
     }
   });
 
-  run_tasks(ranges * chunks.count, [&](int64_t task, int64_t worker) {
-    const int64_t chunk = task % chunks.count, range = task / chunks.count;
+  run_tasks(ranges * chunks.count, workers, [&](int64_t task, int64_t worker) {
+    const int64_t chunk = task / ranges, range = task % ranges;
     const int64_t first = range * kPanelsPerTask, last = std::min(first + kPanelsPerTask, panels);
     T* scores = scratch.data() + worker * scratch_size;
     // Where each row's left-out items go on in this chunk.
@@ -147,8 +148,9 @@ void candidate_ranks(const Tensor& hidden,
   const T* hidden_rows = hidden.const_data_ptr<T>();
   constexpr int64_t kRowsPerTask = 64;
   const int64_t tasks = ceil_div(rows, kRowsPerTask), convert_size = table.scratch_size(1);
-  const Scratch<T> scratch(num_workers(tasks) * convert_size);
-  run_tasks(tasks, [&](int64_t task, int64_t worker) {
+  const int64_t workers = num_workers(tasks, rows * num_candidates * depth);
+  const Scratch<T> scratch(workers * convert_size);
+  run_tasks(tasks, workers, [&](int64_t task, int64_t worker) {
     T* converted = scratch.data() + worker * convert_size;
     for (int64_t row = task * kRowsPerTask; row < std::min((task + 1) * kRowsPerTask, rows); ++row) {
       const T* h = hidden_rows + row * depth;

@@ -284,7 +284,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
 // Probabilities are never kept on CUDA.
 std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& hidden,
                                                                   const Tensor& items,
-                                                                  bool save) {
+                                                                  bool save,
+                                                                  bool /*keep: the CPU alone does*/) {
   check_soft_embedding(hidden, items, items);
   Call call(hidden, items, save ? items : Tensor(), save ? items.size(1) : 0);
   const auto [mean, logsumexp, remainder] = forward(call);

@@ -69,11 +69,11 @@ def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
 
 
 @register_fake("td3_fast::item_logsumexp_forward")
-def _(hidden: Tensor, items: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, items: Tensor, save: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     (rows, d), n = hidden.shape, items.shape[0]
     kept = 0
-    if save and hidden.device.type == "cpu":
+    if save and keep and hidden.device.type == "cpu":
         panel = _PANEL_BYTES // accumulate.itemsize
         padded = (rows + panel - 1) // panel * panel
         kept = padded * n if padded * n * accumulate.itemsize <= _KEPT_BYTES else 0

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from td3_fast.ops import soft_embedding
+from td3_fast.ops import mix_items, mix_items_transposed, soft_embedding
 
 
 class ItemMixture(Protocol):
@@ -66,10 +66,10 @@ class CachedMixture:
         return rows_of(self._probabilities, users).flatten(0, 1)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        return (self._rows(users) @ items).unflatten(0, (len(users), -1))
+        return mix_items(self._rows(users), items).unflatten(0, (len(users), -1))
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
-        return self._rows(users).T @ cotangent.flatten(0, 1)
+        return mix_items_transposed(self._rows(users), cotangent.flatten(0, 1))
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         self._noted.setdefault(tuple(users.tolist()), []).append((cotangent.flatten(0, 1), items))

@@ -131,7 +131,7 @@ def test_equal_bits_on_any_number_of_threads():
 
 
 def test_refuses_what_does_not_fit():
-    learner, flat, theta, inputs, positions = setting()
+    _, flat, theta, inputs, positions = setting()
     with pytest.raises(IndexError, match="position"):
         flat.encode(theta, inputs, positions + 9, dropout=None)
     with pytest.raises(ValueError, match="parameters"):

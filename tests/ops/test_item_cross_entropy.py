@@ -87,11 +87,11 @@ def test_gradients_of_every_subset_of_inputs_match_finite_differences(needed, de
 @pytest.mark.parametrize("n", [9, 200_000], ids=["kept", "recomputed"])
 def test_operators_satisfy_opcheck(n, device):
     hidden, items, _ = (x.requires_grad_() for x in make_inputs((6, n, 2), DTYPES["float64"], device))
-    saved = [x.detach() for x in OPS.item_logsumexp_forward(hidden, items, True)]
+    saved = [x.detach() for x in OPS.item_logsumexp_forward(hidden, items, True, True)]
     assert (saved[-1].numel() > 0) == (n == 9 and device.type == "cpu")
     grad = torch.randn_like(saved[0]).requires_grad_()
     torch.library.opcheck(OPS.item_logsumexp.default, (hidden, items))
-    torch.library.opcheck(OPS.item_logsumexp_forward.default, (hidden, items, True))
+    torch.library.opcheck(OPS.item_logsumexp_forward.default, (hidden, items, True, True))
     torch.library.opcheck(OPS.item_logsumexp_backward.default, (grad, hidden, items, *saved, [True] * 2))
     constants = [x.detach() for x in (hidden, items, grad, hidden, items)]
     torch.library.opcheck(OPS.item_logsumexp_double_backward.default, (*constants, *saved, [True] * 3))
