@@ -163,10 +163,19 @@ class OuterObjective:
     """Cross-entropy of the next item plus alignment of features, on one batch of real examples."""
 
     def __init__(
-        self, config: DistillConfig, teacher: Learner, examples: Examples, index: np.ndarray, *, seed: int
+        self,
+        config: DistillConfig,
+        teacher: Learner,
+        flat: FlatParameters,
+        examples: Examples,
+        index: np.ndarray,
+        *,
+        seed: int,
     ) -> None:
         self._config = config
-        self._teacher = teacher
+        self._flat = flat
+        self._teacher_parameters = flat.gather(teacher.state_dict())
+        self._teacher_items = teacher.item_embeddings.detach()
         self._count = len(index)
         by_length = index[np.argsort(examples.lengths[index], kind="stable")]
         self._parts = [
@@ -194,7 +203,10 @@ class OuterObjective:
             if self._config.alignment:
                 with torch.no_grad():
                     dropout = self._dropout(semantics.alignment_dropout, "teacher", i)
-                    features = self._teacher(batch.histories, batch.lengths, dropout=dropout)
+                    known = F.embedding(batch.histories, self._teacher_items)
+                    features = self._flat.encode(
+                        self._teacher_parameters, known, positions, dropout=dropout
+                    ).squeeze(1)
                 aligned = F.mse_loss(hidden, features) * (share * self._config.alignment)
             yield fit, aligned
 
@@ -320,6 +332,7 @@ class Distiller:
         objective = OuterObjective(
             config,
             self.teacher,
+            self.flat,
             self.split.train,
             self.batch_index(state.step),
             seed=derive_seed(seed, "real"),

@@ -17,8 +17,9 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kRowsPerTask = 24;
-constexpr int64_t kItemsPerTask = 96;
-constexpr int64_t kDepth = 64;
+constexpr int64_t kItemsPerTask = 96, kItemsPerCall = 24;
+constexpr int64_t kDepthOfMix = 256;  // items, so that their part of the packed table stays in cache
+constexpr int64_t kDepth = 64;        // rows of the transposed product
 
 void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
   TORCH_CHECK_VALUE(probabilities.dim() == 2 && other.dim() == 2 &&
@@ -52,8 +53,10 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
     T* sums = scratch.data() + worker * kRowsPerTask * P;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t lanes = std::min(P, d - panel * P);
-      t.product(from + first * n, n, Walk::kRows, count, n, packed.data() + panel * n * P, sums, lanes,
-                false);
+      for (int64_t item = 0; item < n; item += kDepthOfMix) {
+        t.product(from + first * n + item, n, Walk::kRows, count, std::min(kDepthOfMix, n - item),
+                  packed.data() + (panel * n + item) * P, sums, lanes, item > 0);
+      }
       write_panel(sums, count, to + first * d + panel * P, d, lanes);
     }
   });
@@ -67,20 +70,34 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = cotangent.size(1), panels = ceil_div(d, P);
   const Tensor sums_of_items = at::empty({n, d}, cotangent.options());
+  if (sums_of_items.numel() == 0) return sums_of_items;
   const Scratch<T> packed = pack_columns<T>(cotangent);
   const int64_t tasks = ceil_div(n, kItemsPerTask), workers = num_workers(tasks, rows * n * d);
-  const Scratch<T> scratch(workers * panels * kItemsPerTask * P);
+  const int64_t sums_size = panels * kItemsPerTask * P, scratch_size = sums_size + kDepth * kItemsPerTask;
+  const Scratch<T> scratch(workers * scratch_size);
+  const int64_t rows_per_call = ceil_div(kDepth, panels * (kItemsPerTask / kItemsPerCall));
   const T* from = p.const_data_ptr<T>();
   T* to = sums_of_items.mutable_data_ptr<T>();
   run_tasks(tasks, workers, [&](int64_t task, int64_t worker) {
     const int64_t first = task * kItemsPerTask, count = std::min(kItemsPerTask, n - first);
-    T* sums = scratch.data() + worker * panels * kItemsPerTask * P;
-    std::fill_n(sums, panels * kItemsPerTask * P, T(0));
+    T *sums = scratch.data() + worker * scratch_size, *block = sums + sums_size;
+    std::fill_n(sums, sums_size, T(0));
     for (int64_t row = 0; row < rows; row += kDepth) {
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        t.product(from + row * n + first, n, Walk::kColumns, count, std::min(kDepth, rows - row),
-                  packed.data() + (panel * rows + row) * P, sums + panel * kItemsPerTask * P,
-                  std::min(P, d - panel * P), true);
+      const int64_t depth = std::min(kDepth, rows - row);
+      for (int64_t k = 0; k < depth; ++k) std::copy_n(from + (row + k) * n + first, count, block + k * count);
+      // The rows lie too far apart for the hardware to see the next block coming: it is fetched piece by
+      // piece.
+      int64_t next = row + depth;
+      const int64_t last = std::min(next + kDepth, rows);
+      for (int64_t item = 0; item < count; item += kItemsPerCall) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          for (const int64_t until = std::min(next + rows_per_call, last); next < until; ++next) {
+            for (int64_t i = 0; i < count; i += P) __builtin_prefetch(from + next * n + first + i);
+          }
+          t.product(block + item, count, Walk::kColumns, std::min(kItemsPerCall, count - item), depth,
+                    packed.data() + (panel * rows + row) * P, sums + (panel * kItemsPerTask + item) * P,
+                    std::min(P, d - panel * P), true);
+        }
       }
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
