@@ -1,15 +1,17 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
 from td3_fast.ops.dropout import DropoutStream, derive_seed, seeded_generator
-from td3_fast.ops.item_cross_entropy import item_cross_entropy
+from td3_fast.ops.item_cross_entropy import ItemLogsumexp, item_cross_entropy
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
-from td3_fast.ops.soft_embedding import soft_embedding
+from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
 from td3_fast.ops.tucker import tucker_queries, tucker_soft_embedding
 
 __all__ = [
     "DropoutStream",
     "FusedUnavailableWarning",
+    "ItemLogsumexp",
+    "SoftEmbedding",
     "build_facts",
     "derive_seed",
     "has_fused",

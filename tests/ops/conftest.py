@@ -1,5 +1,6 @@
 import pytest
 import torch
+from op_checks import LOSSES
 
 from td3_fast import ops
 
@@ -21,3 +22,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=LOSSES, ids=lambda loss: loss.__name__.removesuffix("_loss"))
+def loss(request: pytest.FixtureRequest):
+    """A loss of one op, with inputs of the shapes LOSSES[loss]."""
+    return request.param

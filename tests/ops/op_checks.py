@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from td3_fast import ops
+
 STATUS = Path("/proc/self/status")
 RESET_PEAK = Path("/proc/self/clear_refs")
 
@@ -72,3 +74,25 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
     before = kilobytes("VmRSS")
     run()
     return (kilobytes("VmHWM") - before) * 1024
+
+
+def soft_embedding_loss(
+    queries: Tensor, keys: Tensor, values: Tensor, *, backend: ops.library.Backend = "fused"
+) -> Tensor:
+    """A value per row that depends on both outputs, and on the embedding not linearly."""
+    embedding, logsumexp = ops.soft_embedding(queries, keys, values, backend=backend)
+    return embedding.square().sum(-1) + logsumexp
+
+
+def item_cross_entropy_loss(
+    hidden: Tensor, items: Tensor, target: Tensor, *, backend: ops.library.Backend = "fused"
+) -> Tensor:
+    """A value per row that depends on the cross-entropy not linearly."""
+    return ops.item_cross_entropy(hidden, items, target, backend=backend).square()
+
+
+# Small shapes of their inputs: rows, then a table of items.
+LOSSES = {
+    soft_embedding_loss: [(4, 3), (9, 3), (9, 5)],
+    item_cross_entropy_loss: [(4, 5), (9, 5), (4, 5)],
+}

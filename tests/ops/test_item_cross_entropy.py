@@ -97,29 +97,6 @@ def test_operators_satisfy_opcheck(n, device):
     torch.library.opcheck(OPS.item_logsumexp_double_backward.default, (*constants, *saved, [True] * 3))
 
 
-def test_third_order_raises(device):
-    hidden, items, target = make_inputs((3, 6, 2), DTYPES["float64"], device)
-    hidden.requires_grad_()
-    (first,) = torch.autograd.grad(fused(hidden, items, target).sum(), hidden, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="no third"):
-        torch.autograd.grad(second.sum(), hidden)
-
-
-def test_transforms_of_torch_func_match_the_reference(device):
-    hidden, items, target = make_inputs((4, 9, 5), DTYPES["float64"], device)
-    tangent = torch.randn_like(hidden)
-    for transform in (
-        lambda f: torch.func.grad(f)(hidden),
-        lambda f: torch.func.jvp(f, (hidden,), (tangent,))[1],
-        lambda f: torch.func.vjp(torch.func.grad(f), hidden)[1](tangent)[0],
-    ):
-        results = [
-            transform(lambda h, op=op: op(h, items, target).square().sum()) for op in (fused, reference)
-        ]
-        torch.testing.assert_close(*results)
-
-
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(device):
     inputs = make_inputs((70, 1000, 16), DTYPES["float32"], device)
     cotangents = [torch.randn_like(x) for x in inputs]

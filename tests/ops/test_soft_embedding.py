@@ -113,42 +113,6 @@ def test_operators_satisfy_opcheck(device):
     torch.library.opcheck(OPS.soft_embedding_double_backward.default, (*constants, [True] * 5))
 
 
-def test_third_order_raises(device):
-    inputs = [x.requires_grad_() for x in make_inputs((3, 6, 2, 3), DTYPES["float64"], device)]
-    first = torch.autograd.grad(fused(*inputs)[0].square().sum(), inputs, create_graph=True)
-    second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="no third"):
-        torch.autograd.grad(second[0].sum(), inputs)
-
-
-def test_transforms_of_torch_func_match_the_reference(device):
-    queries, keys, values = make_inputs((4, 9, 3, 5), DTYPES["float64"], device)
-    tangent = torch.randn_like(queries)
-    for transform in (
-        lambda f: torch.func.grad(f)(queries),
-        lambda f: torch.func.jvp(f, (queries,), (tangent,))[1],
-        lambda f: torch.func.vjp(torch.func.grad(f), queries)[1](tangent)[0],
-    ):
-        results = [
-            transform(lambda q, op=op: op(q, keys, values)[0].square().sum() + op(q, keys, values)[1].sum())
-            for op in (fused, reference)
-        ]
-        torch.testing.assert_close(*results)
-
-
-def test_a_compiled_function_matches_eager(device):
-    inputs = [x.requires_grad_() for x in make_inputs((4, 9, 3, 5), DTYPES["float64"], device)]
-
-    def loss(*given):
-        embedding, logsumexp = fused(*given)
-        return (embedding.square().sum(-1) + logsumexp).sum()
-
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    actual, expected = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(device):
     inputs = make_inputs((70, 1000, 16, 16), DTYPES["float32"], device)
     upstream = [torch.randn(70, 16, device=device), torch.randn(70, device=device)]
