@@ -64,6 +64,21 @@ def test_hessians_in_every_subset_of_inputs_match_the_reference(moving, loss, in
     assert_close(*(hessian(total(loss, backend), argnums)(*inputs) for backend in ("fused", "reference")))
 
 
+@pytest.mark.parametrize("items", [600, 20_000])
+@pytest.mark.parametrize("needed", subsets(3), ids=str)
+def test_both_orders_in_every_subset_of_inputs_match_the_reference(needed, items, loss, device):
+    # More rows than a group of panels, more items than a chunk, and odd widths.
+    shapes = [(items if rows == 9 else 70, 4 * columns + 1) for rows, columns in LOSSES[loss]]
+    inputs = [torch.randn(shape, dtype=torch.float64, device=device) / 4 for shape in shapes]
+    chosen = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
+
+    def both_orders(backend):
+        first = torch.autograd.grad(total(loss, backend)(*inputs), chosen, create_graph=True)
+        return first, torch.autograd.grad(sum(x.square().sum() for x in first), chosen)
+
+    assert_close(both_orders("fused"), both_orders("reference"))
+
+
 # Two or three derivatives in one mode, beyond what is derived.
 BEYOND = {
     "reverse three times": lambda f, x, t: grad(lambda a: grad(lambda b: grad(f)(b).sum())(a).sum())(x),

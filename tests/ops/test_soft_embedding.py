@@ -29,6 +29,7 @@ DTYPES = {
     "bfloat16 table": (torch.float32, torch.bfloat16),
     "float16 table": (torch.float32, torch.float16),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
 }
 
 fused = functools.partial(ops.soft_embedding, backend="fused")
@@ -78,8 +79,14 @@ def test_non_contiguous_inputs_match_the_reference(device):
     queries, keys, values = make_inputs((20, 300, 8, 12), DTYPES["float64"], device)
     inputs = [queries.T.contiguous().T, keys.T.contiguous().T, values.repeat(1, 2)[:, ::2]]
     assert not any(x.is_contiguous() for x in inputs)
-    for actual, expected in zip(fused(*inputs), reference(*inputs), strict=True):
-        torch.testing.assert_close(actual, expected)
+    assert_matches_reference(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_in_half_precision_keep_small_gradients_of_distant_tables(dtype, device):
+    # The gradient is a small difference of large terms, in which a rounded embedding would be seen.
+    queries, keys, values = make_inputs((50, 1683, 32, 32), (dtype, dtype), device)
+    assert_matches_reference([queries, keys + 3, values + 3])
 
 
 @pytest.mark.parametrize("needed", subsets(3), ids=str)
