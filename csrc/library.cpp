@@ -27,8 +27,13 @@ std::tuple<at::Tensor, at::Tensor> soft_embedding(const at::Tensor& queries,
   static const auto forward = c10::Dispatcher::singleton()
                                   .findSchemaOrThrow("td3_fast::soft_embedding_forward", "")
                                   .typed<Signature>();
-  const auto [embedding, logsumexp, remainder] = forward.call(queries, keys, values);
-  return {embedding, logsumexp};
+  // Rows in half precision are worked on in float32: the derivatives take the embedding from the forward
+  // pass, and rounded it would spoil them.
+  const at::ScalarType type = queries.scalar_type();
+  const bool half = (type == at::kHalf || type == at::kBFloat16) && keys.scalar_type() == type;
+  const auto [embedding, logsumexp, remainder] =
+      forward.call(half ? queries.to(at::kFloat) : queries, keys, values);
+  return {embedding.to(type), logsumexp};
 }
 
 at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
@@ -118,6 +123,12 @@ TORCH_LIBRARY(td3_fast, m) {
 }
 
 }  // namespace td3_fast
+
+// torch.vmap takes these two apart before it asks for the batching rules of their parts (ops/batching.py).
+TORCH_LIBRARY_IMPL(td3_fast, FuncTorchBatchedDecomposition, m) {
+  m.impl("soft_embedding", td3_fast::soft_embedding);
+  m.impl("item_logsumexp", td3_fast::item_logsumexp);
+}
 
 PYBIND11_MODULE(_kernels, module) {
   module.def(

@@ -1,11 +1,14 @@
 """Cross-entropy over all items, for class targets and for soft-embedding targets."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from td3_fast.ops.library import Backend, register_fake, use_fused
-from td3_fast.ops.soft_embedding import check_tables, gradients_like
+from td3_fast.ops.batching import register_vmap
+from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
+from td3_fast.ops.soft_embedding import check_tables, gradients_like, only_needed
 
 # As in csrc/cpu: rows of a panel fill 64 bytes, and this many bytes of probabilities are kept between orders.
 _PANEL_BYTES = 64
@@ -51,14 +54,15 @@ def item_cross_entropy(
 
 def target_score(hidden: Tensor, item_embeddings: Tensor, target: Tensor) -> Tensor:
     """The score of each row's target: ``hidden . item_embeddings[target]``, or ``hidden . target``."""
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
     if target.is_floating_point():
         if target.shape != hidden.shape:
             raise ValueError(f"expected a target of shape {tuple(hidden.shape)}, got {tuple(target.shape)}")
-        return (hidden * target).sum(-1)
+        return (hidden.to(accumulate) * target).sum(-1)
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"expected a target of shape {tuple(hidden.shape[:1])}, got {tuple(target.shape)}")
     # F.embedding sums the gradients of repeated targets in a fixed order.
-    return (hidden * F.embedding(target, item_embeddings)).sum(-1)
+    return (hidden.to(accumulate) * F.embedding(target, item_embeddings)).sum(-1)
 
 
 def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
@@ -113,3 +117,36 @@ def _(
 
 
 # The derivatives are autograd nodes in csrc/autograd.cpp, as those of soft_embedding are.
+for _name in ("item_logsumexp_forward", "item_logsumexp_backward", "item_logsumexp_double_backward"):
+    register_vmap(_name)
+
+
+class ItemLogsumexp(torch.autograd.Function):
+    """``logsumexp(hidden @ items.T)``, the item side of the loss, as a `torch.autograd.Function`.
+
+    ``ItemLogsumexp.apply(hidden, items)`` gives the logsumexp and three tensors saved for the derivatives, not
+    differentiable themselves: what rounding took from it, the expected item row, and probabilities where few.
+    Differentiable as `item_cross_entropy` in reverse mode, and under `torch.vmap`; forward mode is
+    `item_cross_entropy`'s alone. Raises RuntimeError where no fused kernels are built.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        require_fused(hidden.device)
+        return torch.ops.td3_fast.item_logsumexp_forward(hidden, items, True, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return None, None
+        needed = list(ctx.needs_input_grad)
+        gradients = torch.ops.td3_fast.item_logsumexp_backward(grads[0], *ctx.saved_tensors, needed)
+        return only_needed(gradients, needed)

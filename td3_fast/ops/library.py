@@ -81,3 +81,14 @@ def register_fake(name: str) -> Callable[[Fake], Fake]:
     if _kernels is None:
         return lambda fake: fake
     return torch.library.register_fake(name)
+
+
+def registered(name: str) -> torch._ops.OpOverload | None:
+    """``torch.ops.td3_fast.<name>``, or None where the compiled library is absent."""
+    return None if _kernels is None else getattr(torch.ops.td3_fast, name).default
+
+
+def require_fused(device: torch.device) -> None:
+    """Raise RuntimeError where no fused kernels are built for the type of ``device``."""
+    if not has_fused(device):
+        raise RuntimeError(f"td3_fast was built without fused kernels for {device.type}")

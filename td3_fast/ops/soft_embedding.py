@@ -1,9 +1,12 @@
 """Soft embedding: the expectation of item values under a softmax over all items."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import Backend, register_fake, use_fused
+from td3_fast.ops.batching import register_vmap
+from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
 
 
 def soft_embedding(
@@ -107,3 +110,42 @@ def gradients_like(inputs: tuple[Tensor, ...], needed: list[bool]) -> tuple[Tens
 # The derivatives are autograd nodes in csrc/autograd.cpp; in Python each would cost the inner loop about as
 # much as its kernel. They make soft_embedding_forward and soft_embedding_backward differentiable; what would
 # be the third order raises. README.md derives the formulas.
+for _name in ("soft_embedding_forward", "soft_embedding_backward", "soft_embedding_double_backward"):
+    register_vmap(_name)
+
+
+class SoftEmbedding(torch.autograd.Function):
+    """`soft_embedding` as a `torch.autograd.Function`, for code that is written in terms of them.
+
+    ``SoftEmbedding.apply(queries, keys, values)`` gives the embedding, the logsumexp, and what rounding took
+    from the logsumexp, which is saved for the derivatives and not differentiable itself. Differentiable as
+    `soft_embedding` in reverse mode, and under `torch.vmap`; forward mode is `soft_embedding`'s alone, and so
+    are half-precision queries at full accuracy. Raises RuntimeError where no fused kernels are built.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        require_fused(queries.device)
+        return torch.ops.td3_fast.soft_embedding_forward(queries, keys, values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None and grads[1] is None:
+            return None, None, None
+        needed = list(ctx.needs_input_grad)
+        # Differentiable in its turn, by the operator's own autograd node.
+        gradients = torch.ops.td3_fast.soft_embedding_backward(*grads[:2], *ctx.saved_tensors, needed)
+        return only_needed(gradients, needed)
+
+
+def only_needed(gradients: tuple[Tensor, ...], needed: list[bool]) -> tuple[Tensor | None, ...]:
+    """None in the place of every gradient that was not asked for."""
+    return tuple(x if wanted else None for x, wanted in zip(gradients, needed, strict=True))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from op_checks import RESET_PEAK, peak_bytes
 
 from td3_fast import ops
 
@@ -26,6 +27,23 @@ def test_full_rank_matches_the_reference(rows, n, d, dtype, device):
     for options in ({}, {"exclude_padding": False}, {"excluded": excluded}):
         ranks = [ops.target_rank(hidden, items, target, backend=b, **options) for b in ("fused", "reference")]
         assert torch.equal(*ranks)
+
+
+def test_non_contiguous_inputs_match_the_reference(device):
+    hidden, items, target = make_inputs(40, 300, 8, device)
+    hidden, items, target = hidden.T.contiguous().T, items[:, ::2].repeat(1, 2), target.repeat(2)[::2]
+    options = {"candidates": torch.randint(300, (30, 40), device=device).T}
+    for given in ({}, options):
+        ranks = [ops.target_rank(hidden, items, target, backend=b, **given) for b in ("fused", "reference")]
+        assert torch.equal(*ranks)
+
+
+@pytest.mark.skipif(not RESET_PEAK.exists(), reason="peak memory is read from /proc")
+def test_peak_memory_stays_below_one_tensor_of_rows_by_items(device):
+    hidden, items, target = make_inputs(2048, 65536, 8, device)
+    excluded = make_excluded(2048, 65536, device)
+    peak = peak_bytes(device, lambda: ops.target_rank(hidden, items, target, excluded=excluded))
+    assert peak < 2048 * 65536 * 4 // 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from op_checks import assert_within_budget, derivatives
 from torch.autograd import gradcheck, gradgradcheck
 
 from td3_fast import ops
@@ -27,6 +28,44 @@ def test_embedding_is_the_reconstruction_times_the_table(normalize, backend, dev
         summary = summary.softmax(-1)
     actual = ops.tucker_soft_embedding(*inputs, normalize=normalize, backend=backend)
     torch.testing.assert_close(actual, summary @ items)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_value_and_both_orders_are_within_the_error_budget(dtype, normalize, device):
+    inputs = [x.to(dtype) for x in make_inputs(device, users=30, positions=20, ranks=(8, 8, 32), n=894, d=32)]
+    upstream = [torch.randn(30, 20, 32, device=device)]
+    cotangents = [torch.randn_like(x) for x in inputs]
+
+    def function(backend):
+        return lambda *given: (ops.tucker_soft_embedding(*given, normalize=normalize, backend=backend),)
+
+    for (name, actual), (_, same_dtype), (_, exact) in zip(
+        derivatives(function("fused"), inputs, upstream, cotangents),
+        derivatives(function("reference"), inputs, upstream, cotangents),
+        derivatives(function("reference"), [x.double() for x in inputs], upstream, cotangents),
+        strict=True,
+    ):
+        # Of sums of 64 terms per query.
+        assert_within_budget(actual, same_dtype, exact, name=name, scale=8)
+
+
+@pytest.mark.parametrize("moving", range(5))
+def test_both_orders_in_one_input_match_finite_differences(moving, device):
+    inputs = make_inputs(device, users=2, positions=2, ranks=(2, 2, 2), n=4, d=2)
+    inputs[moving].requires_grad_()
+    assert gradcheck(ops.tucker_soft_embedding, inputs)
+    assert gradgradcheck(ops.tucker_soft_embedding, inputs)
+
+
+def test_third_order_raises(device):
+    core, *others = make_inputs(device)
+    core.requires_grad_()
+    value = ops.tucker_soft_embedding(core, *others)
+    for _ in range(2):
+        (value,) = torch.autograd.grad(value.square().sum(), core, create_graph=True)
+    with pytest.raises(RuntimeError, match="no third"):
+        torch.autograd.grad(value.square().sum(), core)
 
 
 @pytest.mark.parametrize("normalize", ["softmax", "none"])
