@@ -130,6 +130,16 @@ def distill(
     ] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Differentiated inner steps.")] = None,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Inner steps at most.")] = None,
+    start: Annotated[
+        Literal["pool", "fresh"] | None,
+        typer.Option(help="Learners of the outer steps: checkpoints of pretraining, or encoders drawn anew."),
+    ] = None,
+    selection: Annotated[
+        Literal["full", "uni100"] | None, typer.Option(help="Protocol that chooses the best summary.")
+    ] = None,
+    validation_runs: Annotated[
+        int | None, typer.Option(min=1, help="Learners trained and averaged for that choice.")
+    ] = None,
     no_alignment: Annotated[bool, typer.Option("--no-alignment", help="No feature space alignment.")] = False,
     no_augmentation: Annotated[
         bool, typer.Option("--no-augmentation", help="No middle position in the inner loss.")
@@ -170,6 +180,9 @@ def distill(
         "window_kind": window_kind,
         "window": window,
         "inner_steps": inner_steps,
+        "start": start,
+        "selection": selection,
+        "validation_runs": validation_runs,
         "alignment": 0.0 if no_alignment else None,
         "augmentation": False if no_augmentation else None,
         "normalize": normalize,

@@ -281,7 +281,8 @@ def test_every_switch_reaches_the_summary(data: Path, tmp_path: Path, undrawn: N
     switches = [
         "--item-embedding", "frozen", "--window-kind", "fixed", "--no-alignment", "--no-augmentation",
         "--users-per-step", "2", "--summary-lr", "0.02", "--learner-lr", "0.004", "--normalize", "none",
-        "--engine", "higher", "--threads", "1", "--seed", "7",
+        "--engine", "higher", "--start", "fresh", "--selection", "full", "--validation-runs", "2",
+        "--threads", "1", "--seed", "7",
     ]  # fmt: skip
     result = run("distill", data, *TINY, "--epochs", "1", *switches, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -293,6 +294,9 @@ def test_every_switch_reaches_the_summary(data: Path, tmp_path: Path, undrawn: N
     expected = {
         "item_embedding": "frozen",
         "window_kind": "fixed",
+        "start": "fresh",
+        "selection": "full",
+        "validation_runs": 2,
         "alignment": 0.0,
         "augmentation": False,
         "users_per_step": 2,

@@ -43,6 +43,27 @@ def test_pool_holds_the_epochs_asked_for(pretrained: Pretrained) -> None:
     assert pretrained.history[-1]["loss"] < pretrained.history[0]["loss"]
 
 
+def test_fresh_starts_have_the_pretrained_tables_and_new_encoders(
+    split: Split, pretrained: Pretrained
+) -> None:
+    distiller = Distiller(split, pretrained, replace(CONFIG, start="fresh"), seed=5)
+    state = distiller.initial_state()
+    generator = torch.Generator().manual_seed(0)
+    starts = []
+    for step in (0, 1):
+        state.step = step
+        theta, items = distiller._start(state, generator).parameters
+        assert torch.equal(items, distiller.items)
+        starts.append(distiller.flat.scatter(theta))
+    pretrained_positions = distiller.teacher.position_embeddings
+    for start in starts:
+        assert torch.equal(start["position_embeddings"], pretrained_positions)
+    weight = "blocks.0.query.weight"
+    assert not torch.equal(starts[0][weight], starts[1][weight])
+    again = distiller._start(state, generator).parameters[0]
+    assert torch.equal(distiller.flat.scatter(again)[weight], starts[1][weight])
+
+
 @pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("stop", [1, 3])
 def test_resumed_run_equals_an_unbroken_one(
