@@ -96,11 +96,11 @@ def chunked_cross_entropy(hidden: Tensor, items: Tensor, target: Tensor) -> Tens
     return by_chunks(lambda h, e, t: dense_cross_entropy(h, e, t)[None], hidden, items, target).sum()
 
 
-def linear_cross_entropy(options: bool, hidden: Tensor, items: Tensor, target: Tensor) -> Tensor:
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("this version of PyTorch has no linear_cross_entropy")
-    chosen = torch.nn.LinearCrossEntropyOptions() if options else None
-    return F.linear_cross_entropy(hidden, items, target, reduction="sum", options=chosen)
+def linear_cross_entropy(chunked: bool, hidden: Tensor, items: Tensor, target: Tensor) -> Tensor:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this version of PyTorch has no linear_cross_entropy by chunks")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return F.linear_cross_entropy(hidden, items, target, reduction="sum", options=options)
 
 
 def cut_cross_entropy(hidden: Tensor, items: Tensor, target: Tensor) -> Tensor:
