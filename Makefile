@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-autosave
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-quiet --benchmark-autosave
 
 demo: setup
 	$(BIN)/td3-fast demo $(DATA)

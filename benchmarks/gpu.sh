@@ -31,4 +31,5 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 "$python" -P -m pytest benchmarks/test_soft_embedding.py benchmarks/test_item_cross_entropy.py \
-  benchmarks/test_target_rank.py --full --benchmark-enable --benchmark-json "$results/ops-gpu-$commit.json"
+  benchmarks/test_target_rank.py --sizes acceptance --benchmark-enable --benchmark-quiet \
+  --benchmark-json "$results/ops-gpu-$commit.json"

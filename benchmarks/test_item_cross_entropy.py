@@ -1,51 +1,92 @@
-"""Cross-entropy over items with soft targets, dense eager against the fused kernels, in float32."""
+"""Cross-entropy over items against its peers: value, + backward, + double backward.
+
+Targets are soft embeddings, as in the inner loop, with items frozen or trained; or item ids, as in the outer loss.
+"""
+
+from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
+from measuring import differentiated
+from peers import ITEM_CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, chunked_cross_entropy
 
-from td3_fast import ops
-
-# rows, items, d; the first is what an inner step of ml-100k asks for
-SIZES = {
-    "small": [(50, 1_683, 32), (100, 20_000, 64)],
-    "full": [
-        (rows, n, d) for rows in (50, 100, 2500) for n in (3_700, 100_000, 1_000_000) for d in (32, 64, 128)
-    ],
+ALL = [(rows, n, d) for n in (3_700, 100_000, 1_000_000) for rows in (50, 100, 2500) for d in (32, 64, 128)]
+PEERS = ITEM_CROSS_ENTROPY | LINEAR_CROSS_ENTROPY
+PARAMETERS = {
+    # rows, items, d; the first is what an inner step of ml-100k asks for
+    "size": {
+        "small": [(50, 1_683, 32), (100, 20_000, 64)],
+        "acceptance": [(100, 100_000, 64)],
+        "acceptance cuda": [(100, 100_000, 64), (100, 1_000_000, 64), (2500, 1_000_000, 64)],
+        "full": ALL,
+        "full cuda": [*ALL, *((rows, 10_000_000, d) for rows in (50, 100, 2500) for d in (32, 64, 128))],
+    },
+    "target": ["soft, items frozen", "soft, items trained", "ids, items trained"],
+    "order": [0, 1, 2],
+    "variant": list(PEERS),
 }
-DENSE_BYTES = 2 << 30
+ORDERS = ["forward", "+ backward", "+ double backward"]
+DENSE_COPIES = (2, 3, 6)
 
 
-def make_run(size, order, items_move, backend, device):
+def flops(size: tuple[int, int, int], order: int, trained: bool) -> float:
+    """Of the products that the scores are never kept without, in units of rows x items x d products.
+
+    The forward pass: scores, and once differentiated the expected item row, which is the gradient towards
+    hidden. Trained items: scores and their gradient. Second order: scores, u and the gradient towards hidden;
+    trained, the row means (3), as much again, and four gradients.
+    """
+    rows, n, d = size
+    first = 2 + 2 * trained
+    return 2 * rows * n * d * (1, first, first + (10 if trained else 3))[order]
+
+
+def make_run(function, size, target, order, dtype, device, *, compute=None):
+    """`compute` is the dtype that the same values are worked on in."""
     rows, n, d = size
     generator = torch.Generator().manual_seed(0)
-    hidden, items, target = (
-        torch.randn(shape, generator=generator).mul_(d**-0.5).to(device)
-        for shape in ((rows, d), (n, d), (rows, d))
+
+    def values(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype).to(compute or dtype)
+
+    hidden, items, soft = (values(count, d, scale=d**-0.5) for count in (rows, n, rows))
+    ids = torch.randint(n, (rows,), generator=generator).to(device)
+    is_soft = target.startswith("soft")
+    first = [hidden] if target.endswith("frozen") else [hidden, items]
+    return differentiated(
+        function,
+        order,
+        [hidden, items, soft if is_soft else ids],
+        first=first,
+        second=[*first, soft] if is_soft else first,
+        upstream=None,
+        cotangents=[values(*x.shape) for x in first],
     )
-    inputs = [hidden.requires_grad_(), items.requires_grad_()] if items_move else [hidden.requires_grad_()]
-    target.requires_grad_()
-    cotangents = [torch.randn(x.shape, generator=generator).to(device) for x in inputs]
-
-    def run():
-        loss = ops.item_cross_entropy(hidden, items, target, backend=backend)
-        first = torch.autograd.grad(loss.sum(), inputs, create_graph=order > 1)
-        if order == 1:
-            return loss, *first
-        return torch.autograd.grad(first, [*inputs, target], cotangents)
-
-    return run
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("items_move", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("order", [1, 2], ids=["gradient", "second order"])
-def test_item_cross_entropy(order, items_move, backend, size, device, measure, benchmark):
+@functools.lru_cache(maxsize=1)
+def expected_results(size, target, order, dtype, device):
+    return make_run(chunked_cross_entropy, size, target, order, dtype, device, compute=torch.float32)()
+
+
+def test_item_cross_entropy(size, dtype, target, order, variant, device, measure, check_peer):
     rows, n, d = size
-    dense = rows * n * 4 * (1 + 3 * order) <= DENSE_BYTES
-    if backend == "reference" and not dense:
-        pytest.skip("dense tensors of rows x items are too large")
-    benchmark.group = (
-        f"item_cross_entropy {rows}x{n}x{d}, order {order}, items {'trained' if items_move else 'frozen'}"
+    if variant in LINEAR_CROSS_ENTROPY and target.startswith("soft"):
+        pytest.skip("takes item ids alone")
+    peer = PEERS[variant]
+    check_peer(peer, order=order, dense_bytes=rows * n * dtype.itemsize * DENSE_COPIES[order])
+    run, run_fused = (
+        make_run(PEERS[name].function, size, target, order, dtype, device) for name in (variant, "fused")
     )
-    run = make_run(size, order, items_move, backend, device)
-    measure(run, make_run(size, order, items_move, "reference", device)() if dense else run())
+    measure(
+        f"item_cross_entropy {rows} x {n} x {d} {str(dtype).removeprefix('torch.')}, {target}, {ORDERS[order]}",
+        variant,
+        run,
+        run_fused,
+        expected_results(size, target, order, dtype, device),
+        dtype=dtype,
+        flops=flops(size, order, target.endswith("trained")),
+        compiled=peer.compiled,
+    )

@@ -6,14 +6,14 @@ Peak memory stands beside the time in `extra_info`, in MiB above what was in use
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from measuring import with_peak
+from report import Row
 
 from td3_fast.data import generate_interactions, leave_one_out
 from td3_fast.distill import Distiller, Semantics
@@ -46,26 +46,18 @@ def distillers() -> Callable[..., Distiller]:
     return make
 
 
-def peak_memory(step: Callable[[], object]) -> float:
-    """MiB of resident memory that a call adds at its peak."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed is not at hand for free
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
-    step()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
-
-
-@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 @pytest.mark.parametrize("engine", ["native", "higher with one pass", "higher"])
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_outer_step(
-    benchmark: object, distillers: Callable[..., Distiller], engine: str, item_embedding: str
+    benchmark: Any,
+    distillers: Callable[..., Distiller],
+    engine: str,
+    item_embedding: str,
+    add_row: Callable[[Row], None],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if engine == "higher with one pass" and request.config.getoption("sizes") == "small":
+        pytest.skip("left out of the small sizes")
     semantics = Semantics(separate_passes=engine == "higher")
     distiller = distillers(engine=engine.split()[0], item_embedding=item_embedding, semantics=semantics)
     state = distiller.initial_state()
@@ -76,8 +68,15 @@ def test_outer_step(
         ours, theirs = (d.meta_gradient(state, window=(2, 3))[0] for d in (distiller, other))
         for a, b in zip(ours, theirs, strict=True):
             assert torch.linalg.vector_norm(a - b) <= 1e-3 * torch.linalg.vector_norm(b)
-    benchmark.extra_info["peak_mib"] = round(
-        peak_memory(lambda: distiller.meta_gradient(state, window=WINDOW))
-    )
-    benchmark.group = f"outer step, {item_embedding} items"
-    benchmark.pedantic(lambda: distiller.meta_gradient(state, window=WINDOW), rounds=3, warmup_rounds=0)
+
+    def step() -> object:
+        return distiller.meta_gradient(state, window=WINDOW)
+
+    _, peak = with_peak(step, torch.device("cpu"))
+    benchmark.group = f"outer step, ml-100k size, {item_embedding} items"
+    quick = engine != "native" and request.config.getoption("sizes") == "small"
+    benchmark.pedantic(step, rounds=1 if quick else 3, warmup_rounds=0)
+    benchmark.extra_info.update(variant=engine, **({} if peak is None else {"peak_mib": round(peak)}))
+    if not benchmark.disabled:
+        median = benchmark.stats.stats.median
+        add_row(Row(benchmark.group, engine, median, dict(benchmark.extra_info)))

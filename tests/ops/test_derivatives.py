@@ -116,8 +116,9 @@ def test_a_compiled_function_matches_eager(loss, inputs):
 def test_a_second_order_of_a_compiled_function_raises(loss, inputs):
     first = inputs[0].requires_grad_()
     compiled = torch.compile(total(loss, "fused"), backend="aot_eager", fullgraph=True)
-    (gradient,) = torch.autograd.grad(compiled(*inputs), first, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
+    # PyTorch's own error: at the second order, or where an earlier version sees it coming.
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph"):  # noqa: PT012
+        (gradient,) = torch.autograd.grad(compiled(*inputs), first, create_graph=True)
         torch.autograd.grad(gradient.sum(), first)
 
 
