@@ -1,6 +1,8 @@
 // The CUDA operators: checks, scratch and the merge of splits in PyTorch, launches on the current stream.
 // Compiled against any PyTorch; no header of CUDA is included.
 
+#include "operators.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
@@ -10,7 +12,6 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -30,11 +31,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kBlocks = 512;
 constexpr int64_t kSmallestSplit = 256;
 constexpr int64_t kRowsPerBlock = 8;
-
-void* current_stream(const Tensor& tensor) {
-  const c10::impl::VirtualGuardImpl guard(tensor.device().type());
-  return guard.getStream(tensor.device()).native_handle();
-}
 
 void check_launch(const char* error) {
   TORCH_CHECK(error == nullptr, "td3_fast: CUDA kernel not launched: ", error);
@@ -386,7 +382,7 @@ Tensor candidate_rank(const Tensor& hidden,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(td3_fast, CUDA, m) {
+void register_operators(torch::Library& m) {
   m.impl("soft_embedding_forward", soft_embedding_forward);
   m.impl("soft_embedding_backward", soft_embedding_backward);
   m.impl("soft_embedding_double_backward", soft_embedding_double_backward);

@@ -11,31 +11,7 @@
 namespace td3_fast::cuda {
 namespace {
 
-template <typename T>
-__device__ T minus_infinity() {
-  return -static_cast<T>(INFINITY);
-}
-
-template <typename T>
-__device__ T warp_sum(T value) {
-  for (int half = kWarp / 2; half > 0; half /= 2) value += __shfl_xor_sync(kAllLanes, value, half);
-  return value;
-}
-
-template <typename T>
-__device__ T warp_max(T value) {
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    const T other = __shfl_xor_sync(kAllLanes, value, half);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-template <typename T>
-__device__ T* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return reinterpret_cast<T*>(memory);
-}
+constexpr int kWarps = 8;
 
 struct Range {
   int64_t begin, end;
@@ -67,19 +43,19 @@ __global__ void __launch_bounds__(kWarp* kWarps) forward_kernel(SoftEmbedding pr
         inside ? inner_product(query, keys + item * problem.rank, problem.rank) : minus_infinity<T>();
     const T tile_maximum = warp_max(score);
     const T peak = tile_maximum > maximum ? tile_maximum : maximum;
-    const T factor = exp(maximum - peak);
-    const T weight = inside ? exp(score - peak) : T(0);
+    const T factor = exponential(maximum - peak);
+    const T weight = inside ? exponential(score - peak) : T(0);
     total = total * factor + warp_sum(weight);
     maximum = peak;
     p[lane] = weight;
-    __syncwarp();
+    warp_barrier();
     const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
     for (int64_t column = lane; column < width; column += kWarp) {
       T added = 0;
       for (int i = 0; i < count; ++i) added += p[i] * load<T>(values + (begin + i) * width + column);
       sum[column] = sum[column] * factor + added;
     }
-    __syncwarp();
+    warp_barrier();
   }
   const int64_t at = int64_t{blockIdx.y} * problem.rows + row;
   if (lane == 0) {
@@ -163,8 +139,8 @@ __global__ void __launch_bounds__(kWarp* kWarps) row_means_kernel(SoftEmbedding 
     }
   }
   const T row_peak = warp_max(peak);
-  const unsigned holders = __ballot_sync(kAllLanes, peak == row_peak);
-  centre = __shfl_sync(kAllLanes, centre, holders != 0 ? __ffs(holders) - 1 : 0);
+  const unsigned holders = ballot(peak == row_peak);
+  centre = shuffle(centre, holders != 0 ? first_set(holders) : 0);
   T sums[5] = {0, 0, 0, 0, 0};
   for (int64_t item = range.begin + lane; item < range.end; item += kWarp) {
     const Pair<T> pair = pair_of<T, Stored, true>(problem, row, item);
@@ -193,6 +169,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_items_kernel(SoftEmbed
   auto* pairs = reinterpret_cast<Coefficients<T>*>(shared_memory<T>()) + warp * kWarp;
   T* sums = shared_memory<T>() + kWarps * kWarp * 4 + warp * (rank + width);
   for (int64_t column = lane; column < rank + width; column += kWarp) sums[column] = 0;
+  warp_barrier();
   const Stored* keys = static_cast<const Stored*>(problem.keys);
   const Stored* values = static_cast<const Stored*>(problem.values);
   const Stored* grad_grad_keys = static_cast<const Stored*>(problem.grad_grad_keys);
@@ -201,7 +178,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_items_kernel(SoftEmbed
   for (int64_t begin = range.begin; begin < range.end; begin += kWarp) {
     const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
     if (lane < count) pairs[lane] = coefficients_of<T, Stored, kSecondOrder>(problem, row, begin + lane);
-    __syncwarp();
+    warp_barrier();
     for (int64_t column = lane; problem.row_sums != nullptr && column < rank; column += kWarp) {
       T added = 0;
       for (int i = 0; i < count; ++i) {
@@ -220,7 +197,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_items_kernel(SoftEmbed
       }
       sums[rank + column] += added;
     }
-    __syncwarp();
+    warp_barrier();
   }
   const int64_t at = int64_t{blockIdx.y} * problem.rows + row;
   for (int64_t column = lane; problem.row_sums != nullptr && column < rank; column += kWarp) {
@@ -241,13 +218,14 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_rows_kernel(SoftEmbedd
   auto* pairs = reinterpret_cast<Coefficients<T>*>(shared_memory<T>()) + warp * kWarp;
   T* sums = shared_memory<T>() + kWarps * kWarp * 4 + warp * (rank + width);
   for (int64_t column = lane; column < rank + width; column += kWarp) sums[column] = 0;
+  warp_barrier();
   const T* queries = static_cast<const T*>(problem.queries);
   const T* grad_grad_queries = static_cast<const T*>(problem.grad_grad_queries);
   const T* grad_embedding = static_cast<const T*>(problem.grad_embedding);
   for (int64_t begin = 0; begin < problem.rows; begin += kWarp) {
     const int count = static_cast<int>(problem.rows - begin < kWarp ? problem.rows - begin : kWarp);
     if (lane < count) pairs[lane] = coefficients_of<T, Stored, kSecondOrder>(problem, begin + lane, item);
-    __syncwarp();
+    warp_barrier();
     for (int64_t column = lane; problem.grad_keys != nullptr && column < rank; column += kWarp) {
       T added = 0;
       for (int i = 0; i < count; ++i) {
@@ -265,7 +243,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_rows_kernel(SoftEmbedd
       }
       sums[rank + column] += added;
     }
-    __syncwarp();
+    warp_barrier();
   }
   for (int64_t column = lane; problem.grad_keys != nullptr && column < rank; column += kWarp) {
     static_cast<T*>(problem.grad_keys)[item * rank + column] = sums[column];
@@ -275,74 +253,58 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_rows_kernel(SoftEmbedd
   }
 }
 
-// Launches with enough shared memory for `elements` of T; wide rows need more than a kernel gets unasked.
-template <typename T, typename Kernel>
-const char* launch(Kernel kernel,
-                   const SoftEmbedding& problem,
-                   int64_t owners,
-                   int64_t splits,
-                   int64_t elements,
-                   void* stream) {
+// Launches a warp for each owner, with enough shared memory for `elements` of T in a block.
+template <typename T>
+const char* launch_warps(void (*kernel)(SoftEmbedding),
+                         const SoftEmbedding& problem,
+                         int64_t owners,
+                         int64_t splits,
+                         int64_t elements,
+                         void* stream) {
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-  if (bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return "rank and d are too large for the shared memory of a block";
-    }
-  }
+  if (bytes > shared_memory_limit()) return "rank and d are too large for the shared memory of a block";
   const dim3 grid(static_cast<unsigned>((owners + kWarps - 1) / kWarps), static_cast<unsigned>(splits));
-  kernel<<<grid, kWarp * kWarps, bytes, static_cast<cudaStream_t>(stream)>>>(problem);
-  return launch_error();
+  return launch(kernel, grid, kWarp * kWarps, bytes, stream, problem);
 }
 
 }  // namespace
 
 const char* forward(const SoftEmbedding& problem, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
+  return with_element(problem.table, [&](auto zero, auto stored) {
     using T = decltype(zero);
-    error = launch<T>(forward_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits,
-                      kWarps * (kWarp + problem.width), stream);
+    return launch_warps<T>(forward_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits,
+                           kWarps * (kWarp + problem.width), stream);
   });
-  return error;
 }
 
 const char* row_means(const SoftEmbedding& problem, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
+  return with_element(problem.table, [&](auto zero, auto stored) {
     using T = decltype(zero);
-    error =
-        launch<T>(row_means_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits, 0, stream);
+    return launch_warps<T>(row_means_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits, 0,
+                           stream);
   });
-  return error;
 }
 
 const char* sum_over_items(const SoftEmbedding& problem, bool second_order, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
+  return with_element(problem.table, [&](auto zero, auto stored) {
     using T = decltype(zero);
     using Stored = decltype(stored);
     const auto kernel =
         second_order ? sum_over_items_kernel<T, Stored, true> : sum_over_items_kernel<T, Stored, false>;
-    error = launch<T>(kernel, problem, problem.rows, problem.splits,
-                      kWarps * (4 * kWarp + problem.rank + problem.width), stream);
+    return launch_warps<T>(kernel, problem, problem.rows, problem.splits,
+                           kWarps * (4 * kWarp + problem.rank + problem.width), stream);
   });
-  return error;
 }
 
 const char* sum_over_rows(const SoftEmbedding& problem, bool second_order, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
+  return with_element(problem.table, [&](auto zero, auto stored) {
     using T = decltype(zero);
     using Stored = decltype(stored);
     const auto kernel =
         second_order ? sum_over_rows_kernel<T, Stored, true> : sum_over_rows_kernel<T, Stored, false>;
-    error = launch<T>(kernel, problem, problem.items, 1, kWarps * (4 * kWarp + problem.rank + problem.width),
-                      stream);
+    return launch_warps<T>(kernel, problem, problem.items, 1,
+                           kWarps * (4 * kWarp + problem.rank + problem.width), stream);
   });
-  return error;
 }
 
 }  // namespace td3_fast::cuda

@@ -16,7 +16,7 @@ struct Scores {
 
   // An id that is no item ends the kernel with an error, as an index out of range does in PyTorch.
   __device__ T operator()(int64_t item) const {
-    if (item < 0 || item >= num_items) __trap();
+    if (item < 0 || item >= num_items) trap();
     return inner_product(hidden, items + item * depth, depth);
   }
 };
@@ -27,13 +27,12 @@ __device__ Scores<T, Stored> scores_of(const Ranking& problem, int64_t row) {
           static_cast<const Stored*>(problem.item_embeddings), problem.items, problem.depth};
 }
 
-__device__ void write_rank(const Ranking& problem, int64_t row, int ahead) {
-  __shared__ int total;
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  atomicAdd(&total, ahead);
-  __syncthreads();
-  if (threadIdx.x == 0) problem.ranks[row] = 1 + total;
+// Adds a warp's count to the rank, which starts at one.
+__device__ void add_to_rank(const Ranking& problem, int64_t row, int ahead) {
+  if (threadIdx.x == 0) problem.ranks[row] = 1;
+  block_barrier();
+  ahead = warp_sum(ahead);
+  if (threadIdx.x % kWarp == 0) atomic_add(problem.ranks + row, ahead);
 }
 
 template <typename T, typename Stored>
@@ -56,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) full_ranks_kernel(Ranking problem) {
       if (!repeated) ahead -= counts(problem.excluded_items[at]);
     }
   }
-  write_rank(problem, row, ahead);
+  add_to_rank(problem, row, ahead);
 }
 
 template <typename T, typename Stored>
@@ -69,25 +68,23 @@ __global__ void __launch_bounds__(kThreads) candidate_ranks_kernel(Ranking probl
     const int64_t item = problem.candidate_ids[row * problem.candidates + at];
     ahead += item != target && !(score(item) < target_score);
   }
-  write_rank(problem, row, ahead);
+  add_to_rank(problem, row, ahead);
 }
 
 }  // namespace
 
 const char* full_ranks(const Ranking& problem, void* stream) {
-  with_element(problem.table, [&](auto zero, auto stored) {
-    full_ranks_kernel<decltype(zero), decltype(stored)>
-        <<<static_cast<unsigned>(problem.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(problem);
+  return with_element(problem.table, [&](auto zero, auto stored) {
+    return launch(full_ranks_kernel<decltype(zero), decltype(stored)>,
+                  dim3(static_cast<unsigned>(problem.rows)), kThreads, 0, stream, problem);
   });
-  return launch_error();
 }
 
 const char* candidate_ranks(const Ranking& problem, void* stream) {
-  with_element(problem.table, [&](auto zero, auto stored) {
-    candidate_ranks_kernel<decltype(zero), decltype(stored)>
-        <<<static_cast<unsigned>(problem.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(problem);
+  return with_element(problem.table, [&](auto zero, auto stored) {
+    return launch(candidate_ranks_kernel<decltype(zero), decltype(stored)>,
+                  dim3(static_cast<unsigned>(problem.rows)), kThreads, 0, stream, problem);
   });
-  return launch_error();
 }
 
 }  // namespace td3_fast::cuda
