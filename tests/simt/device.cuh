@@ -11,13 +11,16 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -73,6 +76,25 @@ inline float exponential(float x) {
 inline double exponential(double x) {
   return std::exp(x);
 }
+inline float fast_exponential(float x) {
+  return std::exp(x);
+}
+inline double logarithm(double x) {
+  return std::log(x);
+}
+inline uint32_t bits_of(float value) {
+  return std::bit_cast<uint32_t>(value);
+}
+inline float float_of(uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+inline uint32_t to_tf32(float value) {
+  return std::isnan(value) ? bits_of(value) : (bits_of(value) + 0x1000u) & 0xffffe000u;
+}
+template <typename Half>
+uint32_t pack(float first, float second) {
+  return std::bit_cast<uint16_t>(Half(first)) | uint32_t{std::bit_cast<uint16_t>(Half(second))} << 16;
+}
 
 inline void block_barrier() {
   simt::block_barrier();
@@ -125,6 +147,97 @@ inline void atomic_add(int64_t* to, int64_t value) {
 }
 inline void trap() {
   simt::fail("trap");
+}
+
+template <int kBytes>
+void copy_async(void* to, const void* from, int valid) {
+  simt::copy_async(to, from, kBytes, valid);
+}
+inline void commit_copies() {
+  simt::commit_copies();
+}
+inline void wait_copies(int newer) {
+  simt::wait_copies(newer);
+}
+
+struct MatrixRow {
+  const unsigned char* row;
+  uint32_t* words;
+};
+
+// Lane i of a load of matrices names one row, and takes its words of those that the others name.
+template <bool kTransposed>
+void load_matrices_as(const char* name, uint32_t (&words)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("a row of a matrix is not aligned");
+  MatrixRow mine{static_cast<const unsigned char*>(row), words};
+  simt::collective(name, &mine, [](void* const* lanes) {
+    const auto half = [&](int matrix, int at, int column) {
+      uint16_t element;
+      std::memcpy(&element, static_cast<MatrixRow*>(lanes[8 * matrix + at])->row + 2 * column, 2);
+      return uint32_t{element};
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int long_side = lane / 4, short_side = 2 * (lane % 4);
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        static_cast<MatrixRow*>(lanes[lane])->words[matrix] =
+            kTransposed ? half(matrix, short_side, long_side) | half(matrix, short_side + 1, long_side) << 16
+                        : half(matrix, long_side, short_side) | half(matrix, long_side, short_side + 1) << 16;
+      }
+    }
+  });
+}
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  load_matrices_as<false>("load_matrices", words, row);
+}
+inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
+  load_matrices_as<true>("load_matrices_transposed", words, row);
+}
+
+struct Fragments {
+  float* c;
+  const uint32_t *a, *b;
+};
+
+template <typename Stored>
+float element_of(const uint32_t word, int half) {
+  if constexpr (sizeof(Stored) == 4) {
+    return float_of(word & 0xffffe000u);  // tf32 has no more
+  } else {
+    return std::bit_cast<Stored>(static_cast<uint16_t>(word >> 16 * half));
+  }
+}
+
+// The fragments of mma.sync: m16n8k8 with tf32, m16n8k16 with halves. Products are exact, and their sum is
+// rounded towards zero, which is the worst that tensor cores are known to do.
+template <typename Stored>
+void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Fragments mine{c, a, b};
+  simt::collective("multiply_tiles", &mine, [](void* const* lanes) {
+    constexpr int kHalves = sizeof(Stored) == 4 ? 1 : 2, kQuarter = 4 * kHalves;
+    float left[16][2 * kQuarter], right[2 * kQuarter][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* from = static_cast<Fragments*>(lanes[lane]);
+      const int group = lane / 4, word = lane % 4;
+      for (int half = 0; half < kHalves; ++half) {
+        for (int i = 0; i < 2; ++i) {
+          const int depth = i * kQuarter + word * kHalves + half;
+          left[group][depth] = element_of<Stored>(from->a[2 * i], half);
+          left[group + 8][depth] = element_of<Stored>(from->a[2 * i + 1], half);
+          right[depth][group] = element_of<Stored>(from->b[i], half);
+        }
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+        float& to = static_cast<Fragments*>(lanes[lane])->c[i];
+        double sum = to;
+        for (int k = 0; k < 2 * kQuarter; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
+        to = static_cast<float>(sum);
+        if (std::abs(static_cast<double>(to)) > std::abs(sum)) to = std::nextafter(to, 0.0f);
+      }
+    }
+  });
 }
 
 template <typename T>
