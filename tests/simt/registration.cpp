@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "operators.h"
+#include "operators.cpp"  // here, so that PyTorch's headers are compiled once
 
 namespace td3_fast::cuda {
 

@@ -65,6 +65,28 @@ def test_value_and_both_orders_match_the_reference(simt, guarded, shape, dtypes)
     assert_matches_reference(make_inputs(shape, dtypes, guarded))
 
 
+def test_several_splits_over_rows_match_the_reference(simt, guarded):
+    assert_matches_reference(make_inputs((300, 40, 8, 12), DTYPES["float32"], guarded))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [("float32", 1e-3), ("bfloat16 table", 1e-2), ("float16 table", 1e-3)],
+)
+@pytest.mark.parametrize("shape", [(65, 129, 31, 8), (17, 700, 64, 12), (5, 33, 128, 96)], ids=str)
+def test_reduced_precision_is_as_near_as_its_type(simt, guarded, shape, dtypes, tolerance):
+    inputs = make_inputs(shape, DTYPES[dtypes], guarded, scale=shape[2] ** -0.5)
+    gradients = make_gradients(inputs)
+    torch.set_float32_matmul_precision("high")
+    try:
+        results = list(derivatives(fused, inputs, *gradients))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    truth = derivatives(reference, [x.double() for x in inputs], *gradients)
+    for (name, actual), (_, exact) in zip(results, truth, strict=True):
+        assert (actual - exact).abs().max() <= tolerance * exact.abs().max(), name
+
+
 @pytest.mark.parametrize("scale", [1e2, 1e4])
 def test_extreme_logits_match_the_reference(simt, guarded, scale):
     inputs = make_inputs((20, 300, 8, 12), DTYPES["float32"], guarded, scale=scale)
