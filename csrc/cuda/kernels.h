@@ -85,6 +85,7 @@ const char* merge_sums(const Merge& merge, void* stream);
 struct Ranking {
   Element table;
   int64_t rows, items, depth, candidates;
+  int64_t split_items;  // of a block
 
   const void* hidden;               // (rows, depth)
   const void* item_embeddings;      // (items, depth)
@@ -93,7 +94,8 @@ struct Ranking {
   const int64_t* excluded_offsets;  // (rows + 1,)
   const int64_t* excluded_items;    // (nnz,)
   bool exclude_padding;
-  int64_t* ranks;  // (rows,)
+  void* target_scores;  // (rows,), scratch
+  int64_t* ranks;       // (rows,)
 };
 
 const char* full_ranks(const Ranking& problem, void* stream);

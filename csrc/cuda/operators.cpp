@@ -432,6 +432,9 @@ Tensor target_rank(const Tensor& hidden,
   Tensor offsets, excluded;
   Ranking problem = ranking(rows, items, targets, ranks);
   problem.exclude_padding = exclude_padding;
+  problem.split_items = split_size(problem.items, ceil_divide(problem.rows, 64));
+  const Tensor target_scores = at::empty({problem.rows}, rows.options());
+  problem.target_scores = output_pointer(target_scores);
   if (excluded_offsets.has_value()) {
     offsets = excluded_offsets->contiguous();
     excluded = excluded_items->contiguous();
