@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: setup test lint bench demo gpu
 
@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy td3_fast
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.cuh)
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-quiet --benchmark-autosave

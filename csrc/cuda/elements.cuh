@@ -1,35 +1,20 @@
 // Table elements and inner products that the .cu files share.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "device.cuh"
 #include "kernels.h"
 
 namespace td3_fast::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 8;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T, typename Stored>
 __device__ inline T load(const Stored* from) {
-  return static_cast<T>(*from);
-}
-template <>
-__device__ inline float load<float, __half>(const __half* from) {
-  return __half2float(*from);
-}
-template <>
-__device__ inline float load<float, __nv_bfloat16>(const __nv_bfloat16* from) {
-  return __bfloat162float(*from);
-}
-
-__device__ inline float fused_multiply_add(float a, float b, float c) {
-  return __fmaf_rn(a, b, c);
-}
-__device__ inline double fused_multiply_add(double a, double b, double c) {
-  return __fma_rn(a, b, c);
+  if constexpr (sizeof(Stored) == 2) {
+    return to_float(*from);
+  } else {
+    return *from;
+  }
 }
 
 // In the order of the columns, so that equal items give equal bits.
@@ -40,9 +25,29 @@ __device__ T inner_product(const T* row, const Stored* item, int64_t depth) {
   return sum;
 }
 
+template <typename T>
+__device__ T minus_infinity() {
+  return -static_cast<T>(INFINITY);
+}
+
+template <typename T>
+__device__ T warp_sum(T value) {
+  for (int half = kWarp / 2; half > 0; half /= 2) value += shuffle_xor(value, half);
+  return value;
+}
+
+template <typename T>
+__device__ T warp_max(T value) {
+  for (int half = kWarp / 2; half > 0; half /= 2) {
+    const T other = shuffle_xor(value, half);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 // run(accumulate type, stored type) for the element type of a table.
 template <typename Run>
-void with_element(Element element, const Run& run) {
+const char* with_element(Element element, const Run& run) {
   switch (element) {
     case Element::kFloat32:
       return run(float{}, float{});
@@ -53,11 +58,7 @@ void with_element(Element element, const Run& run) {
     case Element::kBFloat16:
       return run(float{}, __nv_bfloat16{});
   }
-}
-
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return "unknown element type";
 }
 
 }  // namespace td3_fast::cuda

@@ -1,8 +1,8 @@
 // What the CUDA kernels are launched with. Free of PyTorch and of CUDA, so that each side compiles without
 // the other.
 //
-// Rows, their statistics and every output are of the accumulate type: double for float64 tables, else float.
-// Pointers are null where an operand is absent or an output is not asked for; all matrices are contiguous.
+// Statistics and every output are of the accumulate type: double for float64 tables, else float. Pointers are
+// null where an operand is absent or an output is not asked for; all matrices are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ enum class Element { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 struct SoftEmbedding {
   Element table;
-  int64_t rows, items, rank, width, splits;
+  int64_t rows, items, rank, width;
+  int64_t split_items, split_rows;  // of a block: items where it owns rows, rows where it owns items
 
   const void* queries;            // (rows, rank)
   const void* grad_embedding;     // (rows, width)
@@ -33,16 +34,58 @@ struct SoftEmbedding {
   void* maxima;       // (splits, rows)
   void* sums;         // (splits, rows)
   void* weighted;     // (splits, rows, width)
-  void* means;        // (splits, rows, 7): peak, centre, and the sums of row_means_kernel
+  void* means;        // (splits, rows, 7): the sums of row_means
   void* row_sums;     // (splits, rows, rank), towards queries
   void* grad_sums;    // (splits, rows, width), towards grad_embedding
-  void* grad_keys;    // (items, rank)
-  void* grad_values;  // (items, width)
+  void* grad_keys;    // (splits, items, rank)
+  void* grad_values;  // (splits, items, width)
 };
+
+enum class Pass {
+  kForward,
+  kRowMeans,
+  kSumOverItems,
+  kSumOverRows,
+  kSecondSumOverItems,
+  kSecondSumOverRows,
+};
+
+// Each returns null, or what CUDA says went wrong with the launch. `stream` is a cudaStream_t.
+
+// Any element type and width; rows are of the accumulate type.
+const char* warp_pass(Pass pass, const SoftEmbedding& problem, void* stream);
+// On tensor cores, where rank and width are at most kTileWidth; rows are of the element type of the tables.
+constexpr int64_t kTileWidth = 128;
+const char* tile_pass_tf32(Pass pass, const SoftEmbedding& problem, void* stream);
+const char* tile_pass_float32(Pass pass,
+                              const SoftEmbedding& problem,
+                              void* stream);  // to float32's precision
+const char* tile_pass_float16(Pass pass, const SoftEmbedding& problem, void* stream);
+const char* tile_pass_bfloat16(Pass pass, const SoftEmbedding& problem, void* stream);
+
+// Splits put together, in their order.
+struct Merge {
+  bool float64;
+  int64_t splits, rows, width;
+  const void* maxima;    // (splits, rows)
+  const void* sums;      // (splits, rows)
+  const void* weighted;  // (splits, rows, width)
+  const void* means;     // (splits, rows, 7)
+  void* embedding;       // (rows, width)
+  void* logsumexp;       // (rows,)
+  void* remainder;       // (rows,), what rounding takes from the logsumexp
+  void* u_mean;          // (rows,)
+  void* offset;          // (rows,)
+};
+const char* merge_forward(const Merge& merge, void* stream);
+const char* merge_means(const Merge& merge, void* stream);
+// Sums `weighted` into `embedding`.
+const char* merge_sums(const Merge& merge, void* stream);
 
 struct Ranking {
   Element table;
   int64_t rows, items, depth, candidates;
+  int64_t split_items;  // of a block
 
   const void* hidden;               // (rows, depth)
   const void* item_embeddings;      // (items, depth)
@@ -51,14 +94,10 @@ struct Ranking {
   const int64_t* excluded_offsets;  // (rows + 1,)
   const int64_t* excluded_items;    // (nnz,)
   bool exclude_padding;
-  int64_t* ranks;  // (rows,)
+  void* target_scores;  // (rows,), scratch
+  int64_t* ranks;       // (rows,)
 };
 
-// Each returns null, or what CUDA says went wrong with the launch. `stream` is a cudaStream_t.
-const char* forward(const SoftEmbedding& problem, void* stream);
-const char* row_means(const SoftEmbedding& problem, void* stream);
-const char* sum_over_items(const SoftEmbedding& problem, bool second_order, void* stream);
-const char* sum_over_rows(const SoftEmbedding& problem, bool second_order, void* stream);
 const char* full_ranks(const Ranking& problem, void* stream);
 const char* candidate_ranks(const Ranking& problem, void* stream);
 

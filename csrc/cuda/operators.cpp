@@ -1,16 +1,16 @@
-// The CUDA operators: checks, scratch and the merge of splits in PyTorch, launches on the current stream.
+// The CUDA operators: checks, scratch and row statistics in PyTorch, launches on the current stream.
 // Compiled against any PyTorch; no header of CUDA is included.
 
+#include "operators.h"
+
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/exp.h>
-#include <ATen/ops/log.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -27,14 +27,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kBlocks = 512;
+// Blocks that a pass is split into, at least, where it is large enough: two for each multiprocessor of the
+// largest GPUs. They depend on shapes alone, and so do the bits of the result.
+constexpr int64_t kBlocks = 264;
 constexpr int64_t kSmallestSplit = 256;
-constexpr int64_t kRowsPerBlock = 8;
-
-void* current_stream(const Tensor& tensor) {
-  const c10::impl::VirtualGuardImpl guard(tensor.device().type());
-  return guard.getStream(tensor.device()).native_handle();
-}
 
 void check_launch(const char* error) {
   TORCH_CHECK(error == nullptr, "td3_fast: CUDA kernel not launched: ", error);
@@ -53,13 +49,9 @@ Element element_of(const Tensor& table) {
   }
 }
 
-// Contiguous, in the accumulate type; undefined stays undefined.
-Tensor rows_in(const OptionalTensor& rows, at::ScalarType accumulate) {
-  return rows.has_value() && rows->defined() ? rows->to(accumulate).contiguous() : Tensor();
-}
-
-Tensor table_in(const OptionalTensor& table) {
-  return table.has_value() && table->defined() ? table->contiguous() : Tensor();
+// Contiguous, in the given type; undefined stays undefined.
+Tensor in_type(const OptionalTensor& tensor, at::ScalarType type) {
+  return tensor.has_value() && tensor->defined() ? tensor->to(type).contiguous() : Tensor();
 }
 
 const void* pointer(const Tensor& tensor) {
@@ -69,27 +61,59 @@ void* output_pointer(const Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
-Tensor output(bool needed, at::IntArrayRef sizes, const Tensor& like) {
-  return needed ? at::empty(sizes, like.options()) : Tensor();
-}
-
 Tensor result(const Tensor& tensor, const Tensor& like) {
   return tensor.defined() ? tensor.to(like.scalar_type()) : at::empty({0}, like.options());
 }
 
+int64_t ceil_divide(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// How much of `count` each of the blocks takes that share an owner, where there are `owners` blocks of them.
+int64_t split_size(int64_t count, int64_t owners) {
+  const int64_t most = std::max<int64_t>(ceil_divide(count, kSmallestSplit), 1);
+  const int64_t splits = std::clamp<int64_t>(kBlocks / std::max<int64_t>(owners, 1), 1, most);
+  return std::max<int64_t>(ceil_divide(ceil_divide(count, splits), 64) * 64, 64);  // whole tiles
+}
+
+// Which kernels run, and the type that they read operands in.
+struct Path {
+  const char* (*pass)(Pass, const SoftEmbedding&, void*);
+  at::ScalarType operands;
+  int64_t owners_per_block;
+};
+
+// Tables of half precision beside float32 rows go to tensor cores as they are, rows rounded to their type,
+// where torch.set_float32_matmul_precision permits such rounding, and in float32 where it does not.
+Path choose_path(const Tensor& queries, const Tensor& keys, int64_t width) {
+  const at::ScalarType accumulate = accumulate_type(queries);
+  if (accumulate == at::kDouble || std::max(keys.size(1), width) > kTileWidth) {
+    return {warp_pass, accumulate, 8};
+  }
+  const bool exact = at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+  if (keys.scalar_type() == at::kFloat || (exact && queries.scalar_type() == at::kFloat)) {
+    return {exact ? tile_pass_float32 : tile_pass_tf32, at::kFloat, 128};
+  }
+  return {keys.scalar_type() == at::kHalf ? tile_pass_float16 : tile_pass_bfloat16, keys.scalar_type(), 128};
+}
+
 // Inputs of one call, held alive and contiguous, and the launch arguments that point to them.
 struct Call {
+  Path path;
   Tensor queries, keys, values, grad_embedding, logsumexp, remainder, shift, inner;
   Tensor grad_grad_queries, grad_grad_keys, grad_grad_values;
   SoftEmbedding problem{};
+  at::TensorOptions accumulate;
   c10::OptionalDeviceGuard guard;
   void* stream;
 
-  // `values` undefined: there are none, or the keys take their place.
+  // `values` undefined: there are none.
   Call(const Tensor& queries_in, const Tensor& keys_in, const Tensor& values_in, int64_t width)
-      : queries(queries_in.to(accumulate_type(queries_in)).contiguous()),
-        keys(keys_in.contiguous()),
-        values(table_in(values_in)),
+      : path(choose_path(queries_in, keys_in, width)),
+        queries(in_type(queries_in, path.operands)),
+        keys(in_type(keys_in, table_type(keys_in))),
+        values(values_in.is_same(keys_in) ? keys : in_type(values_in, table_type(keys_in))),
+        accumulate(queries_in.options().dtype(accumulate_type(queries_in))),
         guard(queries_in.device()),
         stream(current_stream(queries_in)) {
     const int64_t rows = queries.size(0), items = keys.size(0);
@@ -98,9 +122,8 @@ struct Call {
     problem.items = items;
     problem.rank = keys.size(1);
     problem.width = width;
-    const int64_t row_blocks = std::max<int64_t>((rows + kRowsPerBlock - 1) / kRowsPerBlock, 1);
-    problem.splits =
-        std::clamp<int64_t>(kBlocks / row_blocks, 1, (items + kSmallestSplit - 1) / kSmallestSplit);
+    problem.split_items = split_size(items, ceil_divide(rows, path.owners_per_block));
+    problem.split_rows = split_size(rows, ceil_divide(items, path.owners_per_block));
     problem.queries = pointer(queries);
     problem.keys = pointer(keys);
     problem.values = pointer(values);
@@ -111,13 +134,13 @@ struct Call {
                     const Tensor& embedding,
                     const Tensor& logsumexp_in,
                     const Tensor& remainder_in) {
-    const at::ScalarType accumulate = queries.scalar_type();
-    grad_embedding = rows_in(grad_x, accumulate);
+    grad_embedding = in_type(grad_x, path.operands);
     logsumexp = logsumexp_in.contiguous();
     remainder = remainder_in.contiguous();
-    inner = grad_embedding.defined() ? at::sum(grad_embedding * embedding, {1}).to(accumulate)
+    const at::ScalarType type = c10::typeMetaToScalarType(accumulate.dtype());
+    inner = grad_embedding.defined() ? at::sum(grad_embedding.to(type) * embedding, {1})
                                      : at::zeros_like(logsumexp);
-    const Tensor grad = rows_in(grad_l, accumulate);
+    const Tensor grad = in_type(grad_l, type);
     shift = grad.defined() ? grad - inner : -inner;
     problem.grad_embedding = pointer(grad_embedding);
     problem.logsumexp = pointer(logsumexp);
@@ -129,106 +152,153 @@ struct Call {
   void set_cotangents(const OptionalTensor& of_queries,
                       const OptionalTensor& of_keys,
                       const OptionalTensor& of_values) {
-    grad_grad_queries = rows_in(of_queries, queries.scalar_type());
-    grad_grad_keys = table_in(of_keys);
+    grad_grad_queries = in_type(of_queries, path.operands);
+    grad_grad_keys = in_type(of_keys, keys.scalar_type());
     // Without grad_embedding nothing reaches the values.
-    if (grad_embedding.defined()) grad_grad_values = table_in(of_values);
+    if (grad_embedding.defined()) grad_grad_values = in_type(of_values, keys.scalar_type());
     problem.grad_grad_queries = pointer(grad_grad_queries);
     problem.grad_grad_keys = pointer(grad_grad_keys);
     problem.grad_grad_values = pointer(grad_grad_values);
   }
 
-  Tensor per_split(int64_t columns) const {
-    return at::empty({problem.splits, problem.rows, columns}, queries.options());
+  // Tables of half precision stay as they are for kernels that read them so.
+  at::ScalarType table_type(const Tensor& table) const {
+    return path.pass == warp_pass ? table.scalar_type() : path.operands;
+  }
+
+  int64_t item_splits() const { return ceil_divide(problem.items, problem.split_items); }
+  int64_t row_splits() const { return ceil_divide(problem.rows, problem.split_rows); }
+
+  void run(Pass pass) { check_launch(path.pass(pass, problem, stream)); }
+
+  // Scratch (splits, rows, columns) of the rows of queries or of a table.
+  Tensor scratch(int64_t splits, int64_t rows, int64_t columns) const {
+    return at::empty({splits, rows, columns}, accumulate);
+  }
+
+  Merge merge(int64_t splits, int64_t rows, int64_t width) const {
+    Merge merge{};
+    merge.float64 = accumulate.dtype() == at::kDouble;
+    merge.splits = splits;
+    merge.rows = rows;
+    merge.width = width;
+    return merge;
+  }
+
+  // The sum of scratch (splits, rows, columns) over its splits.
+  Tensor sum_splits(const Tensor& scratch) const {
+    if (scratch.size(0) == 1) return scratch.squeeze(0);
+    Merge sums = merge(scratch.size(0), scratch.size(1), scratch.size(2));
+    const Tensor sum = at::empty({sums.rows, sums.width}, accumulate);
+    sums.weighted = pointer(scratch);
+    sums.embedding = output_pointer(sum);
+    check_launch(merge_sums(sums, stream));
+    return sum;
   }
 };
 
 // embedding (undefined where width is 0), logsumexp and remainder, in the accumulate type.
 std::tuple<Tensor, Tensor, Tensor> forward(Call& call) {
   SoftEmbedding& problem = call.problem;
-  const Tensor maxima = call.per_split(1), sums = call.per_split(1), weighted = call.per_split(problem.width);
+  const Tensor logsumexp = at::empty({problem.rows}, call.accumulate), remainder = at::empty_like(logsumexp);
+  const Tensor embedding =
+      problem.width > 0 ? at::empty({problem.rows, problem.width}, call.accumulate) : Tensor();
+  if (problem.rows == 0) return {embedding, logsumexp, remainder};
+  const int64_t splits = call.item_splits();
+  const Tensor maxima = call.scratch(splits, problem.rows, 1), sums = call.scratch(splits, problem.rows, 1);
+  const Tensor weighted = call.scratch(splits, problem.rows, problem.width);
   problem.maxima = output_pointer(maxima);
   problem.sums = output_pointer(sums);
   problem.weighted = output_pointer(weighted);
-  if (problem.rows > 0) check_launch(cuda::forward(problem, call.stream));
-  const Tensor peak = at::amax(maxima, {0});
-  const Tensor factor = at::exp(maxima - peak);
-  const Tensor total = at::sum(sums * factor, {0});
-  const Tensor embedding = problem.width > 0 ? at::sum(weighted * factor, {0}) / total : Tensor();
-  const Tensor exact = (peak.to(at::kDouble) + at::log(total.to(at::kDouble))).squeeze(1);
-  const Tensor logsumexp = exact.to(call.queries.scalar_type());
-  return {embedding, logsumexp, (exact - logsumexp).to(call.queries.scalar_type())};
+  call.run(Pass::kForward);
+  Merge merge = call.merge(splits, problem.rows, problem.width);
+  merge.maxima = problem.maxima;
+  merge.sums = problem.sums;
+  merge.weighted = problem.weighted;
+  merge.embedding = output_pointer(embedding);
+  merge.logsumexp = output_pointer(logsumexp);
+  merge.remainder = output_pointer(remainder);
+  check_launch(merge_forward(merge, call.stream));
+  return {embedding, logsumexp, remainder};
 }
 
 struct Gradients {
   Tensor queries, keys, values, grad_embedding, grad_logsumexp;
 };
 
-void set_table_outputs(Call& call, Gradients& gradients, bool keys, bool values) {
+Tensor zeros(const Call& call, int64_t rows, int64_t columns) {
+  return at::zeros({rows, columns}, call.accumulate);
+}
+
+// Gradients of keys and values, where needed.
+void sum_over_rows(Call& call, Pass pass, bool keys, bool values, Gradients& gradients) {
   SoftEmbedding& problem = call.problem;
-  gradients.keys = output(keys, {problem.items, problem.rank}, call.queries);
-  gradients.values =
-      output(values && call.grad_embedding.defined(), {problem.items, problem.width}, call.queries);
-  problem.grad_keys = output_pointer(gradients.keys);
-  problem.grad_values = output_pointer(gradients.values);
+  const bool none = problem.rows == 0;
+  if (keys && none) gradients.keys = zeros(call, problem.items, problem.rank);
+  if (values && (none || !call.grad_embedding.defined())) {
+    gradients.values = zeros(call, problem.items, problem.width);
+  }
+  keys = keys && !gradients.keys.defined();
+  values = values && !gradients.values.defined();
+  if (!keys && !values) return;
+  const int64_t splits = call.row_splits();
+  const Tensor key_sums = keys ? call.scratch(splits, problem.items, problem.rank) : Tensor();
+  const Tensor value_sums = values ? call.scratch(splits, problem.items, problem.width) : Tensor();
+  problem.grad_keys = output_pointer(key_sums);
+  problem.grad_values = output_pointer(value_sums);
+  call.run(pass);
+  if (keys) gradients.keys = call.sum_splits(key_sums);
+  if (values) gradients.values = call.sum_splits(value_sums);
+}
+
+// Gradients of queries and of grad_embedding, where needed.
+void sum_over_items(Call& call, Pass pass, bool queries, bool grad_embedding, Gradients& gradients) {
+  SoftEmbedding& problem = call.problem;
+  grad_embedding = grad_embedding && call.grad_embedding.defined();
+  if (!queries && !grad_embedding) return;
+  const int64_t splits = call.item_splits();
+  const Tensor row_sums = queries ? call.scratch(splits, problem.rows, problem.rank) : Tensor();
+  const Tensor grad_sums = grad_embedding ? call.scratch(splits, problem.rows, problem.width) : Tensor();
+  problem.row_sums = output_pointer(row_sums);
+  problem.grad_sums = output_pointer(grad_sums);
+  if (problem.rows > 0) call.run(pass);
+  if (queries) gradients.queries = call.sum_splits(row_sums);
+  if (grad_embedding) gradients.grad_embedding = call.sum_splits(grad_sums);
 }
 
 Gradients first_order(Call& call, std::array<bool, 3> needed) {
-  SoftEmbedding& problem = call.problem;
   Gradients gradients;
-  if (needed[0]) {
-    const Tensor sums = call.per_split(problem.rank);
-    problem.row_sums = output_pointer(sums);
-    if (problem.rows > 0) check_launch(sum_over_items(problem, false, call.stream));
-    gradients.queries = at::sum(sums, {0});
-  }
-  set_table_outputs(call, gradients, needed[1], needed[2]);
-  if (problem.grad_keys != nullptr || problem.grad_values != nullptr) {
-    check_launch(sum_over_rows(problem, false, call.stream));
-  }
-  if (needed[2] && !gradients.values.defined()) {
-    gradients.values = at::zeros({problem.items, problem.width}, call.queries.options());
-  }
+  sum_over_items(call, Pass::kSumOverItems, needed[0], false, gradients);
+  sum_over_rows(call, Pass::kSumOverRows, needed[1], needed[2], gradients);
   return gradients;
 }
 
-// needed: queries, keys, values, grad_embedding, grad_logsumexp.
-Gradients second_order(Call& call, std::array<bool, 5> needed) {
+// The row means of u, and the offset of the second order.
+std::tuple<Tensor, Tensor> row_means(Call& call) {
   SoftEmbedding& problem = call.problem;
-  Gradients gradients;
-  const Tensor partial_means = call.per_split(7);
-  problem.means = output_pointer(partial_means);
-  if (problem.rows > 0) check_launch(row_means(problem, call.stream));
-  // Every split's sums are about its own centre; the merge is about that of the largest peak.
-  const auto part = [&](int64_t column) { return partial_means.select(2, column); };
-  const Tensor centre = part(1).gather(0, part(0).argmax(0, /*keepdim=*/true));
-  const Tensor moved = part(1) - centre;
-  const Tensor mass = at::sum(part(2), {0}), sum_w = at::sum(part(4), {0});
-  const Tensor from_centre = at::sum(part(3) + moved * part(2), {0}) / mass;
-  const Tensor covariance = at::sum(part(5) + moved * part(4), {0});
-  const Tensor u_mean = centre.squeeze(0) + from_centre;
-  const Tensor offset = covariance - from_centre * sum_w + at::sum(part(6), {0});
-  problem.u_mean = pointer(u_mean);
-  problem.offset = pointer(offset);
-  if (needed[4]) gradients.grad_logsumexp = u_mean;
+  const Tensor u_mean = at::empty({problem.rows}, call.accumulate), offset = at::empty_like(u_mean);
+  if (problem.rows == 0) return {u_mean, offset};
+  const int64_t splits = call.item_splits();
+  const Tensor means = call.scratch(splits, problem.rows, 7);
+  problem.means = output_pointer(means);
+  call.run(Pass::kRowMeans);
+  Merge merge = call.merge(splits, problem.rows, 0);
+  merge.means = problem.means;
+  merge.u_mean = output_pointer(u_mean);
+  merge.offset = output_pointer(offset);
+  check_launch(merge_means(merge, call.stream));
+  return {u_mean, offset};
+}
 
-  const bool towards_grad = needed[3] && call.grad_embedding.defined();
-  if (needed[0] || towards_grad) {
-    const Tensor row_sums = needed[0] ? call.per_split(problem.rank) : Tensor();
-    const Tensor grad_sums = towards_grad ? call.per_split(problem.width) : Tensor();
-    problem.row_sums = output_pointer(row_sums);
-    problem.grad_sums = output_pointer(grad_sums);
-    if (problem.rows > 0) check_launch(sum_over_items(problem, true, call.stream));
-    if (needed[0]) gradients.queries = at::sum(row_sums, {0});
-    if (towards_grad) gradients.grad_embedding = at::sum(grad_sums, {0});
-  }
-  set_table_outputs(call, gradients, needed[1], needed[2]);
-  if (problem.grad_keys != nullptr || problem.grad_values != nullptr) {
-    check_launch(sum_over_rows(problem, true, call.stream));
-  }
-  if (needed[2] && !gradients.values.defined()) {
-    gradients.values = at::zeros({problem.items, problem.width}, call.queries.options());
-  }
+// needed: queries, keys, values, grad_embedding, grad_logsumexp.
+Gradients second_order(Call& call, const std::tuple<Tensor, Tensor>& means, std::array<bool, 5> needed) {
+  const auto& [u_mean, offset] = means;
+  call.problem.u_mean = pointer(u_mean);
+  call.problem.offset = pointer(offset);
+  Gradients gradients;
+  if (needed[4]) gradients.grad_logsumexp = u_mean;
+  sum_over_items(call, Pass::kSecondSumOverItems, needed[0], needed[3], gradients);
+  sum_over_rows(call, Pass::kSecondSumOverRows, needed[1], needed[2], gradients);
   return gradients;
 }
 
@@ -276,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
   Call call(queries, keys, values, values.size(1));
   call.set_upstream(grad_embedding, grad_logsumexp, embedding, logsumexp, remainder);
   call.set_cotangents(grad_grad_queries, grad_grad_keys, grad_grad_values);
-  const Gradients gradients = second_order(call, needed);
+  const Gradients gradients = second_order(call, row_means(call), needed);
   return {result(gradients.queries, queries), result(gradients.keys, keys), result(gradients.values, values),
           result(gradients.grad_embedding, queries), result(gradients.grad_logsumexp, logsumexp)};
 }
@@ -326,7 +396,12 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
   Call call(hidden, items, Tensor(), 0);
   call.set_upstream(std::nullopt, grad_logsumexp, mean, logsumexp, remainder);
   call.set_cotangents(grad_grad_hidden, grad_grad_items, std::nullopt);
-  const Gradients gradients = second_order(call, {needed[1], needed[2], false, false, needed[0]});
+  // With frozen items u is γh·item, and its mean γh·mean; without an embedding there is nothing to offset.
+  const bool known = call.grad_grad_queries.defined() && !call.grad_grad_keys.defined();
+  const auto means = known ? std::tuple(at::sum(call.grad_grad_queries.to(mean.scalar_type()) * mean, {1}),
+                                        at::zeros_like(call.logsumexp))
+                           : row_means(call);
+  const Gradients gradients = second_order(call, means, {needed[1], needed[2], false, false, needed[0]});
   return {result(gradients.grad_logsumexp, logsumexp), result(gradients.queries, hidden),
           result(gradients.keys, items)};
 }
@@ -358,6 +433,9 @@ Tensor target_rank(const Tensor& hidden,
   Tensor offsets, excluded;
   Ranking problem = ranking(rows, items, targets, ranks);
   problem.exclude_padding = exclude_padding;
+  problem.split_items = split_size(problem.items, ceil_divide(problem.rows, 64));
+  const Tensor target_scores = at::empty({problem.rows}, rows.options());
+  problem.target_scores = output_pointer(target_scores);
   if (excluded_offsets.has_value()) {
     offsets = excluded_offsets->contiguous();
     excluded = excluded_items->contiguous();
@@ -387,7 +465,7 @@ Tensor candidate_rank(const Tensor& hidden,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(td3_fast, CUDA, m) {
+void register_operators(torch::Library& m) {
   m.impl("soft_embedding_forward", soft_embedding_forward);
   m.impl("soft_embedding_backward", soft_embedding_backward);
   m.impl("soft_embedding_double_backward", soft_embedding_double_backward);

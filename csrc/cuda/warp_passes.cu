@@ -1,4 +1,5 @@
-// Soft embedding and item logsumexp on CUDA; formulas and symbols: ops/README.md.
+// The passes of soft embedding and item logsumexp for float64 and for widths beyond those of tiles; formulas
+// and symbols: ops/README.md.
 //
 // A warp owns one row and walks over items 32 at a time (forward, row means, sums over items), or owns one
 // item and walks over rows 32 at a time (sums over rows): lanes make the coefficients of 32 pairs, and then
@@ -7,44 +8,20 @@
 // tables are read through cache.
 
 #include "elements.cuh"
+#include "means.cuh"
 
 namespace td3_fast::cuda {
 namespace {
 
-template <typename T>
-__device__ T minus_infinity() {
-  return -static_cast<T>(INFINITY);
-}
-
-template <typename T>
-__device__ T warp_sum(T value) {
-  for (int half = kWarp / 2; half > 0; half /= 2) value += __shfl_xor_sync(kAllLanes, value, half);
-  return value;
-}
-
-template <typename T>
-__device__ T warp_max(T value) {
-  for (int half = kWarp / 2; half > 0; half /= 2) {
-    const T other = __shfl_xor_sync(kAllLanes, value, half);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-template <typename T>
-__device__ T* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return reinterpret_cast<T*>(memory);
-}
+constexpr int kWarps = 8;
 
 struct Range {
   int64_t begin, end;
 };
 
-__device__ Range split_of(const SoftEmbedding& problem) {
-  const int64_t split = blockIdx.y, size = (problem.items + problem.splits - 1) / problem.splits;
-  const int64_t begin = split * size, end = begin + size;
-  return {begin < problem.items ? begin : problem.items, end < problem.items ? end : problem.items};
+__device__ Range split_of(int64_t size, int64_t count) {
+  const int64_t begin = blockIdx.y * size, end = begin + size;
+  return {begin, end < count ? end : count};
 }
 
 template <typename T, typename Stored>
@@ -59,7 +36,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) forward_kernel(SoftEmbedding pr
   const Stored* keys = static_cast<const Stored*>(problem.keys);
   const Stored* values = static_cast<const Stored*>(problem.values);
   T maximum = minus_infinity<T>(), total = 0;
-  const Range range = split_of(problem);
+  const Range range = split_of(problem.split_items, problem.items);
   for (int64_t begin = range.begin; begin < range.end; begin += kWarp) {
     const int64_t item = begin + lane;
     const bool inside = item < range.end;
@@ -67,19 +44,19 @@ __global__ void __launch_bounds__(kWarp* kWarps) forward_kernel(SoftEmbedding pr
         inside ? inner_product(query, keys + item * problem.rank, problem.rank) : minus_infinity<T>();
     const T tile_maximum = warp_max(score);
     const T peak = tile_maximum > maximum ? tile_maximum : maximum;
-    const T factor = exp(maximum - peak);
-    const T weight = inside ? exp(score - peak) : T(0);
+    const T factor = exponential(maximum - peak);
+    const T weight = inside ? exponential(score - peak) : T(0);
     total = total * factor + warp_sum(weight);
     maximum = peak;
     p[lane] = weight;
-    __syncwarp();
+    warp_barrier();
     const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
     for (int64_t column = lane; column < width; column += kWarp) {
       T added = 0;
       for (int i = 0; i < count; ++i) added += p[i] * load<T>(values + (begin + i) * width + column);
       sum[column] = sum[column] * factor + added;
     }
-    __syncwarp();
+    warp_barrier();
   }
   const int64_t at = int64_t{blockIdx.y} * problem.rows + row;
   if (lane == 0) {
@@ -145,42 +122,19 @@ __device__ Coefficients<T> coefficients_of(const SoftEmbedding& problem, int64_t
   return result;
 }
 
-// The largest p of a row's split and u there, the centre; then sum p, sum p (u - centre), sum p (w - D),
-// sum p (w - D)(u - centre) and sum p s. About the most probable item the differences of the second order are
-// exact.
 template <typename T, typename Stored>
 __global__ void __launch_bounds__(kWarp* kWarps) row_means_kernel(SoftEmbedding problem) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t row = int64_t{blockIdx.x} * kWarps + warp;
   if (row >= problem.rows) return;
-  const Range range = split_of(problem);
-  T peak = 0, centre = 0;
+  const Range range = split_of(problem.split_items, problem.items);
+  Means<T> means{};
   for (int64_t item = range.begin + lane; item < range.end; item += kWarp) {
     const Pair<T> pair = pair_of<T, Stored, true>(problem, row, item);
-    if (pair.p > peak) {
-      peak = pair.p;
-      centre = pair.u;
-    }
+    means.add_item(pair.p, pair.u, pair.w, pair.s);
   }
-  const T row_peak = warp_max(peak);
-  const unsigned holders = __ballot_sync(kAllLanes, peak == row_peak);
-  centre = __shfl_sync(kAllLanes, centre, holders != 0 ? __ffs(holders) - 1 : 0);
-  T sums[5] = {0, 0, 0, 0, 0};
-  for (int64_t item = range.begin + lane; item < range.end; item += kWarp) {
-    const Pair<T> pair = pair_of<T, Stored, true>(problem, row, item);
-    const T from_centre = pair.u - centre;
-    sums[0] += pair.p;
-    sums[1] += pair.p * from_centre;
-    sums[2] += pair.p * pair.w;
-    sums[3] += pair.p * pair.w * from_centre;
-    sums[4] += pair.p * pair.s;
-  }
-  T* means = static_cast<T*>(problem.means) + (int64_t{blockIdx.y} * problem.rows + row) * 7;
-  for (int i = 0; i < 5; ++i) sums[i] = warp_sum(sums[i]);
-  if (lane != 0) return;
-  means[0] = row_peak;
-  means[1] = centre;
-  for (int i = 0; i < 5; ++i) means[2 + i] = sums[i];
+  for (int mask = 1; mask < kWarp; mask *= 2) means.add(means.of_lane(mask));
+  if (lane == 0) means.write(static_cast<T*>(problem.means), int64_t{blockIdx.y} * problem.rows + row);
 }
 
 // Towards queries: sum_item grad key, or sum_item (b key + grad grad_grad_key).
@@ -193,15 +147,16 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_items_kernel(SoftEmbed
   auto* pairs = reinterpret_cast<Coefficients<T>*>(shared_memory<T>()) + warp * kWarp;
   T* sums = shared_memory<T>() + kWarps * kWarp * 4 + warp * (rank + width);
   for (int64_t column = lane; column < rank + width; column += kWarp) sums[column] = 0;
+  warp_barrier();
   const Stored* keys = static_cast<const Stored*>(problem.keys);
   const Stored* values = static_cast<const Stored*>(problem.values);
   const Stored* grad_grad_keys = static_cast<const Stored*>(problem.grad_grad_keys);
   const Stored* grad_grad_values = static_cast<const Stored*>(problem.grad_grad_values);
-  const Range range = split_of(problem);
+  const Range range = split_of(problem.split_items, problem.items);
   for (int64_t begin = range.begin; begin < range.end; begin += kWarp) {
     const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
     if (lane < count) pairs[lane] = coefficients_of<T, Stored, kSecondOrder>(problem, row, begin + lane);
-    __syncwarp();
+    warp_barrier();
     for (int64_t column = lane; problem.row_sums != nullptr && column < rank; column += kWarp) {
       T added = 0;
       for (int i = 0; i < count; ++i) {
@@ -220,7 +175,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_items_kernel(SoftEmbed
       }
       sums[rank + column] += added;
     }
-    __syncwarp();
+    warp_barrier();
   }
   const int64_t at = int64_t{blockIdx.y} * problem.rows + row;
   for (int64_t column = lane; problem.row_sums != nullptr && column < rank; column += kWarp) {
@@ -241,13 +196,15 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_rows_kernel(SoftEmbedd
   auto* pairs = reinterpret_cast<Coefficients<T>*>(shared_memory<T>()) + warp * kWarp;
   T* sums = shared_memory<T>() + kWarps * kWarp * 4 + warp * (rank + width);
   for (int64_t column = lane; column < rank + width; column += kWarp) sums[column] = 0;
+  warp_barrier();
   const T* queries = static_cast<const T*>(problem.queries);
   const T* grad_grad_queries = static_cast<const T*>(problem.grad_grad_queries);
   const T* grad_embedding = static_cast<const T*>(problem.grad_embedding);
-  for (int64_t begin = 0; begin < problem.rows; begin += kWarp) {
-    const int count = static_cast<int>(problem.rows - begin < kWarp ? problem.rows - begin : kWarp);
+  const Range range = split_of(problem.split_rows, problem.rows);
+  for (int64_t begin = range.begin; begin < range.end; begin += kWarp) {
+    const int count = static_cast<int>(range.end - begin < kWarp ? range.end - begin : kWarp);
     if (lane < count) pairs[lane] = coefficients_of<T, Stored, kSecondOrder>(problem, begin + lane, item);
-    __syncwarp();
+    warp_barrier();
     for (int64_t column = lane; problem.grad_keys != nullptr && column < rank; column += kWarp) {
       T added = 0;
       for (int i = 0; i < count; ++i) {
@@ -265,84 +222,60 @@ __global__ void __launch_bounds__(kWarp* kWarps) sum_over_rows_kernel(SoftEmbedd
       }
       sums[rank + column] += added;
     }
-    __syncwarp();
+    warp_barrier();
   }
+  const int64_t at = int64_t{blockIdx.y} * problem.items + item;
   for (int64_t column = lane; problem.grad_keys != nullptr && column < rank; column += kWarp) {
-    static_cast<T*>(problem.grad_keys)[item * rank + column] = sums[column];
+    static_cast<T*>(problem.grad_keys)[at * rank + column] = sums[column];
   }
   for (int64_t column = lane; problem.grad_values != nullptr && column < width; column += kWarp) {
-    static_cast<T*>(problem.grad_values)[item * width + column] = sums[rank + column];
+    static_cast<T*>(problem.grad_values)[at * width + column] = sums[rank + column];
   }
 }
 
-// Launches with enough shared memory for `elements` of T; wide rows need more than a kernel gets unasked.
-template <typename T, typename Kernel>
-const char* launch(Kernel kernel,
-                   const SoftEmbedding& problem,
-                   int64_t owners,
-                   int64_t splits,
-                   int64_t elements,
-                   void* stream) {
-  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-  if (bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return "rank and d are too large for the shared memory of a block";
-    }
+// Launches a warp for each owner of a sum, and for each split of what it sums over.
+template <typename T>
+const char* launch_warps(void (*kernel)(SoftEmbedding),
+                         const SoftEmbedding& problem,
+                         bool own_items,
+                         int64_t elements_per_warp,
+                         void* stream) {
+  const int64_t bytes = kWarps * elements_per_warp * static_cast<int64_t>(sizeof(T));
+  if (bytes > shared_memory_limit()) return "rank and d are too large for the shared memory of a block";
+  const int64_t owners = own_items ? problem.items : problem.rows;
+  const int64_t others = own_items ? problem.rows : problem.items;
+  const int64_t split = own_items ? problem.split_rows : problem.split_items;
+  const dim3 grid(static_cast<unsigned>((owners + kWarps - 1) / kWarps),
+                  static_cast<unsigned>((others + split - 1) / split));
+  return launch(kernel, grid, kWarp * kWarps, bytes, stream, problem);
+}
+
+template <typename T, typename Stored>
+const char* launch_pass(Pass pass, const SoftEmbedding& problem, void* stream) {
+  const int64_t pairs_and_sums = 4 * kWarp + problem.rank + problem.width;
+  switch (pass) {
+    case Pass::kForward:
+      return launch_warps<T>(forward_kernel<T, Stored>, problem, false, kWarp + problem.width, stream);
+    case Pass::kRowMeans:
+      return launch_warps<T>(row_means_kernel<T, Stored>, problem, false, 0, stream);
+    case Pass::kSumOverItems:
+      return launch_warps<T>(sum_over_items_kernel<T, Stored, false>, problem, false, pairs_and_sums, stream);
+    case Pass::kSumOverRows:
+      return launch_warps<T>(sum_over_rows_kernel<T, Stored, false>, problem, true, pairs_and_sums, stream);
+    case Pass::kSecondSumOverItems:
+      return launch_warps<T>(sum_over_items_kernel<T, Stored, true>, problem, false, pairs_and_sums, stream);
+    case Pass::kSecondSumOverRows:
+      return launch_warps<T>(sum_over_rows_kernel<T, Stored, true>, problem, true, pairs_and_sums, stream);
   }
-  const dim3 grid(static_cast<unsigned>((owners + kWarps - 1) / kWarps), static_cast<unsigned>(splits));
-  kernel<<<grid, kWarp * kWarps, bytes, static_cast<cudaStream_t>(stream)>>>(problem);
-  return launch_error();
+  return "unknown pass";
 }
 
 }  // namespace
 
-const char* forward(const SoftEmbedding& problem, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
-    using T = decltype(zero);
-    error = launch<T>(forward_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits,
-                      kWarps * (kWarp + problem.width), stream);
+const char* warp_pass(Pass pass, const SoftEmbedding& problem, void* stream) {
+  return with_element(problem.table, [&](auto zero, auto stored) {
+    return launch_pass<decltype(zero), decltype(stored)>(pass, problem, stream);
   });
-  return error;
-}
-
-const char* row_means(const SoftEmbedding& problem, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
-    using T = decltype(zero);
-    error =
-        launch<T>(row_means_kernel<T, decltype(stored)>, problem, problem.rows, problem.splits, 0, stream);
-  });
-  return error;
-}
-
-const char* sum_over_items(const SoftEmbedding& problem, bool second_order, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
-    using T = decltype(zero);
-    using Stored = decltype(stored);
-    const auto kernel =
-        second_order ? sum_over_items_kernel<T, Stored, true> : sum_over_items_kernel<T, Stored, false>;
-    error = launch<T>(kernel, problem, problem.rows, problem.splits,
-                      kWarps * (4 * kWarp + problem.rank + problem.width), stream);
-  });
-  return error;
-}
-
-const char* sum_over_rows(const SoftEmbedding& problem, bool second_order, void* stream) {
-  const char* error = nullptr;
-  with_element(problem.table, [&](auto zero, auto stored) {
-    using T = decltype(zero);
-    using Stored = decltype(stored);
-    const auto kernel =
-        second_order ? sum_over_rows_kernel<T, Stored, true> : sum_over_rows_kernel<T, Stored, false>;
-    error = launch<T>(kernel, problem, problem.items, 1, kWarps * (4 * kWarp + problem.rank + problem.width),
-                      stream);
-  });
-  return error;
 }
 
 }  // namespace td3_fast::cuda

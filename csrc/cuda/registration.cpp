@@ -1,0 +1,16 @@
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "operators.h"
+
+namespace td3_fast::cuda {
+
+void* current_stream(const at::Tensor& tensor) {
+  const c10::impl::VirtualGuardImpl guard(tensor.device().type());
+  return guard.getStream(tensor.device()).native_handle();
+}
+
+}  // namespace td3_fast::cuda
+
+TORCH_LIBRARY_IMPL(td3_fast, CUDA, m) {
+  td3_fast::cuda::register_operators(m);
+}
