@@ -143,6 +143,7 @@ struct Call {
     const Tensor grad = in_type(grad_l, type);
     shift = grad.defined() ? grad - inner : -inner;
     problem.grad_embedding = pointer(grad_embedding);
+    if (!grad_embedding.defined()) problem.values = nullptr;
     problem.logsumexp = pointer(logsumexp);
     problem.remainder = pointer(remainder);
     problem.inner = pointer(inner);

@@ -297,11 +297,12 @@ struct Pairs {
     add_products<Math, kDepth, kColumns>(eights, kOwnItems ? items : rows, kOwnItems ? rows : items, depth);
   }
 
-  __device__ void make(const Operands<Stored>& at, int count, int rank, int width) {
+  // w and s only where the sums are `weighted` by them.
+  __device__ void make(const Operands<Stored>& at, int count, int rank, int width, bool weighted) {
     clear(p);
     clear(w);
     multiply(p, at.rows[kQueries], at.items[kKeys], rank);
-    const bool has_grad = at.rows[kGradEmbedding] != nullptr;
+    const bool has_grad = weighted && at.rows[kGradEmbedding] != nullptr;
     if (has_grad) multiply(w, at.rows[kGradEmbedding], at.items[kValues], width);
     if constexpr (kSecond) {
       clear(u);
@@ -312,7 +313,7 @@ struct Pairs {
       if (at.items[kGradGradKeys] != nullptr) {
         multiply(u, at.rows[kQueries], at.items[kGradGradKeys], rank);
       }
-      if (at.items[kGradGradValues] != nullptr) {
+      if (weighted && at.items[kGradGradValues] != nullptr) {
         multiply(s, at.rows[kGradEmbedding], at.items[kGradGradValues], width);
       }
     }
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps)
   Means<float> means[2] = {};
   for_each_tile<Stored, kDepth, kColumns, false>(
       arguments, [&](const Operands<Stored>& at, int64_t /*first*/, int count) {
-        pairs.make(at, count, rank, width);
+        pairs.make(at, count, rank, width, true);
 #pragma unroll
         for (int i = 0; i < kColumns / 8; ++i) {
           for (int j = 0; j < 4; ++j) {
@@ -381,7 +382,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps)
   pairs.read_statistics(problem);
   for_each_tile<Stored, kDepth, kColumns, kOwnItems>(
       arguments, [&](const Operands<Stored>& at, int64_t /*first*/, int count) {
-        pairs.make(at, count, rank, width);
+        pairs.make(at, count, rank, width, towards_rank != nullptr);
         auto &p = pairs.p, &a = pairs.w;
         auto &c = pairs.u, &b = pairs.s;
 #pragma unroll
