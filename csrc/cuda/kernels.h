@@ -54,7 +54,8 @@ enum class Pass {
 
 // Any element type and width; rows are of the accumulate type.
 const char* warp_pass(Pass pass, const SoftEmbedding& problem, void* stream);
-// On tensor cores, where rank and width are at most kTileWidth; rows are of the element type of the tables.
+// On tensor cores, where rank and width are at most kTileWidth. Rows are float32 in the first two, and of the
+// element type of the tables in the others; the second takes tables of half precision too.
 constexpr int64_t kTileWidth = 128;
 const char* tile_pass_tf32(Pass pass, const SoftEmbedding& problem, void* stream);
 const char* tile_pass_float32(Pass pass,

@@ -111,8 +111,8 @@ struct Call {
   Call(const Tensor& queries_in, const Tensor& keys_in, const Tensor& values_in, int64_t width)
       : path(choose_path(queries_in, keys_in, width)),
         queries(in_type(queries_in, path.operands)),
-        keys(in_type(keys_in, table_type(keys_in))),
-        values(values_in.is_same(keys_in) ? keys : in_type(values_in, table_type(keys_in))),
+        keys(keys_in.contiguous()),
+        values(values_in.is_same(keys_in) ? keys : in_type(values_in, keys_in.scalar_type())),
         accumulate(queries_in.options().dtype(accumulate_type(queries_in))),
         guard(queries_in.device()),
         stream(current_stream(queries_in)) {
@@ -143,6 +143,7 @@ struct Call {
     const Tensor grad = in_type(grad_l, type);
     shift = grad.defined() ? grad - inner : -inner;
     problem.grad_embedding = pointer(grad_embedding);
+    if (!grad_embedding.defined()) problem.values = nullptr;
     problem.logsumexp = pointer(logsumexp);
     problem.remainder = pointer(remainder);
     problem.inner = pointer(inner);
@@ -159,11 +160,6 @@ struct Call {
     problem.grad_grad_queries = pointer(grad_grad_queries);
     problem.grad_grad_keys = pointer(grad_grad_keys);
     problem.grad_grad_values = pointer(grad_grad_values);
-  }
-
-  // Tables of half precision stay as they are for kernels that read them so.
-  at::ScalarType table_type(const Tensor& table) const {
-    return path.pass == warp_pass ? table.scalar_type() : path.operands;
   }
 
   int64_t item_splits() const { return ceil_divide(problem.items, problem.split_items); }

@@ -15,6 +15,7 @@ using Eight = float[4];  // a lane's part of 16 rows × 8 columns
 // A matrix in global memory; without data, an operand that is absent.
 struct Matrix {
   const void* data;
+  Element element;
   int columns;
   int copy_bytes;  // at a time, as its alignment allows: 16, 4 or 2
 };
@@ -39,12 +40,16 @@ struct Tile {
   // Copies rows [first, first + kRows) of `from` to `to`, zeros from row `end` and the last column on. It has
   // arrived when the copies committed next are waited for, and a barrier has been passed.
   static __device__ void copy(Stored* to, const Matrix& from, int64_t first, int64_t end, int rows) {
+    if constexpr (sizeof(Stored) == 4) {
+      if (from.element == Element::kFloat16) return copy_elements<__half>(to, from, first, end, rows);
+      if (from.element == Element::kBFloat16) return copy_elements<__nv_bfloat16>(to, from, first, end, rows);
+    }
     if (from.copy_bytes == 16) {
       copy_parts<16>(to, from, first, end, rows);
-    } else if (from.copy_bytes == 4) {
+    } else if (sizeof(Stored) == 4 || from.copy_bytes == 4) {
       copy_parts<4>(to, from, first, end, rows);
     } else {
-      copy_elements(to, from, first, end, rows);
+      copy_elements<Stored>(to, from, first, end, rows);
     }
   }
 
@@ -64,14 +69,17 @@ struct Tile {
     }
   }
 
+  // What has another type, or is not aligned to be copied asynchronously.
+  template <typename From>
   static __device__ void copy_elements(Stored* to, const Matrix& from, int64_t first, int64_t end, int rows) {
     const int columns = padded(from.columns);
-    const Stored* data = static_cast<const Stored*>(from.data);
+    const From* data = static_cast<const From*>(from.data);
     for (int at = static_cast<int>(threadIdx.x); at < rows * kDepth; at += static_cast<int>(blockDim.x)) {
       const int row = at / kDepth, column = at % kDepth;
       if (column >= columns) continue;
       const bool inside = first + row < end && column < from.columns;
-      to[row * kPitch + column] = inside ? data[(first + row) * from.columns + column] : Stored(0.0f);
+      to[row * kPitch + column] =
+          Stored(inside ? load<float>(data + (first + row) * from.columns + column) : 0.0f);
     }
   }
 };

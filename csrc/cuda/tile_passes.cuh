@@ -89,7 +89,7 @@ template <typename Stored, int kDepth, int kCount>
 __device__ void copy_tiles(
     Stored* to, const Matrix (&operands)[kCount], int64_t first, int64_t end, int rows) {
   int slot = 0;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kCount; ++i) {
     if (!is_loaded(operands, i)) continue;
     Tile<Stored, kDepth>::copy(to + slot++ * rows * Tile<Stored, kDepth>::kPitch, operands[i], first, end,
@@ -203,7 +203,8 @@ __device__ inline float quad_max(float value) {
 
 // Online softmax: row maxima are shared by the lanes of a quad, row sums are put together at the end.
 template <typename Math, int kDepth, int kColumns>
-__global__ void __launch_bounds__(kWarp* kMostWarps) forward_tiles(TileArguments arguments) {
+__global__ void __launch_bounds__(kWarp* kMostWarps)
+    forward_tiles(const __grid_constant__ TileArguments arguments) {
   using Stored = typename Math::Stored;
   const SoftEmbedding& problem = arguments.problem;
   const int rank = padded(static_cast<int>(problem.rank)), width = padded(static_cast<int>(problem.width));
@@ -296,11 +297,12 @@ struct Pairs {
     add_products<Math, kDepth, kColumns>(eights, kOwnItems ? items : rows, kOwnItems ? rows : items, depth);
   }
 
-  __device__ void make(const Operands<Stored>& at, int count, int rank, int width) {
+  // w and s only where the sums are `weighted` by them.
+  __device__ void make(const Operands<Stored>& at, int count, int rank, int width, bool weighted) {
     clear(p);
     clear(w);
     multiply(p, at.rows[kQueries], at.items[kKeys], rank);
-    const bool has_grad = at.rows[kGradEmbedding] != nullptr;
+    const bool has_grad = weighted && at.rows[kGradEmbedding] != nullptr;
     if (has_grad) multiply(w, at.rows[kGradEmbedding], at.items[kValues], width);
     if constexpr (kSecond) {
       clear(u);
@@ -311,7 +313,7 @@ struct Pairs {
       if (at.items[kGradGradKeys] != nullptr) {
         multiply(u, at.rows[kQueries], at.items[kGradGradKeys], rank);
       }
-      if (at.items[kGradGradValues] != nullptr) {
+      if (weighted && at.items[kGradGradValues] != nullptr) {
         multiply(s, at.rows[kGradEmbedding], at.items[kGradGradValues], width);
       }
     }
@@ -335,7 +337,8 @@ struct Pairs {
 };
 
 template <typename Math, int kDepth, int kColumns>
-__global__ void __launch_bounds__(kWarp* kMostWarps) row_means_tiles(TileArguments arguments) {
+__global__ void __launch_bounds__(kWarp* kMostWarps)
+    row_means_tiles(const __grid_constant__ TileArguments arguments) {
   using Stored = typename Math::Stored;
   const SoftEmbedding& problem = arguments.problem;
   const int rank = padded(static_cast<int>(problem.rank)), width = padded(static_cast<int>(problem.width));
@@ -344,7 +347,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps) row_means_tiles(TileArgumen
   Means<float> means[2] = {};
   for_each_tile<Stored, kDepth, kColumns, false>(
       arguments, [&](const Operands<Stored>& at, int64_t /*first*/, int count) {
-        pairs.make(at, count, rank, width);
+        pairs.make(at, count, rank, width, true);
 #pragma unroll
         for (int i = 0; i < kColumns / 8; ++i) {
           for (int j = 0; j < 4; ++j) {
@@ -365,7 +368,8 @@ __global__ void __launch_bounds__(kWarp* kMostWarps) row_means_tiles(TileArgumen
 // Towards grad_embedding: Σ_item (c value + p γvalue). Towards values: Σ_row p dX, or Σ_row c dX.
 // a = p (w - D + dℓ), c = p (u - ū), b = c (w - D + dℓ) - p (offset - s).
 template <typename Math, int kDepth, int kColumns, bool kOwnItems, bool kSecond>
-__global__ void __launch_bounds__(kWarp* kMostWarps) sum_tiles(TileArguments arguments) {
+__global__ void __launch_bounds__(kWarp* kMostWarps)
+    sum_tiles(const __grid_constant__ TileArguments arguments) {
   using Stored = typename Math::Stored;
   constexpr bool kTwoSums = kOwnItems || kSecond;
   const SoftEmbedding& problem = arguments.problem;
@@ -378,7 +382,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarps) sum_tiles(TileArguments arg
   pairs.read_statistics(problem);
   for_each_tile<Stored, kDepth, kColumns, kOwnItems>(
       arguments, [&](const Operands<Stored>& at, int64_t /*first*/, int count) {
-        pairs.make(at, count, rank, width);
+        pairs.make(at, count, rank, width, towards_rank != nullptr);
         auto &p = pairs.p, &a = pairs.w;
         auto &c = pairs.u, &b = pairs.s;
 #pragma unroll
@@ -437,12 +441,11 @@ __global__ void __launch_bounds__(kWarp* kMostWarps) sum_tiles(TileArguments arg
   }
 }
 
-template <typename Stored>
-Matrix matrix_of(const void* data, int64_t columns) {
-  const int64_t row = columns * static_cast<int64_t>(sizeof(Stored));
+inline Matrix matrix_of(const void* data, Element element, int64_t columns) {
+  const int64_t row = columns * (element == Element::kFloat32 ? 4 : 2);
   const auto address = reinterpret_cast<uintptr_t>(data);
   const int copy_bytes = row % 16 == 0 && address % 16 == 0 ? 16 : row % 4 == 0 && address % 4 == 0 ? 4 : 2;
-  return {columns > 0 ? data : nullptr, static_cast<int>(columns), copy_bytes};
+  return {columns > 0 ? data : nullptr, element, static_cast<int>(columns), copy_bytes};
 }
 
 // Launches with as many warps as the block has owners for and shared memory allows.
@@ -451,13 +454,14 @@ const char* launch_tiles(void (*kernel)(TileArguments), const SoftEmbedding& pro
   constexpr int kPitch = Tile<Stored, kDepth>::kPitch;
   TileArguments arguments{};
   arguments.problem = problem;
-  arguments.rows[kQueries] = matrix_of<Stored>(problem.queries, problem.rank);
-  arguments.rows[kGradEmbedding] = matrix_of<Stored>(problem.grad_embedding, problem.width);
-  arguments.rows[kGradGradQueries] = matrix_of<Stored>(problem.grad_grad_queries, problem.rank);
-  arguments.items[kKeys] = matrix_of<Stored>(problem.keys, problem.rank);
-  arguments.items[kValues] = matrix_of<Stored>(problem.values, problem.width);
-  arguments.items[kGradGradKeys] = matrix_of<Stored>(problem.grad_grad_keys, problem.rank);
-  arguments.items[kGradGradValues] = matrix_of<Stored>(problem.grad_grad_values, problem.width);
+  const Element of_rows = sizeof(Stored) == 4 ? Element::kFloat32 : problem.table;
+  arguments.rows[kQueries] = matrix_of(problem.queries, of_rows, problem.rank);
+  arguments.rows[kGradEmbedding] = matrix_of(problem.grad_embedding, of_rows, problem.width);
+  arguments.rows[kGradGradQueries] = matrix_of(problem.grad_grad_queries, of_rows, problem.rank);
+  arguments.items[kKeys] = matrix_of(problem.keys, problem.table, problem.rank);
+  arguments.items[kValues] = matrix_of(problem.values, problem.table, problem.width);
+  arguments.items[kGradGradKeys] = matrix_of(problem.grad_grad_keys, problem.table, problem.rank);
+  arguments.items[kGradGradValues] = matrix_of(problem.grad_grad_values, problem.table, problem.width);
   const int64_t owners = kOwnItems ? problem.items : problem.rows;
   const int64_t others = kOwnItems ? problem.rows : problem.items;
   const int64_t split = kOwnItems ? problem.split_rows : problem.split_items;
@@ -467,7 +471,8 @@ const char* launch_tiles(void (*kernel)(TileArguments), const SoftEmbedding& pro
   const int64_t stage_bytes = kColumns * row_bytes * (kOwnItems ? row_tiles : item_tiles) +
                               kStatisticsSize<kOwnItems, kColumns> * static_cast<int64_t>(sizeof(float));
   const int64_t limit = shared_memory_limit();
-  int64_t warps = owners > 64 ? kMostWarps : kMostWarps / 2;
+  // Large blocks read the streamed side less often; where there is little of it, small ones overlap better.
+  int64_t warps = owners > 64 && others > 256 ? kMostWarps : kMostWarps / 2;
   while (warps > 1 && warps * own_bytes + 2 * stage_bytes > limit) --warps;
   // A third stage where it leaves room for another block.
   arguments.stages = warps * own_bytes + 3 * stage_bytes <= limit / 2 ? 3 : 2;
