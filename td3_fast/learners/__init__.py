@@ -3,9 +3,13 @@
 from typing import Any
 
 from td3_fast.learners.base import FlatParameters, Learner
+from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
 from td3_fast.learners.sasrec import SASRec, SASRecConfig
 
-LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {"SASRec": (SASRec, SASRecConfig)}
+LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "SASRec": (SASRec, SASRecConfig),
+    "GRU4Rec": (GRU4Rec, GRU4RecConfig),
+}
 
 
 def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> Learner:
@@ -19,6 +23,8 @@ def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> L
 __all__ = [
     "LEARNERS",
     "FlatParameters",
+    "GRU4Rec",
+    "GRU4RecConfig",
     "Learner",
     "SASRec",
     "SASRecConfig",
