@@ -4,11 +4,13 @@ from typing import Any
 
 from td3_fast.learners.base import FlatParameters, Learner
 from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
+from td3_fast.learners.narm import NARM, NARMConfig
 from td3_fast.learners.sasrec import SASRec, SASRecConfig
 
 LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
     "SASRec": (SASRec, SASRecConfig),
     "GRU4Rec": (GRU4Rec, GRU4RecConfig),
+    "NARM": (NARM, NARMConfig),
 }
 
 
@@ -22,10 +24,12 @@ def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> L
 
 __all__ = [
     "LEARNERS",
+    "NARM",
     "FlatParameters",
     "GRU4Rec",
     "GRU4RecConfig",
     "Learner",
+    "NARMConfig",
     "SASRec",
     "SASRecConfig",
     "build_learner",

@@ -24,10 +24,7 @@ DEEP = pytest.mark.parametrize("layers", [1, 2])
 
 def learner(name: str, **changes: Any) -> Learner:
     """With weights large enough for every path to count."""
-    config = {**SIZES, **changes}
-    if name == "NARM":
-        config.pop("heads", None)
-    model = build_learner(name, config, seed=0).double()
+    model = build_learner(name, {**SIZES, **changes}, seed=0).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.4, generator=generator)
