@@ -3,6 +3,7 @@
 from typing import Any
 
 from td3_fast.learners.base import FlatParameters, Learner
+from td3_fast.learners.bert4rec import BERT4Rec, BERT4RecConfig
 from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
 from td3_fast.learners.narm import NARM, NARMConfig
 from td3_fast.learners.sasrec import SASRec, SASRecConfig
@@ -11,6 +12,7 @@ LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
     "SASRec": (SASRec, SASRecConfig),
     "GRU4Rec": (GRU4Rec, GRU4RecConfig),
     "NARM": (NARM, NARMConfig),
+    "BERT4Rec": (BERT4Rec, BERT4RecConfig),
 }
 
 
@@ -25,6 +27,8 @@ def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> L
 __all__ = [
     "LEARNERS",
     "NARM",
+    "BERT4Rec",
+    "BERT4RecConfig",
     "FlatParameters",
     "GRU4Rec",
     "GRU4RecConfig",
