@@ -16,11 +16,17 @@ LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
+def learner_named(name: str) -> str:
+    """The name of the learner's class, from one that may differ from it in upper and lower case."""
+    for known in LEARNERS:
+        if known.lower() == name.lower():
+            return known
+    raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
+
+
 def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> Learner:
     """A learner by the name of its class and its `hyperparameters()`."""
-    if name not in LEARNERS:
-        raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
-    learner_class, config_class = LEARNERS[name]
+    learner_class, config_class = LEARNERS[learner_named(name)]
     return learner_class(config_class(**hyperparameters), seed=seed)
 
 
@@ -37,4 +43,5 @@ __all__ = [
     "SASRec",
     "SASRecConfig",
     "build_learner",
+    "learner_named",
 ]
