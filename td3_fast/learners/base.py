@@ -19,7 +19,8 @@ class Learner(nn.Module):
     """A recommender that maps a sequence of item embeddings to a vector scored against the item table.
 
     Two tables are named, because summaries hand them over: `item_embeddings` (num_items, d), row 0 the padding item,
-    and `position_embeddings` (max_len, d), None for architectures that have none. All else is the encoder.
+    and `position_embeddings`, None for architectures that have none. All else is the encoder. A learner with a bias per
+    item keeps it in the last column of its item table, and outputs a constant 1 there.
     """
 
     item_embeddings: nn.Parameter

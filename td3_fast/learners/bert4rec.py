@@ -70,7 +70,7 @@ class BERT4Rec(Learner):
         self.output = nn.Linear(config.hidden, config.hidden)
         self.output_norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS)
         generator = seeded_generator(seed, "embeddings")
-        normal_(self.item_embeddings.data[:, :-1], INITIAL_STD, generator)
+        normal_(self.item_embeddings.detach()[:, :-1], INITIAL_STD, generator)
         normal_(self.position_embeddings, INITIAL_STD, generator)
         self.reset_encoder(seed=seed)
 
