@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from td3_fast.data import Interactions, generate_interactions, leave_one_out, load_interactions
     from td3_fast.distill import DistillConfig, distill
     from td3_fast.evaluate import EvaluateConfig, evaluate, teacher_of
-    from td3_fast.learners import SASRec, SASRecConfig
+    from td3_fast.learners import (
+        NARM,
+        BERT4Rec,
+        BERT4RecConfig,
+        GRU4Rec,
+        GRU4RecConfig,
+        NARMConfig,
+        SASRec,
+        SASRecConfig,
+    )
     from td3_fast.pretrain import PretrainConfig, pretrain
     from td3_fast.recipes import RECIPES, Recipe, recipe_named
     from td3_fast.summary import SummaryError, TuckerSummary
@@ -24,11 +33,17 @@ if TYPE_CHECKING:
     from td3_fast.unroll import fit_on_summary
 
 __all__ = [
+    "NARM",
     "RECIPES",
+    "BERT4Rec",
+    "BERT4RecConfig",
     "DistillConfig",
     "EvaluateConfig",
     "FitConfig",
+    "GRU4Rec",
+    "GRU4RecConfig",
     "Interactions",
+    "NARMConfig",
     "PretrainConfig",
     "Pretrained",
     "Recipe",
@@ -53,7 +68,16 @@ _NAMES = {
     "data": ("Interactions", "generate_interactions", "leave_one_out", "load_interactions"),
     "distill": ("DistillConfig", "distill"),
     "evaluate": ("EvaluateConfig", "evaluate", "teacher_of"),
-    "learners": ("SASRec", "SASRecConfig"),
+    "learners": (
+        "BERT4Rec",
+        "BERT4RecConfig",
+        "GRU4Rec",
+        "GRU4RecConfig",
+        "NARM",
+        "NARMConfig",
+        "SASRec",
+        "SASRecConfig",
+    ),
     "pretrain": ("PretrainConfig", "pretrain"),
     "recipes": ("RECIPES", "Recipe", "recipe_named"),
     "summary": ("SummaryError", "TuckerSummary"),

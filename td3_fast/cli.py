@@ -81,6 +81,9 @@ RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", help=f"A name from `td3-fast recipes`; that of DATA, or {DEFAULT_RECIPE}."),
 ]
+LearnerName = Annotated[
+    str | None, typer.Option("--learner", help="SASRec, GRU4Rec, NARM or BERT4Rec; SASRec if left out.")
+]
 Size = Annotated[
     str | None, typer.Option("--size", help="Synthetic users and positions of each, as in 50x50.")
 ]
@@ -113,6 +116,7 @@ def distill(
     data: Data,
     out: Out,
     recipe: RecipeName = None,
+    learner: LearnerName = None,
     size: Size = None,
     seed: Seed = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the real examples.")] = None,
@@ -173,7 +177,7 @@ def distill(
     from td3_fast.run import SUMMARY, Run, check_free
 
     check_free(out, resume=resume, overwrite=overwrite)
-    chosen = _recipe(recipe, data, size, max_epochs)
+    chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     changes: dict[str, Any] = {
         "epochs": epochs,
         "engine": engine,
@@ -226,6 +230,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder for the results; that of SUMMARY if left out.")
     ] = None,
+    learner: Annotated[
+        str | None, typer.Option("--learner", help="The learner's class; the summary's own if left out.")
+    ] = None,
     seeds: Seeds = 3,
     rows: Rows = None,
     seed: Seed = 0,
@@ -238,16 +245,23 @@ def evaluate(
     """Train learners on SUMMARY and on the baselines, and score them on the test part of DATA.
 
     Leaves results.json and report.png in the folder. Finished runs are kept there, so that an evaluation that was
-    stopped goes on where it was.
+    stopped goes on where it was. A learner of another class than SUMMARY was distilled for has the rows summary, full,
+    full+embeddings and zero-step, and a folder of its own inside that of SUMMARY, unless others are named.
     """
     _set_threads(threads)
-    from td3_fast.evaluate import ROWS
+    from td3_fast.evaluate import CROSS_ROWS, ROWS
+    from td3_fast.learners import learner_named
     from td3_fast.run import RESULTS, EvaluateRun
     from td3_fast.summary import TuckerSummary
 
     loaded = TuckerSummary.load(summary)
     split = _split(data, format=format, columns=columns, **_filters_of(loaded))
-    folder = summary.parent if out is None else out
+    folder, default_rows = summary.parent, ROWS
+    if learner is not None:
+        learner = learner_named(learner)
+        if loaded.metadata is not None and learner != loaded.metadata.training.learner:
+            folder, default_rows = folder / learner.lower(), CROSS_ROWS
+    folder = folder if out is None else out
     say(f"{split.interactions!r}; summary of {loaded.size}; results into {folder}")
     with _watching(_go_on(without="--overwrite")) as watcher:
         run = EvaluateRun(
@@ -256,8 +270,9 @@ def evaluate(
             split=split,
             source=data,
             seed=seed,
-            rows=ROWS if rows is None else _names(rows),
+            rows=default_rows if rows is None else _names(rows),
             seeds=seeds,
+            learner=learner,
             max_epochs=max_epochs,
             watcher=watcher,
         )
@@ -272,6 +287,7 @@ def baselines(
     data: Data,
     out: Out,
     recipe: RecipeName = None,
+    learner: LearnerName = None,
     size: Size = None,
     seeds: Seeds = 3,
     rows: Rows = None,
@@ -291,7 +307,7 @@ def baselines(
     from td3_fast.evaluate import ROWS
     from td3_fast.run import RESULTS, Run
 
-    chosen = _recipe(recipe, data, size, max_epochs)
+    chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
     split = _split(data, format=format, columns=columns, **filters)
     names = tuple(row for row in ROWS if row != "summary") if rows is None else _names(rows)
@@ -415,7 +431,7 @@ def recipes() -> None:
             recipe.name,
             f"{config.users}x{config.positions}",
             str(config.user_rank),
-            f"SASRec, {learner['hidden']} wide, {learner['max_len']} long",
+            f"{recipe.learner_name}, {learner['hidden']} wide, {learner['max_len']} long",
             str(config.epochs),
             f"{config.batch_size:,}",
             str(config.inner_steps),
@@ -504,13 +520,24 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _recipe(name: str | None, data: str, size: str | None, max_epochs: int | None) -> Recipe:
+def _recipe(
+    name: str | None,
+    data: str,
+    size: str | None,
+    max_epochs: int | None,
+    learner: str | None,
+    pretrained: Path | None,
+) -> Recipe:
     from td3_fast.recipes import RECIPES, recipe_named
 
     if name is None:
         name = Path(data).name.split(".")[0]
         name = name if name in RECIPES else DEFAULT_RECIPE
     recipe = recipe_named(name)
+    if learner is not None:
+        if pretrained is not None:
+            raise ValueError("--learner and --pretrained exclude each other: the file says whose it is")
+        recipe = recipe.with_learner(learner)
     if size is not None:
         recipe = recipe.sized(size)
     if max_epochs is not None:
@@ -556,7 +583,7 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
     )
     say(f"          {examples:,} training examples, {len(split.validation):,} users validated and tested")
     say(
-        f"pretrain  SASRec, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
+        f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
         f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
     )
     say(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from td3_fast.data import Examples, Split
-from td3_fast.learners import LEARNERS, Learner, build_learner
+from td3_fast.learners import Learner, build_learner, learner_named
 from td3_fast.metrics import mean_and_sd, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -18,7 +18,7 @@ from td3_fast.summary import SummaryMetadata, TuckerSummary
 from td3_fast.training import PROTOCOLS, FitConfig, Protocol, Ranker, fit_examples, fresh_like
 from td3_fast.unroll import fit_on_summary
 
-ROWS = (
+ROWS: tuple[str, ...] = (
     "summary",
     "full",
     "random",
@@ -28,6 +28,10 @@ ROWS = (
     "popularity",
     "zero-step",
 )
+# of another architecture than the summary was distilled for; the paper's table 4
+CROSS_ROWS: tuple[str, ...] = ("summary", "full", "full+embeddings", "zero-step")
+KNOWN_ROWS = tuple(dict.fromkeys(ROWS + CROSS_ROWS))
+SET_BY_SUMMARY = ("num_items", "max_len", "hidden")  # of a learner's hyperparameters
 Scores = dict[Protocol, dict[str, float]]
 
 
@@ -45,9 +49,9 @@ class EvaluateConfig:
     ddof: int = 1
 
     def __post_init__(self) -> None:
-        unknown = [row for row in self.rows if row not in ROWS]
+        unknown = [row for row in self.rows if row not in KNOWN_ROWS]
         if unknown:
-            raise ValueError(f"unknown row {unknown[0]!r}: expected some of {', '.join(ROWS)}")
+            raise ValueError(f"unknown row {unknown[0]!r}: expected some of {', '.join(KNOWN_ROWS)}")
         if self.seeds < 1:
             raise ValueError(f"EvaluateConfig.seeds must be at least 1, got {self.seeds}")
 
@@ -77,14 +81,15 @@ def evaluate(
     """Test metrics of learners trained on `summary`, and of the baselines, each from `config.seeds` seeds.
 
     summary: what is evaluated; split: real data, its items numbered as the summary's; teacher: the pretrained
-    learner, whose item and position embeddings are handed to every row but those trained from nothing; fit_options:
+    learner, whose item and position embeddings are handed to every row but those trained from nothing, and whose
+    architecture all rows have (`teacher_of` makes one of another architecture); fit_options:
     how a learner is trained on the summary, as `fit_on_summary` takes it. Both come from the summary where they are
     not given. known: scores of runs (row, number) that need not be done again; on_run: sees the scores of every run
     that is done.
 
     Rows: `summary`; `full`, the whole training part; `random` and `longest`, users that hold as many interactions as
-    the summary, from nothing and with the teacher's embeddings (`+embeddings`), trained with early stopping like
-    `full`; `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
+    the summary, all three from nothing or with the teacher's embeddings (`+embeddings`), trained with early stopping;
+    `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
     """
     config = config or EvaluateConfig()
     teacher = teacher or teacher_of(summary)
@@ -124,21 +129,19 @@ def evaluate(
 def teacher_of(summary: TuckerSummary, *, name: str | None = None, seed: int = 0) -> Learner:
     """A learner with the pretrained item and position embeddings that a summary carries, the encoder drawn from `seed`.
 
-    name: its class; None: the one that the summary was distilled for. Another class takes over the hyperparameters that
-    it has in common with that one.
+    name: its class; None: the one that the summary was distilled for. Another class is given the items, the length and
+    the width of that one, the rest by its own defaults, and of the tables the embeddings of items alone: positions mean
+    different things to different classes, and a bias of items (a further column) is there in some only.
     """
     recipe = _metadata(summary).training
-    name = name or recipe.learner
-    if name not in LEARNERS:
-        raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
-    known = {field.name for field in fields(LEARNERS[name][1])}
-    config = {
-        key: value for key, value in recipe.learner_config.items() if key in known or name == recipe.learner
-    }
+    name = recipe.learner if name is None else learner_named(name)
+    own = name == recipe.learner
+    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY}
     learner = build_learner(name, config, seed=seed)
+    width = summary.item_factors.shape[1] if own else config["hidden"]
     with torch.no_grad():
-        learner.item_embeddings.copy_(summary.item_factors)
-        if learner.position_embeddings is not None and summary.position_embeddings is not None:
+        learner.item_embeddings[:, :width].copy_(summary.item_factors[:, :width])
+        if own and learner.position_embeddings is not None and summary.position_embeddings is not None:
             learner.position_embeddings.copy_(summary.position_embeddings)
     return learner
 

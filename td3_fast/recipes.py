@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from td3_fast.distill import DistillConfig
+from td3_fast.learners import learner_named
 from td3_fast.pretrain import PretrainConfig
 from td3_fast.training import FitConfig
 
@@ -16,10 +17,19 @@ class Recipe:
 
     name: str
     distill: DistillConfig
-    learner: dict[str, Any]  # hyperparameters of SASRec, without num_items
+    learner: dict[str, Any]  # hyperparameters, without num_items
+    learner_name: str = "SASRec"
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     min_item_interactions: int = 0  # filters of the log
     min_user_interactions: int = 0
+
+    def with_learner(self, name: str) -> Recipe:
+        """The same for another class of learners, as wide and as long, the rest by the defaults of that class."""
+        name = learner_named(name)
+        if name == self.learner_name:
+            return self
+        sizes = {key: self.learner[key] for key in ("max_len", "hidden")}
+        return replace(self, learner_name=name, learner=sizes)
 
     def sized(self, size: str) -> Recipe:
         """The same for a summary of `size` ("50x50": users × positions), with positions enough in the learner."""

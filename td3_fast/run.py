@@ -26,7 +26,7 @@ from td3_fast.checkpoint import (
 )
 from td3_fast.data import Split
 from td3_fast.distill import DistillState, Semantics, distill
-from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate
+from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teacher_of
 from td3_fast.learners import Learner, build_learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
@@ -51,7 +51,6 @@ LOG = "log.jsonl"
 REPORT = "report.png"
 CHECKPOINT = "checkpoint.safetensors"
 RUNS = "evaluation.jsonl"  # finished runs of evaluations
-LEARNER = "SASRec"
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
@@ -186,10 +185,10 @@ class Run:
         if any(row == "zero-step" or row.endswith("+embeddings") for row in rows):
             pretrained = self.pretrained(overwrite=overwrite)
         else:
-            config = self.pretrain_settings()["learner_config"]
-            untrained = build_learner(LEARNER, config, seed=self.seed).state_dict()
+            name, config = self.recipe.learner_name, self.pretrain_settings()["learner_config"]
+            untrained = build_learner(name, config, seed=self.seed).state_dict()
             pretrained = Pretrained(
-                learner_name=LEARNER, learner_config=config, best=untrained, pool=[], history=[], best_epoch=0
+                learner_name=name, learner_config=config, best=untrained, pool=[], history=[], best_epoch=0
             )
         stand_in = TuckerSummary.initialise(
             users=self.recipe.distill.users,
@@ -219,7 +218,7 @@ class Run:
         return {
             "data": self.split.interactions.fingerprint,
             "seed": self.seed,
-            "learner": LEARNER,
+            "learner": self.recipe.learner_name,
             "learner_config": learner,
             "pretrain": asdict(self.recipe.pretrain),
         }
@@ -319,7 +318,7 @@ class Run:
 
         pretrained = pretrain(
             self.split,
-            build_learner(LEARNER, wanted["learner_config"], seed=self.seed),
+            build_learner(wanted["learner"], wanted["learner_config"], seed=self.seed),
             self.recipe.pretrain,
             seed=self.seed,
             state=state if isinstance(state, PretrainState) else None,
@@ -408,7 +407,8 @@ class Run:
 class EvaluateRun:
     """An evaluation of one summary in one folder, each finished run of which is kept for later.
 
-    pretrained: for a summary without metadata, of which only the size counts.
+    learner: another class than the summary was distilled for; pretrained: for a summary without metadata, of which
+    only the size counts.
 
     Raises:
         RunError: the data are not those of the summary.
@@ -423,11 +423,17 @@ class EvaluateRun:
     seeds: int = 3
     fit: FitConfig | None = None  # None: as the learner was pretrained
     max_epochs: int | None = None  # instead of that of `fit`
+    learner: str | None = None  # None: what the summary was distilled for
     pretrained: Pretrained | None = None  # None: the summary says how it is used
     watcher: Watcher = field(default_factory=Watcher)
 
     def __post_init__(self) -> None:
         metadata = self.summary.metadata
+        self.teacher = None
+        if self.pretrained is not None:
+            self.teacher = self.pretrained.learner()
+        elif self.learner is not None:
+            self.teacher = teacher_of(self.summary, name=self.learner)
         made_with = {} if metadata is None else metadata.settings
         if self.fit is None:
             fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
@@ -465,7 +471,10 @@ class EvaluateRun:
         if path.exists():
             before = read_results(path)
             own = self._identity()
-            if all(before["settings"].get(name) == own[name] for name in ("summary", "data", "size")):
+            if all(
+                before["settings"].get(name) == own.get(name)
+                for name in ("summary", "data", "size", "learner")
+            ):
                 distillation = before.get("distillation")
             elif not overwrite:
                 raise RunError(
@@ -492,7 +501,7 @@ class EvaluateRun:
             return evaluate(
                 self.summary,
                 self.split,
-                None if self.pretrained is None else self.pretrained.learner(),
+                self.teacher,
                 fit_options=None if self.pretrained is None else {},
                 config=self.config,
                 seed=self.seed,
@@ -526,7 +535,16 @@ class EvaluateRun:
             "seed": self.seed,
             "fit_options": {} if metadata is None else metadata.training.fit_options(),
             **{name: value for name, value in config.items() if name not in ("rows", "seeds", "ddof")},
+            **self._other_learner(),
         }
+
+    def _other_learner(self) -> dict[str, Any]:
+        """The learner's class and hyperparameters where they are not those that the summary was distilled for."""
+        metadata = self.summary.metadata
+        if self.teacher is None or metadata is None:
+            return {}
+        name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
+        return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
 
 
 def score(learner: Learner, split: Split, *, seed: int = 0) -> list[Row]:
@@ -553,6 +571,8 @@ def draw(folder: Path, watcher: Watcher) -> None:
             "max_norm": distillation["settings"]["distill"]["max_norm"],
         }
     title = f"{settings['data_name']}: summary of {users} users by {positions} positions"
+    if "learner" in settings:
+        title += f", {settings['learner']}"
     try:
         draw_report(folder / REPORT, title=title, rows=results["rows"], **past)
     except ImportError:

@@ -53,7 +53,8 @@ class TuckerSummary(nn.Module):
         user_factors: (users, d1).
         position_factors: (positions, d2).
         item_factors: (n, d3), row 0 the padding item.
-        position_embeddings: (max_len, d3), the pretrained learner's, for fresh learners to start from.
+        position_embeddings: (positions, at most d3), the pretrained learner's, for fresh learners of its kind to
+            start from; narrower than the item table where that has a column for the bias of items.
         normalize: "softmax" over items, or "none", the bare product.
         metadata: what the summary stands for; needed for `save`.
 
@@ -355,17 +356,23 @@ def _check_factors(
         "position_factors": (position_factors, d2),
         "item_factors": (item_factors, d3),
     }
-    if position_embeddings is not None:
-        matrices["position_embeddings"] = (position_embeddings, d3)
     for name, (value, rank) in matrices.items():
         if value.ndim != 2 or value.shape[1] != rank:
             raise ValueError(
                 f"{name} must have the shape (rows, {rank}) beside a core of {tuple(core.shape)}, "
                 f"got {tuple(value.shape)}"
             )
+    floating = {"core": core, **{name: value for name, (value, _) in matrices.items()}}
+    if position_embeddings is not None:
+        if position_embeddings.ndim != 2 or position_embeddings.shape[1] > d3:
+            raise ValueError(
+                f"position_embeddings must have the shape (rows, {d3} or less) beside a core of "
+                f"{tuple(core.shape)}, got {tuple(position_embeddings.shape)}"
+            )
+        floating["position_embeddings"] = position_embeddings
+    for name, value in floating.items():
         if value.numel() == 0:
             raise ValueError(f"{name} must not be empty, got {tuple(value.shape)}")
-    for name, value in {"core": core, **{name: value for name, (value, _) in matrices.items()}}.items():
         if value.dtype not in FLOATING:
             raise ValueError(f"{name} must be floating, got {value.dtype}")
     if not core.dtype == user_factors.dtype == position_factors.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor
 from td3_fast.data import Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.metrics import metrics_from_ranks
-from td3_fast.ops import DropoutStream, derive_seed, item_cross_entropy, target_rank
+from td3_fast.ops import DropoutStream, derive_seed, target_rank
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state
 
@@ -108,7 +108,7 @@ def select_rows(csr: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """Training on real examples: Adam on the next item's full cross-entropy, stopped by validation MRR@10."""
+    """Training on real examples: Adam on the loss of the learner, stopped by validation MRR@10."""
 
     learning_rate: float = 1e-3
     batch_size: int = 2048
@@ -166,9 +166,7 @@ def fit_examples(
             histories, lengths, targets = (
                 t.to(items.device) for t in (batch.histories, batch.lengths, batch.targets)
             )
-            embeds = torch.nn.functional.embedding(histories, items)
-            hidden = flat.encode(theta, embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
-            loss = item_cross_entropy(hidden, items, targets).mean()
+            loss = flat.loss(theta, items, histories, lengths, targets, dropout=dropout)
             state.optimiser = adam_step_(state.optimiser, torch.autograd.grad(loss, (theta, items)), adam)
             state.loss_sum += float(loss.detach()) * len(index)
             state.batch = batch_index + 1

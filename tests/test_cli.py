@@ -418,6 +418,38 @@ def test_fit_needs_no_data_and_scores_on_some(finished: Path, data: Path, tmp_pa
     assert out.read_bytes() == first
 
 
+def test_another_learner_is_evaluated_in_a_folder_of_its_own(finished: Path, data: Path) -> None:
+    before = (finished / "results.json").read_text()
+    command = ["evaluate", finished / "summary.safetensors", data, "--seeds", "1", "--max-epochs", "1"]
+    result = run(*command, "--learner", "narm")
+    assert result.exit_code == 0, result.output
+    results = json.loads((finished / "narm" / "results.json").read_text())
+    assert results["settings"]["learner"] == "NARM"
+    assert [row["name"] for row in results["rows"][::2]] == [
+        "summary",
+        "full",
+        "full+embeddings",
+        "zero-step",
+    ]
+    assert (finished / "results.json").read_text() == before
+    assert "something else" in refusal(*command, "--learner", "narm", "--out", finished)
+    assert "expected one of" in refusal(*command, "--learner", "Oracle")
+
+
+@pytest.mark.parametrize("learner", ["GRU4Rec", "bert4rec"])
+def test_another_learner_distils(data: Path, tmp_path: Path, learner: str) -> None:
+    result = run("distill", data, "--out", tmp_path / "run", *TINY, "--learner", learner)
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "run" / "summary.safetensors"
+    metadata = TuckerSummary.load(path).metadata
+    assert metadata is not None
+    assert metadata.training.learner.lower() == learner.lower()
+    assert run("fit", path).exit_code == 0
+    pretrained = ["--pretrained", tmp_path / "run" / "pretrained.safetensors"]
+    other = ["distill", data, "--out", tmp_path / "other", *TINY]
+    assert "exclude each other" in refusal(*other, *pretrained, "--learner", learner)
+
+
 def test_info_says_what_a_summary_is(finished: Path) -> None:
     text = run("info", finished / "summary.safetensors").stdout
     for words in ("6 users by 6 positions", "tiny", "SASRec, 6 steps", "item table frozen"):

@@ -5,9 +5,17 @@ import pytest
 import torch
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.evaluate import ROWS, EvaluateConfig, chosen_users, evaluate, popularity_scores
-from td3_fast.learners import SASRec, SASRecConfig
-from td3_fast.summary import TuckerSummary
+from td3_fast.evaluate import (
+    CROSS_ROWS,
+    ROWS,
+    EvaluateConfig,
+    chosen_users,
+    evaluate,
+    popularity_scores,
+    teacher_of,
+)
+from td3_fast.learners import LEARNERS, Learner, SASRec, SASRecConfig, build_learner
+from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
 from td3_fast.training import FitConfig, Ranker
 
 FIT_OPTIONS = {"steps": 5, "learning_rate": 0.01, "batch_size": 4}
@@ -92,6 +100,73 @@ def test_summary_of_other_data_is_refused(split: Split, teacher: SASRec) -> None
     )
     with pytest.raises(ValueError, match="the summary is over 7 items"):
         evaluate(other, split, teacher, fit_options=FIT_OPTIONS)
+
+
+def with_metadata(summary: TuckerSummary, learner: Learner, split: Split) -> TuckerSummary:
+    log = split.interactions
+    summary.metadata = SummaryMetadata(
+        item_ids=tuple(log.item_ids.tolist()),
+        preprocessing=Preprocessing(data=log.name, filters={}, fingerprint=log.fingerprint),
+        training=TrainingRecipe(
+            learner=type(learner).__name__,
+            learner_config=learner.hyperparameters(),
+            learning_rate=0.01,
+            steps=5,
+            batch_size=4,
+            item_embedding="trained",
+        ),
+    )
+    return summary
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("distilled_for", ["SASRec", "BERT4Rec"])
+def test_any_learner_trains_on_the_summary_of_another(split: Split, distilled_for: str, name: str) -> None:
+    config = {"num_items": split.interactions.num_items, "max_len": 6, "hidden": 8, "inner": 8}
+    original = build_learner(distilled_for, config, seed=0)
+    with torch.no_grad():
+        original.item_embeddings[:, 8:] = 1.0  # the bias, where there is one
+    positions = original.position_embeddings
+    summary = TuckerSummary.initialise(
+        users=5,
+        positions=6,
+        user_rank=2,
+        position_rank=2,
+        item_factors=original.item_embeddings.detach(),
+        seed=0,
+    )
+    assert positions is not None
+    summary.register_buffer("position_embeddings", positions.detach())
+    made = teacher_of(with_metadata(summary, original, split), name=name.lower(), seed=1)
+    assert type(made).__name__ == name
+    assert torch.equal(made.item_embeddings[:, :8], original.item_embeddings[:, :8])
+    bias = 1.0 if name == distilled_for else 0.0
+    assert (made.item_embeddings[:, 8:] == bias).all()
+    rows = evaluate(
+        summary,
+        split,
+        made,
+        config=EvaluateConfig(seeds=1, rows=CROSS_ROWS, fit=FitConfig(max_epochs=1, batch_size=128)),
+    )
+    assert [row.name for row in rows[::2]] == list(CROSS_ROWS)
+    assert len({row.metrics["NDCG@20"]["mean"] for row in rows}) > 4
+
+
+def test_the_learner_of_a_summary_is_made_as_it_was(split: Split, teacher: SASRec) -> None:
+    summary = TuckerSummary.initialise(
+        users=5,
+        positions=6,
+        user_rank=2,
+        position_rank=2,
+        item_factors=teacher.item_embeddings.detach(),
+        seed=0,
+    )
+    summary.register_buffer("position_embeddings", teacher.position_embeddings.detach())
+    made = teacher_of(with_metadata(summary, teacher, split))
+    assert made.hyperparameters() == teacher.hyperparameters()
+    assert torch.equal(made.item_embeddings, teacher.item_embeddings)
+    assert made.position_embeddings is not None
+    assert torch.equal(made.position_embeddings, teacher.position_embeddings)
 
 
 def test_unknown_row_is_refused() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from td3_fast.learners import SASRecConfig
+from td3_fast.learners import LEARNERS, SASRecConfig, build_learner
 from td3_fast.recipes import RECIPES, parse_size, recipe_named
 
 
@@ -12,6 +12,16 @@ def test_recipes_fit_together(name: str) -> None:
     learner = SASRecConfig(num_items=10, **recipe.learner)
     assert (recipe.distill.users, recipe.distill.positions) == (12, 150)
     assert learner.max_len >= 150
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_any_learner_takes_a_recipe(name: str) -> None:
+    recipe = recipe_named("epinions").with_learner(name.upper()).sized("12x150")
+    assert recipe.learner_name == name
+    learner = build_learner(name, {**recipe.learner, "num_items": 10}, seed=0)
+    assert learner.max_len == 150
+    assert learner.hyperparameters()["hidden"] == 32
+    assert recipe_named("epinions").with_learner("SASRec") == recipe_named("epinions")
 
 
 @pytest.mark.parametrize("size", ["50", "50x", "x50", "0x5", "5x1", "-1x5", "axb", "5x5x5"])

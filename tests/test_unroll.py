@@ -7,7 +7,7 @@ import torch
 
 from td3_fast.data import generate_interactions, leave_one_out
 from td3_fast.distill import DistillConfig, Distiller, DistillState, Semantics
-from td3_fast.learners import SASRec, SASRecConfig
+from td3_fast.learners import LEARNERS, build_learner
 from td3_fast.training import Pretrained
 from td3_fast.unroll import (
     AdamConfig,
@@ -20,18 +20,20 @@ from td3_fast.unroll import (
 )
 
 NUM_ITEMS = 23
+OTHERS = [name for name in LEARNERS if name != "SASRec"]
 
 
-def small_distiller(**changes: object) -> tuple[Distiller, DistillState]:
+def small_distiller(*, name: str = "SASRec", **changes: object) -> tuple[Distiller, DistillState]:
     split = leave_one_out(generate_interactions(num_users=30, num_items=NUM_ITEMS, mean_length=9, seed=3))
-    sizes = {"num_items": split.interactions.num_items, "max_len": 9, "hidden": 8, "inner": 12}
-    learners = [SASRec(SASRecConfig(**sizes, heads=2, layers=2), seed=seed).double() for seed in (1, 2)]
+    sizes = {"num_items": split.interactions.num_items, "max_len": 9, "hidden": 8, "inner": 12, "layers": 2}
+    sizes |= {"heads": 2} if name in ("SASRec", "BERT4Rec") else {}
+    learners = [build_learner(name, sizes, seed=seed).double() for seed in (1, 2)]
     for learner in learners:
         for parameter in learner.parameters():
             torch.nn.init.normal_(parameter, 0.0, 0.3, generator=torch.Generator().manual_seed(5))
     state_dicts = [{k: v.detach() for k, v in learner.state_dict().items()} for learner in learners]
     pretrained = Pretrained(
-        learner_name="SASRec",
+        learner_name=name,
         learner_config=learners[0].hyperparameters(),
         best=state_dicts[0],
         pool=state_dicts,
@@ -59,11 +61,15 @@ VARIANTS = {
 }
 
 
+CASES = [("SASRec", variant) for variant in VARIANTS] + [(name, "plain") for name in OTHERS]
+
+
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_native_meta_gradient_equals_that_of_higher(item_embedding: str, variant: str) -> None:
-    native, state = small_distiller(item_embedding=item_embedding, **VARIANTS[variant])
-    oracle, _ = small_distiller(item_embedding=item_embedding, engine="higher", **VARIANTS[variant])
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_native_meta_gradient_equals_that_of_higher(item_embedding: str, name: str, variant: str) -> None:
+    options = {"name": name, "item_embedding": item_embedding, **VARIANTS[variant]}
+    native, state = small_distiller(**options)
+    oracle, _ = small_distiller(**options, engine="higher")
     ours, losses = native.meta_gradient(state, window=(3, 5))
     theirs, oracle_losses = oracle.meta_gradient(state, window=(3, 5))
     assert losses["loss"] == pytest.approx(oracle_losses["loss"], rel=1e-10)
@@ -73,20 +79,23 @@ def test_native_meta_gradient_equals_that_of_higher(item_embedding: str, variant
 
 
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
-@pytest.mark.parametrize("normalize", ["softmax", "none"])
-def test_meta_gradient_equals_central_differences(item_embedding: str, normalize: str) -> None:
-    distiller, state = small_distiller(item_embedding=item_embedding, normalize=normalize)
+@pytest.mark.parametrize(
+    ("name", "normalize"),
+    [("SASRec", "softmax"), ("SASRec", "none"), *((name, "softmax") for name in OTHERS)],
+)
+def test_meta_gradient_equals_central_differences(item_embedding: str, name: str, normalize: str) -> None:
+    distiller, state = small_distiller(name=name, item_embedding=item_embedding, normalize=normalize)
     # without warm-up the whole dependence lies inside the window
     gradients, _ = distiller.meta_gradient(state, window=(0, 5))
     generator = torch.Generator().manual_seed(0)
     for factor, gradient in zip(state.factors.parameters, gradients, strict=True):
         direction = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
         values = []
-        for step in (2e-6, -4e-6):
+        for step in (5e-7, -1e-6):
             factor += step * direction
             values.append(distiller.meta_gradient(state, window=(0, 5))[1]["loss"])
-        factor += 2e-6 * direction
-        difference = (values[0] - values[1]) / 4e-6
+        factor += 5e-7 * direction
+        difference = (values[0] - values[1]) / 1e-6
         assert float((gradient * direction).sum()) == pytest.approx(difference, rel=1e-5)
 
 

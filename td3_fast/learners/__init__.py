@@ -3,24 +3,45 @@
 from typing import Any
 
 from td3_fast.learners.base import FlatParameters, Learner
+from td3_fast.learners.bert4rec import BERT4Rec, BERT4RecConfig
+from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
+from td3_fast.learners.narm import NARM, NARMConfig
 from td3_fast.learners.sasrec import SASRec, SASRecConfig
 
-LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {"SASRec": (SASRec, SASRecConfig)}
+LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "SASRec": (SASRec, SASRecConfig),
+    "GRU4Rec": (GRU4Rec, GRU4RecConfig),
+    "NARM": (NARM, NARMConfig),
+    "BERT4Rec": (BERT4Rec, BERT4RecConfig),
+}
+
+
+def learner_named(name: str) -> str:
+    """The name of the learner's class, from one that may differ from it in upper and lower case."""
+    for known in LEARNERS:
+        if known.lower() == name.lower():
+            return known
+    raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
 
 
 def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> Learner:
     """A learner by the name of its class and its `hyperparameters()`."""
-    if name not in LEARNERS:
-        raise ValueError(f"unknown learner {name!r}: expected one of {', '.join(LEARNERS)}")
-    learner_class, config_class = LEARNERS[name]
+    learner_class, config_class = LEARNERS[learner_named(name)]
     return learner_class(config_class(**hyperparameters), seed=seed)
 
 
 __all__ = [
     "LEARNERS",
+    "NARM",
+    "BERT4Rec",
+    "BERT4RecConfig",
     "FlatParameters",
+    "GRU4Rec",
+    "GRU4RecConfig",
     "Learner",
+    "NARMConfig",
     "SASRec",
     "SASRecConfig",
     "build_learner",
+    "learner_named",
 ]

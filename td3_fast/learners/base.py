@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.ops import DropoutStream
+from td3_fast.ops import DropoutStream, item_cross_entropy
 
 
 class Learner(nn.Module):
     """A recommender that maps a sequence of item embeddings to a vector scored against the item table.
 
     Two tables are named, because summaries hand them over: `item_embeddings` (num_items, d), row 0 the padding item,
-    and `position_embeddings` (max_len, d), None for architectures that have none. All else is the encoder.
+    and `position_embeddings`, None for architectures that have none. All else is the encoder. A learner with a bias per
+    item keeps it in the last column of its item table, and outputs a constant 1 there.
     """
 
     item_embeddings: nn.Parameter
@@ -58,6 +60,30 @@ class Learner(nn.Module):
         """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
         embeds = F.embedding(histories, self.item_embeddings)
         return self.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
+
+    def loss(
+        self, items: Tensor, histories: Tensor, lengths: Tensor, targets: Tensor, *, dropout: DropoutStream
+    ) -> Tensor:
+        """What training on real examples minimises: the mean cross-entropy of the next item.
+
+        items: (n, d), the item table; histories: (batch, length) int64; lengths and targets: (batch,) int64.
+        """
+        return next_item_loss(self.encode, items, histories, lengths, targets, dropout=dropout)
+
+
+def next_item_loss(
+    encode: Callable[..., Tensor],
+    items: Tensor,
+    histories: Tensor,
+    lengths: Tensor,
+    targets: Tensor,
+    *,
+    dropout: DropoutStream,
+) -> Tensor:
+    """The mean cross-entropy of the item after each history."""
+    embeds = F.embedding(histories, items)
+    hidden = encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
+    return item_cross_entropy(hidden, items, targets).mean()
 
 
 class FlatParameters:
@@ -107,15 +133,57 @@ class FlatParameters:
         fused = self._shell.encode_flat(flat, inputs_embeds, positions, dropout=dropout)
         if fused is not None:
             return fused
+        return self._filled(flat).encode(inputs_embeds, positions, dropout=dropout)
+
+    def loss(
+        self,
+        flat: Tensor,
+        items: Tensor,
+        histories: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        *,
+        dropout: DropoutStream,
+    ) -> Tensor:
+        """`learner.loss` with the parameters of `flat` (size,)."""
+        if type(self._shell).loss is Learner.loss:
+            encode = functools.partial(self.encode, flat)
+            return next_item_loss(encode, items, histories, lengths, targets, dropout=dropout)
+        return self._filled(flat).loss(items, histories, lengths, targets, dropout=dropout)
+
+    def _filled(self, flat: Tensor) -> Learner:
         for (attributes, name), tensor in zip(self._slots, self.scatter(flat).values(), strict=True):
             attributes[name] = tensor
-        return self._shell.encode(inputs_embeds, positions, dropout=dropout)
+        return self._shell
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """ValueError unless the named fields of a configuration are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(
+                f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}"
+            )
+
+
+def check_rates(config: Any, *names: str) -> None:
+    """ValueError unless the named fields of a configuration lie in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(
+                f"{type(config).__name__}.{name} must lie in [0, 1), got {getattr(config, name)}"
+            )
 
 
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill in place with N(0, std²)."""
     with torch.no_grad():
         tensor.normal_(0.0, std, generator=generator)
+
+
+def xavier_std(weight: Tensor) -> float:
+    """Of Xavier's normal distribution for a matrix: sqrt(2 / (rows + columns))."""
+    return math.sqrt(2 / sum(weight.shape))
 
 
 def causal_bias(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,231 @@
+"""What holds for every learner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from td3_fast.data import Split, generate_interactions, leave_one_out
+from td3_fast.distill import DistillConfig, Distiller
+from td3_fast.evaluate import popularity_scores
+from td3_fast.learners import LEARNERS, FlatParameters, Learner, build_learner
+from td3_fast.ops import DropoutStream
+from td3_fast.pretrain import PretrainConfig, pretrain
+from td3_fast.summary import TuckerSummary
+from td3_fast.training import FitConfig, Pretrained, Ranker
+
+SIZES = {"num_items": 20, "max_len": 10, "hidden": 8, "inner": 12}
+EACH = pytest.mark.parametrize("name", LEARNERS)
+DEEP = pytest.mark.parametrize("layers", [1, 2])
+
+
+def learner(name: str, **changes: Any) -> Learner:
+    """With weights large enough for every path to count."""
+    model = build_learner(name, {**SIZES, **changes}, seed=0).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.4, generator=generator)
+    return model
+
+
+def embeddings(model: Learner, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, model.item_embeddings.shape[1], dtype=torch.float64)
+
+
+@EACH
+@DEEP
+def test_an_output_does_not_see_later_inputs_or_padding(name: str, layers: int) -> None:
+    model = learner(name, layers=layers)
+    alone = model(torch.tensor([[3, 4, 5]]), torch.tensor([3]))
+    padded = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 5, 9, 9]])
+    torch.testing.assert_close(model(padded, torch.tensor([3, 3])), alone.expand(2, -1))
+
+
+@EACH
+def test_an_output_sees_all_inputs_up_to_its_own(name: str) -> None:
+    model = learner(name)
+    embeds = embeddings(model, 1, 6).requires_grad_()
+    (gradient,) = torch.autograd.grad(model.encode(embeds, torch.tensor([[3]])).sum(), embeds)
+    assert (gradient[0].abs().sum(-1) > 0).tolist() == [True] * 4 + [False] * 2
+
+
+@EACH
+@DEEP
+def test_several_positions_give_what_each_gives_alone(name: str, layers: int) -> None:
+    model = learner(name, layers=layers)
+    embeds, positions = embeddings(model, 3, 9), torch.tensor([[8, 3], [7, 2], [5, 0]])
+    together = model.encode(embeds, positions)
+    for row in range(3):
+        for column in range(2):
+            end = int(positions[row, column])
+            alone = model.encode(embeds[row : row + 1, : end + 1], torch.tensor([[end]]))
+            torch.testing.assert_close(together[row, column], alone[0, 0])
+
+
+@EACH
+def test_a_batch_gives_what_its_rows_give_alone(name: str) -> None:
+    model = learner(name)
+    histories, lengths = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]]), torch.tensor([4, 2, 1])
+    together = model(histories, lengths)
+    for row in range(3):
+        torch.testing.assert_close(model(histories[row : row + 1], lengths[row : row + 1])[0], together[row])
+
+
+@EACH
+def test_histories_as_long_as_max_len_are_read(name: str) -> None:
+    model = learner(name)
+    assert torch.isfinite(model(torch.ones(1, 10, dtype=torch.int64), torch.tensor([10]))).all()
+
+
+@EACH
+def test_dropout_of_one_seed_repeats_itself(name: str) -> None:
+    model = learner(name)
+    batch = (torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]), torch.tensor([7, 8]))
+    flat = FlatParameters(model)
+    theta = flat.gather(model.state_dict())
+
+    def results(seed: int) -> list[torch.Tensor]:
+        loss = flat.loss(theta, model.item_embeddings, *batch, dropout=DropoutStream(seed))
+        return [model(*batch[:2], dropout=DropoutStream(seed)), loss]
+
+    for first, again, other, plain in zip(
+        results(1), results(1), results(2), [model(*batch[:2]), None], strict=True
+    ):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert plain is None or not torch.equal(first, plain)
+
+
+@EACH
+def test_reset_keeps_the_embeddings_and_follows_the_seed(name: str) -> None:
+    model = learner(name, layers=2)
+    kept = ("item_embeddings", "position_embeddings")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    drawn = []
+    for seed in (1, 2, 1):
+        model.reset_encoder(seed=seed)
+        drawn.append({k: v.clone() for k, v in model.state_dict().items()})
+    for key, value in before.items():
+        assert torch.equal(drawn[0][key], drawn[2][key])
+        assert torch.equal(value, drawn[0][key]) == (key in kept), key
+        assert key in kept or value.ndim < 2 or not torch.equal(drawn[0][key], drawn[1][key])
+
+
+@EACH
+def test_flat_vector_and_learner_agree(name: str) -> None:
+    model, other = learner(name), learner(name)
+    other.reset_encoder(seed=3)
+    flat = FlatParameters(other)
+    vector = flat.gather(model.state_dict())
+    embeds, positions = embeddings(model, 2, 5), torch.tensor([[4], [2]])
+    torch.testing.assert_close(flat.encode(vector, embeds, positions), model.encode(embeds, positions))
+    flat.write(other, vector, model.item_embeddings)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
+
+
+@EACH
+def test_hyperparameters_build_the_same_learner(name: str) -> None:
+    model = learner(name, layers=2)
+    again = build_learner(name, model.hyperparameters(), seed=0)
+    assert again.hyperparameters() == model.hyperparameters()
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+
+
+@EACH
+def test_outputs_are_twice_differentiable(name: str) -> None:
+    model = learner(name, num_items=4, max_len=4, hidden=2, inner=3, layers=2)
+    flat = FlatParameters(model)
+    theta = flat.gather(model.state_dict()).requires_grad_()
+    embeds = embeddings(model, 2, 3).requires_grad_()
+
+    def outputs(theta: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        positions = torch.tensor([[2, 1], [1, 0]])
+        return flat.encode(theta, embeds, positions, dropout=DropoutStream(1))
+
+    assert torch.autograd.gradcheck(outputs, (theta, embeds), fast_mode=True)
+    assert torch.autograd.gradgradcheck(outputs, (theta, embeds), fast_mode=True)
+
+
+@EACH
+def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
+    config_class = LEARNERS[name][1]
+    rate = next(field for field in config_class.__dataclass_fields__ if field.endswith("dropout"))
+    with pytest.raises(ValueError, match=r"inner must be at least 1, got 0"):
+        config_class(**{**SIZES, "inner": 0})
+    with pytest.raises(ValueError, match=rf"{rate} must lie in \[0, 1\), got 1"):
+        config_class(**SIZES, **{rate: 1.0})
+
+
+# a bidirectional learner has to find out from positions alone which item is the last one
+EPOCHS = {"BERT4Rec": 16}
+RATES = {"BERT4Rec": {"heads": 1, "hidden_dropout": 0.1, "attention_dropout": 0.1}}
+CONFIG = DistillConfig(
+    users=12, positions=7, user_rank=4, position_rank=4, batch_size=128, users_per_step=6, summary_lr=0.1,
+    learner_lr=0.03, epochs=20, inner_steps=12, window=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return leave_one_out(generate_interactions(num_users=120, num_items=60, mean_length=12, seed=2))
+
+
+@pytest.fixture(scope="module", params=LEARNERS)
+def pretrained(request: pytest.FixtureRequest, split: Split) -> Pretrained:
+    name = request.param
+    sizes = {"num_items": split.interactions.num_items, "max_len": 6, "hidden": 16, "inner": 24}
+    learner = build_learner(name, {**sizes, **RATES.get(name, {})}, seed=0)
+    fit = FitConfig(batch_size=64, max_epochs=EPOCHS.get(name, 6), learning_rate=0.01, patience=20)
+    return pretrain(split, learner, PretrainConfig(fit=fit, pool_first=2, pool_last=4), seed=0)
+
+
+def test_training_on_real_data_beats_popularity(split: Split, pretrained: Pretrained) -> None:
+    assert pretrained.history[-1]["loss"] < 0.9 * pretrained.history[0]["loss"]
+    ranker = Ranker(split.test, seed=0)
+    popular, trained = popularity_scores(split, ranker), ranker.metrics(pretrained.learner())
+    for protocol in ("full", "uni100"):
+        assert trained[protocol]["NDCG@10"] > 2 * popular[protocol]["NDCG@10"]
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_it_can_be_the_distilling_learner(split: Split, pretrained: Pretrained, item_embedding: Any) -> None:
+    distiller = Distiller(split, pretrained, replace(CONFIG, item_embedding=item_embedding), seed=1)
+    state = distiller.initial_state()
+    losses = []
+    for _ in range(10):
+        losses.append(distiller.outer_step(state)["loss"])
+        state.step = 0  # the same draws again
+    assert min(losses) < 0.98 * losses[0]
+    summary = distiller.summary(state.factors.parameters)
+    assert summary.item_factors.shape == pretrained.best["item_embeddings"].shape
+
+
+@EACH
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_it_trains_on_a_summary(name: str, item_embedding: Any) -> None:
+    items = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    summary = TuckerSummary.initialise(
+        users=6, positions=9, user_rank=3, position_rank=3, item_factors=items, seed=0
+    )
+    with torch.no_grad():
+        summary.core *= 500  # distributions with something to learn
+    model = build_learner(name, SIZES, seed=0)
+    with torch.no_grad():
+        model.item_embeddings[:, :8] = items
+    before = model.item_embeddings.clone()
+    losses = summary.fit(
+        model, steps=60, learning_rate=0.01, batch_size=3, item_embedding=item_embedding, seed=1
+    )
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert torch.equal(model.item_embeddings, before) == (item_embedding == "frozen")
+
+
+def test_unknown_learner_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown learner 'LSTM': expected one of SASRec, GRU4Rec"):
+        build_learner("LSTM", {}, seed=0)
