@@ -91,7 +91,7 @@ Path choose_path(const Tensor& queries, const Tensor& keys, int64_t width) {
     return {warp_pass, accumulate, 8};
   }
   const bool exact = at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
-  if (keys.scalar_type() == at::kFloat || (exact && queries.scalar_type() == at::kFloat)) {
+  if (exact || keys.scalar_type() == at::kFloat) {
     return {exact ? tile_pass_float32 : tile_pass_tf32, at::kFloat, 128};
   }
   return {keys.scalar_type() == at::kHalf ? tile_pass_float16 : tile_pass_bfloat16, keys.scalar_type(), 128};

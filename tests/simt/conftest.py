@@ -105,6 +105,15 @@ def simt(library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
 
 
 @pytest.fixture
+def high_precision() -> Iterator[None]:
+    """torch.set_float32_matmul_precision("high"), which permits tf32, and rows rounded to the tables' type."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def guarded() -> Callable[[Tensor], Tensor]:
     """Copies a tensor to memory that ends where access ends: reading or writing beyond it faults."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -41,6 +41,22 @@ def test_value_and_both_orders_match_the_reference(simt, guarded, shape, dtypes)
         assert_within_budget(actual, same_dtype, exact, name=name)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"), [("float32", 1e-3), ("bfloat16 table", 1e-2), ("float16", 1e-3)]
+)
+def test_reduced_precision_is_as_near_as_its_type(simt, guarded, high_precision, dtypes, tolerance):
+    inputs = make_inputs((17, 300, 40), DTYPES[dtypes], guarded)
+    inputs[0].mul_(inputs[0].shape[1] ** -0.5)
+    upstream = [torch.randn(17)]
+    cotangents = [torch.randn(x.shape).to(x.dtype) for x in inputs]
+    results = [
+        derivatives(lambda *given, op=op: (op(*given),), given, upstream, cotangents)
+        for op, given in ((fused, inputs), (reference, [x.double() for x in inputs]))
+    ]
+    for (name, actual), (_, exact) in zip(*results, strict=True):
+        assert (actual - exact).abs().max() <= tolerance * exact.abs().max(), name
+
+
 @pytest.mark.parametrize("needed", subsets(3), ids=str)
 def test_gradients_of_every_subset_of_inputs_are_those_of_all(simt, guarded, needed):
     inputs = make_inputs((6, 70, 5), DTYPES["float32"], guarded)
