@@ -43,10 +43,10 @@ using Bits = typename VectorOf<T>::bits;
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
-// exp as 2^k e^r with |r| <= ln(2) / 2 and a polynomial for e^r: float32 of the least degree whose error, 1e-7,
-// is that of rounding (3 ulp in all), float64 within 2 ulp. Results below the smallest normal number are zero,
-// those above the largest, which no softmax has, are not defined. k is read off the bits of a sum that rounds,
-// and added to the exponent of e^r.
+// exp as 2^k e^r with |r| <= ln(2) / 2 and a polynomial for e^r: float32 of the least degree whose error,
+// 1e-7, is that of rounding (3 ulp in all), float64 within 2 ulp. Results below the smallest normal number
+// are zero, those above the largest, which no softmax has, are not defined. k is read off the bits of a sum
+// that rounds, and added to the exponent of e^r.
 inline __attribute__((always_inline)) Vector<float> exponential(Vector<float> x) {
   constexpr float kLowest = -87.33654f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
