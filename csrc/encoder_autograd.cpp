@@ -140,18 +140,48 @@ struct Forward : torch::autograd::Function<Forward> {
   }
 };
 
-Tensor causal_encoder(const Tensor& parameters,
-                      const Tensor& inputs,
-                      const Tensor& positions,
-                      at::TensorList words,
-                      at::IntArrayRef sizes) {
+Tensor causal_encoder_forward(const Tensor& parameters,
+                              const Tensor& inputs,
+                              const Tensor& positions,
+                              at::TensorList words,
+                              at::IntArrayRef sizes) {
   return Forward::apply(parameters, inputs, Constants{positions, words.vec(), sizes.vec()});
+}
+
+std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
+                                                   const Tensor& parameters,
+                                                   const Tensor& inputs,
+                                                   const Tensor& positions,
+                                                   at::TensorList words,
+                                                   at::IntArrayRef sizes,
+                                                   bool needs_inputs) {
+  const variable_list result = Backward::apply(grad_outputs, parameters, inputs,
+                                               Constants{positions, words.vec(), sizes.vec()}, needs_inputs);
+  return {result[0], result[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(
+    const std::optional<Tensor>& grad_grad_parameters,
+    const std::optional<Tensor>& grad_grad_inputs,
+    const Tensor& grad_outputs,
+    const Tensor& parameters,
+    const Tensor& inputs,
+    const Tensor& positions,
+    at::TensorList words,
+    at::IntArrayRef sizes,
+    bool needs_inputs) {
+  const variable_list result =
+      DoubleBackward::apply(grad_grad_parameters, grad_grad_inputs, grad_outputs, parameters, inputs,
+                            Constants{positions, words.vec(), sizes.vec()}, needs_inputs);
+  return {result[0], result[1], result[2]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
-  m.impl("causal_encoder_forward", causal_encoder);
+  m.impl("causal_encoder_forward", causal_encoder_forward);
+  m.impl("causal_encoder_backward", causal_encoder_backward);
+  m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
 }
 
 }  // namespace td3_fast

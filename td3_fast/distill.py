@@ -101,9 +101,7 @@ class DistillConfig:
     inner_steps: int = 200  # N
     window: int = 40  # W
     window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
-    start: Start = (
-        "pool"  # a checkpoint of pretraining; "fresh": an encoder drawn anew, as the summary is used
-    )
+    start: Start = "pool"  # checkpoints of pretraining; "fresh": new encoders, as the summary is used
     summary_weight_decay: float = 1e-4
     learner_weight_decay: float = 5e-5
     max_norm: float = 1.0

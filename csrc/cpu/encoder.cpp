@@ -9,10 +9,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -97,11 +96,6 @@ std::vector<EncoderDropout<T>> dropout_of(const Options& options, at::TensorList
   return sites;
 }
 
-template <typename T>
-const T* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
-
 // run(first, count, scratch, sums) for every group of sequences; what the chunks sum is added up in `total`.
 template <typename T, typename Run>
 void for_groups(
@@ -142,6 +136,35 @@ auto with_type(const Tensor& inputs, const Run& run) {
   return inputs.scalar_type() == at::kDouble ? run(double{}) : run(float{});
 }
 
+// The tensors that every order reads, and a call on them whose outputs are still to be filled in.
+template <typename T>
+struct Inputs {
+  Tensor parameters, inputs, positions;
+  std::vector<EncoderDropout<T>> dropout;
+  EncoderCall<T> call;
+
+  Inputs(const Options& options,
+         const Tensor& parameters_in,
+         const Tensor& inputs_in,
+         const Tensor& positions_in,
+         at::TensorList words)
+      : parameters(parameters_in.contiguous()),
+        inputs(inputs_in.contiguous()),
+        positions(positions_in.contiguous()),
+        dropout(dropout_of<T>(options, words)),
+        call{options.sizes,
+             static_cast<T>(kNormEps),
+             parameters.const_data_ptr<T>(),
+             nullptr,
+             inputs.const_data_ptr<T>(),
+             nullptr,
+             positions.const_data_ptr<int64_t>(),
+             dropout.data(),
+             nullptr,
+             nullptr,
+             nullptr} {}
+};
+
 Tensor causal_encoder_forward(const Tensor& parameters,
                               const Tensor& inputs,
                               const Tensor& positions,
@@ -150,25 +173,13 @@ Tensor causal_encoder_forward(const Tensor& parameters,
   const Options options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    const Tensor theta = parameters.contiguous(), x = inputs.contiguous(),
-                 at_positions = positions.contiguous();
+    Inputs<T> in(options, parameters, inputs, positions, words);
     const Tensor outputs =
         at::empty({options.batch, options.sizes.asked, options.sizes.width}, inputs.options());
-    const auto dropout = dropout_of<T>(options, words);
-    const EncoderCall<T> call{options.sizes,
-                              static_cast<T>(kNormEps),
-                              theta.const_data_ptr<T>(),
-                              nullptr,
-                              x.const_data_ptr<T>(),
-                              nullptr,
-                              at_positions.const_data_ptr<int64_t>(),
-                              dropout.data(),
-                              nullptr,
-                              outputs.mutable_data_ptr<T>(),
-                              nullptr};
+    in.call.outputs = outputs.mutable_data_ptr<T>();
     for_groups<T>(options.sizes, options.batch, false, Tensor(),
                   [&](int64_t first, int64_t count, void* scratch, T*) {
-                    encoder<T>().forward(call, first, count, scratch);
+                    encoder<T>().forward(in.call, first, count, scratch);
                   });
     return outputs;
   });
@@ -184,26 +195,15 @@ std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
   const Options options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    const Tensor theta = parameters.contiguous(), x = inputs.contiguous(),
-                 at_positions = positions.contiguous();
+    Inputs<T> in(options, parameters, inputs, positions, words);
     const Tensor grad = grad_outputs.contiguous();
-    const Tensor grad_parameters = at::empty_like(theta);
-    const Tensor grad_inputs = needs_inputs ? at::empty_like(x) : at::empty({0}, x.options());
-    const auto dropout = dropout_of<T>(options, words);
-    const EncoderCall<T> call{options.sizes,
-                              static_cast<T>(kNormEps),
-                              theta.const_data_ptr<T>(),
-                              nullptr,
-                              x.const_data_ptr<T>(),
-                              nullptr,
-                              at_positions.const_data_ptr<int64_t>(),
-                              dropout.data(),
-                              grad.const_data_ptr<T>(),
-                              nullptr,
-                              needs_inputs ? grad_inputs.mutable_data_ptr<T>() : nullptr};
+    const Tensor grad_parameters = at::empty_like(in.parameters);
+    const Tensor grad_inputs = needs_inputs ? at::empty_like(in.inputs) : at::empty({0}, inputs.options());
+    in.call.grad_outputs = grad.const_data_ptr<T>();
+    if (needs_inputs) in.call.grad_inputs = grad_inputs.mutable_data_ptr<T>();
     for_groups<T>(options.sizes, options.batch, false, grad_parameters,
                   [&](int64_t first, int64_t count, void* scratch, T* sums) {
-                    encoder<T>().backward(call, first, count, scratch, sums);
+                    encoder<T>().backward(in.call, first, count, scratch, sums);
                   });
     return std::make_tuple(grad_parameters, grad_inputs);
   });
@@ -221,29 +221,21 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const Optional
   const Options options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    const Tensor theta = parameters.contiguous(), x = inputs.contiguous(),
-                 at_positions = positions.contiguous();
+    Inputs<T> in(options, parameters, inputs, positions, words);
     const Tensor grad = grad_outputs.contiguous();
-    const Tensor to_theta = grad_grad_parameters.has_value() ? grad_grad_parameters->contiguous()
-                                                             : at::zeros(theta.sizes(), theta.options());
-    const Tensor to_x = grad_grad_inputs.has_value() ? grad_grad_inputs->contiguous() : Tensor();
-    const Tensor outputs = at::empty_like(grad), grad_parameters = at::empty_like(theta);
-    const Tensor grad_inputs = needs_inputs ? at::empty_like(x) : at::empty({0}, x.options());
-    const auto dropout = dropout_of<T>(options, words);
-    const EncoderCall<T> call{options.sizes,
-                              static_cast<T>(kNormEps),
-                              theta.const_data_ptr<T>(),
-                              to_theta.const_data_ptr<T>(),
-                              x.const_data_ptr<T>(),
-                              data_or_null<T>(to_x),
-                              at_positions.const_data_ptr<int64_t>(),
-                              dropout.data(),
-                              grad.const_data_ptr<T>(),
-                              outputs.mutable_data_ptr<T>(),
-                              needs_inputs ? grad_inputs.mutable_data_ptr<T>() : nullptr};
+    const Tensor to_parameters =
+        grad_grad_parameters.has_value() ? grad_grad_parameters->contiguous() : at::zeros_like(in.parameters);
+    const Tensor to_inputs = grad_grad_inputs.has_value() ? grad_grad_inputs->contiguous() : Tensor();
+    const Tensor outputs = at::empty_like(grad), grad_parameters = at::empty_like(in.parameters);
+    const Tensor grad_inputs = needs_inputs ? at::empty_like(in.inputs) : at::empty({0}, inputs.options());
+    in.call.parameters_tangent = to_parameters.const_data_ptr<T>();
+    if (to_inputs.defined()) in.call.inputs_tangent = to_inputs.const_data_ptr<T>();
+    in.call.grad_outputs = grad.const_data_ptr<T>();
+    in.call.outputs = outputs.mutable_data_ptr<T>();
+    if (needs_inputs) in.call.grad_inputs = grad_inputs.mutable_data_ptr<T>();
     for_groups<T>(options.sizes, options.batch, true, grad_parameters,
                   [&](int64_t first, int64_t count, void* scratch, T* sums) {
-                    encoder<T>().double_backward(call, first, count, scratch, sums);
+                    encoder<T>().double_backward(in.call, first, count, scratch, sums);
                   });
     return std::make_tuple(outputs, grad_parameters, grad_inputs);
   });

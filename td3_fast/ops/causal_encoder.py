@@ -8,7 +8,7 @@ from torch import Tensor
 from td3_fast.ops.dropout import DropoutStream, dropped_of
 from td3_fast.ops.library import has_fused, register_fake
 
-MAX_LAYERS = 8
+MAX_LAYERS = 8  # kMaxLayers in csrc/cpu/encoder.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,8 @@ def causal_encoder(
     Sequences are the lanes of vectors, nothing is computed beyond the last asked position, and only inputs and
     outputs are kept between orders: a pass is recomputed by its derivative. The double backward runs the same code on
     dual numbers. Twice differentiable in `parameters` and `inputs_embeds`; a third order raises. Dropout masks are
-    those that the reference draws from an equal `dropout`.
+    those that the reference draws from an equal `dropout`. `torch.func` and `torch.vmap` do not take it; the reference
+    they do.
 
     Args:
         parameters: position table (positions, d); weight and bias of the first norm; for each layer weight and bias

@@ -33,10 +33,7 @@ def setting(*, batch=13, length=9, asked=2, layers=1, heads=1, rates=(0.2, 0.5),
 
 
 def reference(flat, theta, inputs, positions, dropout):
-    learner = flat._shell
-    for (attributes, name), tensor in zip(flat._slots, flat.scatter(theta).values(), strict=True):
-        attributes[name] = tensor
-    return learner.encode(inputs, positions, dropout=dropout)
+    return flat._filled(theta).encode(inputs, positions, dropout=dropout)
 
 
 def orders(encode, theta, inputs, *, create_graph=True):
@@ -93,6 +90,17 @@ def test_float32_is_as_near_to_float64_as_the_modules_are():
         assert (own - exact).abs().max() <= budget
 
 
+@pytest.mark.parametrize(("batch", "asked"), [(0, 2), (3, 0)])
+def test_nothing_asked_is_nothing(batch, asked):
+    _, flat, theta, inputs, positions = setting(batch=batch, asked=asked)
+    outputs, *first, _, _, _ = orders(
+        lambda: flat.encode(theta, inputs, positions, dropout=None), theta, inputs
+    )
+    assert outputs.shape == (batch, asked, 8)
+    for gradient, x in zip(first, (theta, inputs), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("needed", ["theta", "inputs"])
 def test_gradients_towards_one_of_the_inputs(needed):
     _, flat, theta, inputs, positions = setting()
@@ -103,6 +111,17 @@ def test_gradients_towards_one_of_the_inputs(needed):
     upstream = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(3), dtype=outputs.dtype)
     (only,) = grad(outputs, theta if needed == "theta" else inputs, upstream)
     torch.testing.assert_close(only, expected[1 if needed == "theta" else 2])
+
+
+def test_schemas():
+    _, _, theta, inputs, positions = setting()
+    upstream = torch.randn(13, 2, 8, dtype=torch.float64)
+    rest = (theta, inputs, positions, [], [11, 10, 1, 1, 0, 0])
+    plain = (theta.detach(), inputs.detach(), *rest[2:])
+    opcheck, encoder_ops = torch.library.opcheck, torch.ops.td3_fast
+    opcheck(encoder_ops.causal_encoder_forward.default, rest)
+    opcheck(encoder_ops.causal_encoder_backward.default, (upstream, *plain, True))
+    opcheck(encoder_ops.causal_encoder_double_backward.default, (None, None, upstream, *plain, True))
 
 
 def test_a_third_order_raises():

@@ -26,6 +26,8 @@ def test_schemas_and_refusals() -> None:
     probabilities, items = torch.rand(4, 6), torch.randn(6, 3)
     torch.library.opcheck(torch.ops.td3_fast.mix_items.default, (probabilities, items))
     torch.library.opcheck(torch.ops.td3_fast.mix_items_transposed.default, (probabilities, torch.randn(4, 3)))
+    with pytest.raises(RuntimeError, match="no derivative"):
+        mix_items(probabilities, items.clone().requires_grad_())
     with pytest.raises(ValueError, match="probabilities"):
         mix_items(probabilities, items[:5])
     with pytest.raises(ValueError, match="probabilities"):
