@@ -45,6 +45,15 @@ at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
   return std::get<0>(forward.call(hidden, items, false, false));
 }
 
+at::Tensor class_cross_entropy(const at::Tensor& hidden, const at::Tensor& items, const at::Tensor& target) {
+  using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, bool);
+  static const auto forward = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("td3_fast::class_cross_entropy_forward", "")
+                                  .typed<Signature>();
+  return std::get<0>(forward.call(hidden, items, target, false, false));
+}
+
 }  // namespace
 
 // The remainder is what the logsumexp loses to rounding: derivatives make the probabilities anew from their
@@ -93,6 +102,23 @@ TORCH_LIBRARY(td3_fast, m) {
       "Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities, bool[3] needed) "
       "-> (Tensor grad_grad_logsumexp, Tensor grad_hidden, Tensor grad_items)",
       tags);
+  m.def("class_cross_entropy(Tensor hidden, Tensor items, Tensor target) -> Tensor", class_cross_entropy,
+        tags);
+  m.def(
+      "class_cross_entropy_forward(Tensor hidden, Tensor items, Tensor target, bool save, bool keep) "
+      "-> (Tensor loss, Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities)",
+      tags);
+  m.def(
+      "class_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor items, Tensor target, "
+      "Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities, bool[2] needed) "
+      "-> (Tensor grad_hidden, Tensor grad_items)",
+      tags);
+  m.def(
+      "class_cross_entropy_double_backward(Tensor? grad_grad_hidden, Tensor? grad_grad_items, "
+      "Tensor grad_loss, Tensor hidden, Tensor items, Tensor target, "
+      "Tensor logsumexp, Tensor remainder, Tensor mean, Tensor probabilities, bool[3] needed) "
+      "-> (Tensor grad_grad_loss, Tensor grad_hidden, Tensor grad_items)",
+      tags);
 
   m.set_python_module("td3_fast.ops.causal_encoder");
   m.def(
@@ -124,10 +150,11 @@ TORCH_LIBRARY(td3_fast, m) {
 
 }  // namespace td3_fast
 
-// torch.vmap takes these two apart before it asks for the batching rules of their parts (ops/batching.py).
+// torch.vmap takes these apart before it asks for the batching rules of their parts (ops/batching.py).
 TORCH_LIBRARY_IMPL(td3_fast, FuncTorchBatchedDecomposition, m) {
   m.impl("soft_embedding", td3_fast::soft_embedding);
   m.impl("item_logsumexp", td3_fast::item_logsumexp);
+  m.impl("class_cross_entropy", td3_fast::class_cross_entropy);
 }
 
 PYBIND11_MODULE(_kernels, module) {

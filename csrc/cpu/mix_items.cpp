@@ -42,7 +42,7 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = items.size(1), panels = ceil_div(d, P);
-  const Tensor mixed = at::empty({rows, d}, items.options());
+  const Tensor mixed = fresh({rows, d}, items.options());
   const Scratch<T> packed = pack_columns<T>(items);
   const int64_t tasks = ceil_div(rows, kRowsPerTask), workers = num_workers(tasks, rows * n * d);
   const Scratch<T> scratch(workers * kRowsPerTask * P);
@@ -69,7 +69,7 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = cotangent.size(1), panels = ceil_div(d, P);
-  const Tensor sums_of_items = at::empty({n, d}, cotangent.options());
+  const Tensor sums_of_items = fresh({n, d}, cotangent.options());
   if (sums_of_items.numel() == 0) return sums_of_items;
   const Scratch<T> packed = pack_columns<T>(cotangent);
   const int64_t tasks = ceil_div(n, kItemsPerTask), workers = num_workers(tasks, rows * n * d);

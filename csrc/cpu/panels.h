@@ -9,6 +9,10 @@
 #include <atomic>
 #include <cstdint>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "tile.h"
 
 namespace td3_fast::cpu {
@@ -22,13 +26,29 @@ at::TensorOptions options_of() {
   return at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
 }
 
+// Uninitialised memory for a pass to write. Large ones ask for huge pages, which many systems grant on
+// request alone: a gradient of 25 MB is otherwise taken in 6,000 page faults, a fifth of the pass that writes
+// it.
+inline at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const at::Tensor tensor = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (data + tensor.nbytes()) / kHugePage * kHugePage;
+  // A refusal changes nothing but speed.
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
 // Uninitialised memory, aligned to 64 bytes and seen by PyTorch's memory statistics.
 template <typename T>
 class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(int64_t size)
-      : tensor_(at::empty({size}, options_of<T>())), data_(tensor_.mutable_data_ptr<T>()) {}
+      : tensor_(fresh({size}, options_of<T>())), data_(tensor_.mutable_data_ptr<T>()) {}
   T* data() const { return data_; }
 
  private:

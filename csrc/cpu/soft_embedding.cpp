@@ -687,7 +687,7 @@ Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t count) {
 
 template <typename T>
 Tensor output(bool needed, at::IntArrayRef sizes) {
-  return needed ? at::empty(sizes, options_of<T>()) : Tensor();
+  return needed ? fresh(sizes, options_of<T>()) : Tensor();
 }
 
 // What an operator returns for a gradient that was not asked for: an empty tensor.

@@ -45,24 +45,16 @@ def item_cross_entropy(
         ValueError: shapes, dtypes or devices do not agree, or there is no item.
         IndexError: a target is not an item id.
     """
-    if use_fused(backend, hidden.device):
-        logsumexp = torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
-    else:
-        logsumexp = reference_logsumexp(hidden, item_embeddings)
-    return logsumexp - target_score(hidden, item_embeddings, target)
-
-
-def target_score(hidden: Tensor, item_embeddings: Tensor, target: Tensor) -> Tensor:
-    """The score of each row's target: ``hidden . item_embeddings[target]``, or ``hidden . target``."""
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    if target.is_floating_point():
-        if target.shape != hidden.shape:
-            raise ValueError(f"expected a target of shape {tuple(hidden.shape)}, got {tuple(target.shape)}")
-        return (hidden.to(accumulate) * target).sum(-1)
-    if target.shape != hidden.shape[:1]:
-        raise ValueError(f"expected a target of shape {tuple(hidden.shape[:1])}, got {tuple(target.shape)}")
-    # F.embedding sums the gradients of repeated targets in a fixed order.
-    return (hidden.to(accumulate) * F.embedding(target, item_embeddings)).sum(-1)
+    expected = hidden.shape if target.is_floating_point() else hidden.shape[:1]
+    if target.shape != expected:
+        raise ValueError(f"expected a target of shape {tuple(expected)}, got {tuple(target.shape)}")
+    fused = use_fused(backend, hidden.device)
+    if fused and not target.is_floating_point():
+        return torch.ops.td3_fast.class_cross_entropy(hidden, item_embeddings, target)
+    logsumexp = (torch.ops.td3_fast.item_logsumexp if fused else reference_logsumexp)(hidden, item_embeddings)
+    if not target.is_floating_point():
+        target = F.embedding(target, item_embeddings)
+    return logsumexp - (hidden.to(logsumexp.dtype) * target).sum(-1)
 
 
 def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
@@ -73,7 +65,7 @@ def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
 
 
 @register_fake("td3_fast::item_logsumexp_forward")
-def _(hidden: Tensor, items: Tensor, save: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_logsumexp(hidden: Tensor, items: Tensor, save: bool, keep: bool) -> tuple[Tensor, ...]:
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     (rows, d), n = hidden.shape, items.shape[0]
     kept = 0
@@ -116,9 +108,35 @@ def _(
     return gradients_like((logsumexp, hidden, items), needed)
 
 
-# The derivatives are autograd nodes in csrc/autograd.cpp, as those of soft_embedding are.
-for _name in ("item_logsumexp_forward", "item_logsumexp_backward", "item_logsumexp_double_backward"):
-    register_vmap(_name)
+@register_fake("td3_fast::class_cross_entropy_forward")
+def _(hidden: Tensor, items: Tensor, target: Tensor, save: bool, keep: bool) -> tuple[Tensor, ...]:
+    logsumexp, *saved = fake_logsumexp(hidden, items, save, keep)
+    return torch.empty_like(logsumexp), logsumexp, *saved
+
+
+@register_fake("td3_fast::class_cross_entropy_backward")
+def _(grad_loss: Tensor, hidden: Tensor, items: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return gradients_like((hidden, items), rest[-1])
+
+
+@register_fake("td3_fast::class_cross_entropy_double_backward")
+def _(
+    grad_grad_hidden: Tensor | None,
+    grad_grad_items: Tensor | None,
+    grad_loss: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    target: Tensor,
+    logsumexp: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return gradients_like((logsumexp, hidden, items), rest[-1])
+
+
+# The derivatives are autograd nodes in csrc/cross_entropy_autograd.cpp, as those of soft_embedding are.
+for _name in ("item_logsumexp", "class_cross_entropy"):
+    for _order in ("forward", "backward", "double_backward"):
+        register_vmap(f"{_name}_{_order}")
 
 
 class ItemLogsumexp(torch.autograd.Function):

@@ -107,9 +107,9 @@ def gradients_like(inputs: tuple[Tensor, ...], needed: list[bool]) -> tuple[Tens
     return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in zip(inputs, needed, strict=True))
 
 
-# The derivatives are autograd nodes in csrc/autograd.cpp; in Python each would cost the inner loop about as
-# much as its kernel. They make soft_embedding_forward and soft_embedding_backward differentiable; what would
-# be the third order raises. README.md derives the formulas.
+# The derivatives are autograd nodes in csrc/soft_embedding_autograd.cpp; in Python each would cost the inner loop
+# about as much as its kernel. They make soft_embedding_forward and soft_embedding_backward differentiable; what
+# would be the third order raises. README.md derives the formulas.
 for _name in ("soft_embedding_forward", "soft_embedding_backward", "soft_embedding_double_backward"):
     register_vmap(_name)
 

@@ -1,4 +1,4 @@
-"""What csrc/autograd.cpp registers, through every door: autograd, torch.func, torch.compile, autograd.Function."""
+"""What csrc/*_autograd.cpp register, through every door: autograd, torch.func, torch.compile, autograd.Function."""
 
 import functools
 

@@ -116,6 +116,70 @@ def test_operators_satisfy_opcheck(n, device):
     torch.library.opcheck(OPS.item_logsumexp_double_backward.default, (*constants, *saved, [True] * 3))
 
 
+def assert_matches_reference_on_items(inputs, target, *, scale=1.0):
+    # the same number in every dtype
+    upstream = [torch.randn(len(target), device=target.device).bfloat16().float()]
+    cotangents = [torch.randn_like(x) for x in inputs]
+    results = [
+        derivatives(lambda *x, op=op: (op(*x, target),), given, upstream, cotangents)
+        for op, given in ((fused, inputs), (reference, inputs), (reference, [x.double() for x in inputs]))
+    ]
+    for (name, actual), (_, same_dtype), (_, exact) in zip(*results, strict=True):
+        assert_within_budget(actual, same_dtype, exact, name=name, scale=scale)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(
+    "shape", [s for s in SHAPES if s[0]], ids=str
+)  # F.embedding has no second order of none
+def test_both_orders_with_items_as_targets_match_the_reference(shape, dtypes, device):
+    *inputs, _ = make_inputs(shape, dtypes, device)
+    # few items, so that rows share targets
+    assert_matches_reference_on_items(inputs, torch.randint(min(shape[1], 5), shape[:1], device=device))
+
+
+@pytest.mark.parametrize("needed", subsets(2), ids=str)
+def test_gradients_with_items_as_targets_match_finite_differences(needed, device):
+    *inputs, _ = make_inputs((4, 6, 2), DTYPES["float64"], device)
+    target = torch.tensor([2, 0, 2, 5], device=device)
+    inputs = [x.requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+    assert gradcheck(lambda *x: fused(*x, target), inputs, check_forward_ad=True)
+    assert gradgradcheck(lambda *x: fused(*x, target), inputs)
+
+
+def test_operators_with_items_as_targets_satisfy_opcheck(device):
+    hidden, items, _ = (x.requires_grad_() for x in make_inputs((6, 9, 2), DTYPES["float64"], device))
+    target = torch.tensor([2, 0, 2, 5, 8, 8], device=device)
+    loss, *saved = (x.detach() for x in OPS.class_cross_entropy_forward(hidden, items, target, True, True))
+    grad = torch.randn_like(loss).requires_grad_()
+    torch.library.opcheck(OPS.class_cross_entropy.default, (hidden, items, target))
+    torch.library.opcheck(OPS.class_cross_entropy_forward.default, (hidden, items, target, True, True))
+    given = (grad, hidden, items, target, *saved)
+    torch.library.opcheck(OPS.class_cross_entropy_backward.default, (*given, [True] * 2))
+    constants = [x.detach() for x in (hidden, items, *given)]
+    torch.library.opcheck(OPS.class_cross_entropy_double_backward.default, (*constants, [True] * 3))
+
+
+def test_no_rows_with_items_as_targets_have_gradients_of_zero(device):
+    hidden, items, _ = (x.requires_grad_() for x in make_inputs((0, 12, 4), DTYPES["float32"], device))
+    loss = fused(hidden, items, torch.empty(0, dtype=torch.int64, device=device))
+    first = torch.autograd.grad(loss.sum(), [hidden, items], create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), [hidden, items])
+    assert loss.shape == (0,)
+    for gradients in (first, second):
+        assert [x.shape for x in gradients] == [(0, 4), (12, 4)]
+        assert not gradients[1].any()
+
+
+def test_the_gradient_of_the_item_table_is_made_once(device):
+    hidden, items, _ = make_inputs((8, 200_000, 16), DTYPES["float32"], device)
+    target = torch.randint(200_000, (8,), device=device)
+    items.requires_grad_()
+    loss = fused(hidden, items, target).sum()
+    peak = peak_bytes(device, lambda: torch.autograd.grad(loss, items))
+    assert peak < 1.5 * items.nbytes
+
+
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(device):
     inputs = make_inputs((70, 1000, 16), DTYPES["float32"], device)
     cotangents = [torch.randn_like(x) for x in inputs]
