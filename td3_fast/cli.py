@@ -138,6 +138,10 @@ def distill(
         Literal["pool", "fresh"] | None,
         typer.Option(help="Learners of the outer steps: checkpoints of pretraining, or encoders drawn anew."),
     ] = None,
+    initial: Annotated[
+        Literal["noise", "sequences"] | None,
+        typer.Option(help="Factors to start from: noise, or those of sequences of real users."),
+    ] = None,
     selection: Annotated[
         Literal["full", "uni100"] | None, typer.Option(help="Protocol that chooses the best summary.")
     ] = None,
@@ -185,6 +189,7 @@ def distill(
         "window": window,
         "inner_steps": inner_steps,
         "start": start,
+        "initial": initial,
         "selection": selection,
         "validation_runs": validation_runs,
         "alignment": 0.0 if no_alignment else None,

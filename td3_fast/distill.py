@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from td3_fast.data import Batch, Examples, Split, cut_batch, shuffled
+from td3_fast.initial import summary_of_sequences, training_sequences
 from td3_fast.learners import FlatParameters, Learner
 from td3_fast.ops import (
     DropoutStream,
@@ -43,6 +44,7 @@ from td3_fast.unroll import (
 Window = Literal["random", "fixed", "full"]
 Engine = Literal["native", "higher"]
 Start = Literal["pool", "fresh"]
+Initial = Literal["noise", "sequences"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class DistillConfig:
     window: int = 40  # W
     window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
     start: Start = "pool"  # checkpoints of pretraining; "fresh": new encoders, as the summary is used
+    initial: Initial = "noise"  # factors to start from; "sequences": of items of real users
+    sharpness: float = 2.0  # of these: what an item scores on its own query, in nats
     summary_weight_decay: float = 1e-4
     learner_weight_decay: float = 5e-5
     max_norm: float = 1.0
@@ -120,6 +124,8 @@ class DistillConfig:
         for name in (*counts, "inner_steps", "validation_runs", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.sharpness > 0:
+            raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
         if self.positions < 2:
             raise ValueError(f"a summary needs at least 2 positions to predict one, got {self.positions}")
         if self.window > self.inner_steps and self.window_kind != "full":
@@ -251,15 +257,19 @@ class Distiller:
 
     def initial_state(self) -> DistillState:
         """The factors before the first outer step."""
-        summary = TuckerSummary.initialise(
-            users=self.config.users,
-            positions=self.config.positions,
-            user_rank=self.config.user_rank,
-            position_rank=self.config.position_rank,
-            item_factors=self.items,
-            seed=derive_seed(self.seed, "factors"),
-            normalize=self.config.normalize,
-        )
+        config, seed = self.config, derive_seed(self.seed, "factors")
+        ranks: dict[str, Any] = {"user_rank": config.user_rank, "position_rank": config.position_rank}
+        if config.initial == "sequences":
+            sequences = training_sequences(
+                self.split.train, users=config.users, positions=config.positions, seed=seed
+            )
+            summary = summary_of_sequences(
+                torch.from_numpy(sequences), self.items, sharpness=config.sharpness, seed=seed, **ranks
+            )
+        else:
+            summary = TuckerSummary.initialise(
+                users=config.users, positions=config.positions, item_factors=self.items, seed=seed, **ranks
+            )
         return DistillState(
             factors=initial_state((summary.core, summary.user_factors, summary.position_factors))
         )

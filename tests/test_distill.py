@@ -64,6 +64,16 @@ def test_fresh_starts_have_the_pretrained_tables_and_new_encoders(
     assert torch.equal(distiller.flat.scatter(again)[weight], starts[1][weight])
 
 
+def test_a_summary_of_sequences_starts_at_items_of_the_training_part(
+    split: Split, pretrained: Pretrained
+) -> None:
+    full = {"user_rank": CONFIG.users, "position_rank": CONFIG.positions}
+    distiller = Distiller(split, pretrained, replace(CONFIG, initial="sequences", **full), seed=5)
+    queries = distiller.summary(distiller.initial_state().factors.parameters).queries()
+    likeness = torch.cosine_similarity(queries.unsqueeze(2), distiller.items[1:], dim=-1)
+    torch.testing.assert_close(likeness.amax(-1), torch.ones(CONFIG.users, CONFIG.positions))
+
+
 @pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("stop", [1, 3])
 def test_resumed_run_equals_an_unbroken_one(

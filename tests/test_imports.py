@@ -19,7 +19,7 @@ LAYERS = (
     {"checkpoint", "report"},
     {"recipes"},
     {"distill", "pretrain", "evaluate"},
-    {"training"},
+    {"training", "initial"},
     {"unroll"},
     {"summary"},
     {"summary_file", "distilled_data"},
