@@ -156,6 +156,22 @@ def distill(
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
     learner_lr: Annotated[float | None, typer.Option(help="Rate of the inner optimiser.")] = None,
+    loss: Annotated[
+        Literal["full", "sampled"] | None,
+        typer.Option(
+            help="Pretraining's softmax: over all items, or over some that are drawn for each batch."
+        ),
+    ] = None,
+    num_sampled: Annotated[
+        int | None, typer.Option(min=1, help="Items drawn for each batch of a sampled loss.")
+    ] = None,
+    proposal: Annotated[
+        Literal["unigram", "log-uniform"] | None, typer.Option(help="What they are drawn from.")
+    ] = None,
+    optimiser: Annotated[
+        Literal["adam", "lazy-adam"] | None,
+        typer.Option(help="Pretraining's; lazy-adam leaves alone items that a batch does not meet."),
+    ] = None,
     pretrained: PretrainedFile = None,
     max_epochs: MaxEpochs = None,
     min_item_interactions: MinItem = None,
@@ -178,6 +194,7 @@ def distill(
 
     check_free(out, resume=resume, overwrite=overwrite)
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
+    chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     changes: dict[str, Any] = {
         "epochs": epochs,
         "engine": engine,
@@ -471,10 +488,7 @@ def demo(
     recipe = recipe_named("synthetic")
     split = _split(data, format=format, columns=columns)
     epochs = max(2, min(recipe.pretrain.fit.max_epochs, DEMO_EXAMPLES // max(len(split.train), 1)))
-    recipe = replace(
-        recipe, pretrain=replace(recipe.pretrain, fit=replace(recipe.pretrain.fit, max_epochs=epochs))
-    )
-    recipe = replace(recipe, distill=_demo_config(recipe, len(split.train)))
+    recipe = replace(recipe.fitted(max_epochs=epochs), distill=_demo_config(recipe, len(split.train)))
     begun = time.perf_counter()
     _plan(split, recipe, folder)
     command = shlex.join(["td3-fast", "evaluate", str(folder / SUMMARY), data, "--out", str(folder)])
@@ -540,10 +554,7 @@ def _recipe(
         recipe = recipe.with_learner(learner)
     if size is not None:
         recipe = recipe.sized(size)
-    if max_epochs is not None:
-        fit = replace(recipe.pretrain.fit, max_epochs=max_epochs)
-        recipe = replace(recipe, pretrain=replace(recipe.pretrain, fit=fit))
-    return recipe
+    return recipe.fitted(max_epochs=max_epochs)
 
 
 def _filters(recipe: Recipe, min_item: int | None, min_user: int | None) -> dict[str, Any]:

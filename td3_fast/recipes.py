@@ -40,6 +40,11 @@ class Recipe:
             learner={**self.learner, "max_len": max(self.learner["max_len"], positions)},
         )
 
+    def fitted(self, **changes: Any) -> Recipe:
+        """The same with those fields of `pretrain.fit` changed that are not None."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, pretrain=replace(self.pretrain, fit=replace(self.pretrain.fit, **changes)))
+
 
 def parse_size(size: str) -> tuple[int, int]:
     """(users, positions) of "50x50"."""

@@ -437,7 +437,9 @@ class EvaluateRun:
         made_with = {} if metadata is None else metadata.settings
         if self.fit is None:
             fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
-            self.fit = FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
+            # a summary that is older than a field of it was made with what is now the default
+            fit = {**asdict(FitConfig()), **(fit or {})}
+            self.fit = from_json(FitConfig, fit, "settings.pretrain.fit")
         if self.max_epochs is not None:
             self.fit = replace(self.fit, max_epochs=self.max_epochs)
         semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))
