@@ -123,6 +123,10 @@ def distill(
     item_embedding: Annotated[
         Literal["frozen", "trained"] | None, typer.Option(help="Whether learners' item tables move.")
     ] = None,
+    item_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="How a frozen table is kept while distilling, and in the summary."),
+    ] = None,
     semantics: Annotated[
         Literal["paper", "authors"], typer.Option(help="The paper's method, or its released program's.")
     ] = "paper",
@@ -196,6 +200,7 @@ def distill(
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     changes: dict[str, Any] = {
+        "item_dtype": item_dtype,
         "epochs": epochs,
         "engine": engine,
         "window_kind": window_kind,
@@ -219,6 +224,8 @@ def distill(
         changes["item_embedding"] = item_embedding
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     chosen = replace(chosen, distill=config)
+    if config.item_embedding == "trained" and config.start == "pool":
+        chosen = replace(chosen, pretrain=replace(chosen.pretrain, pool_items=True))
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
     split = _split(data, format=format, columns=columns, **filters)
     _plan(split, chosen, out)

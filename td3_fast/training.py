@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.learners import FlatParameters, Learner, build_learner
@@ -282,17 +282,39 @@ class Pretrained:
     history: list[dict[str, float]]
     best_epoch: int
 
-    def learner(self) -> Learner:
-        """The best checkpoint as a learner of its own."""
-        learner = build_learner(self.learner_name, self.learner_config, seed=0).to(
-            self.best["item_embeddings"].dtype
-        )
-        learner.load_state_dict(self.best)
+    def learner(self, *, share_items: bool = False) -> Learner:
+        """The best checkpoint as a learner.
+
+        share_items: its item table is that of `best` instead of a copy, for one that is not going to be trained.
+        """
+        rest = {name: value for name, value in self.best.items() if name != "item_embeddings"}
+        learner = build_learner(self.learner_name, self.learner_config, seed=0)
+        learner.to(next(iter(rest.values())).dtype)
+        table = self.best["item_embeddings"].detach()
+        if table.shape != learner.item_embeddings.shape:
+            raise ValueError(
+                f"the item table should have the shape {tuple(learner.item_embeddings.shape)}, got {tuple(table.shape)}"
+            )
+        learner.item_embeddings = nn.Parameter(table if share_items else table.clone())
+        missing, unexpected = learner.load_state_dict(rest, strict=False)
+        if missing != ["item_embeddings"] or unexpected:
+            wrong = [name for name in (*missing, *unexpected) if name != "item_embeddings"]
+            raise ValueError(f"the best checkpoint has not the parameters of a {self.learner_name}: {wrong}")
         return learner
 
+    def for_frozen_items(self, dtype: torch.dtype) -> Pretrained:
+        """The same with the item table in `dtype` and none in the pool, for uses that train no table."""
+        pool = [{name: t for name, t in entry.items() if name != "item_embeddings"} for entry in self.pool]
+        best = {**self.best, "item_embeddings": self.best["item_embeddings"].to(dtype)}
+        return replace(self, best=best, pool=pool)
 
-def fresh_like(learner: Learner, *, seed: int) -> Learner:
-    """A learner with the item and position embeddings of `learner` and an encoder drawn anew from `seed`."""
-    fresh = copy.deepcopy(learner)
+
+def fresh_like(learner: Learner, *, seed: int, share_items: bool = False) -> Learner:
+    """A learner with the item and position embeddings of `learner` and an encoder drawn anew from `seed`.
+
+    share_items: its item table is that of `learner` instead of a copy, for one whose table is not going to be trained.
+    """
+    table = learner.item_embeddings
+    fresh = copy.deepcopy(learner, {id(table): table} if share_items else {})
     fresh.reset_encoder(seed=seed)
     return fresh

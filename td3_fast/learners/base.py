@@ -61,7 +61,7 @@ class Learner(nn.Module):
 
     def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
         """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
-        embeds = F.embedding(histories, self.item_embeddings)
+        embeds = look_up(self.item_embeddings, histories)
         return self.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
 
     def loss(
@@ -83,6 +83,11 @@ class Learner(nn.Module):
         )
 
 
+def look_up(items: Tensor, ids: Tensor) -> Tensor:
+    """The rows of an item table (n, d) at ids (...): (..., d), in float32 where the table is kept in 16 bits."""
+    return F.embedding(ids, items).to(torch.promote_types(items.dtype, torch.float32))
+
+
 def next_item_loss(
     encode: Callable[..., Tensor],
     items: Tensor,
@@ -94,7 +99,7 @@ def next_item_loss(
     cross_entropy: CrossEntropy,
 ) -> Tensor:
     """The mean cross-entropy of the item after each history."""
-    embeds = F.embedding(histories, items)
+    embeds = look_up(items, histories)
     hidden = encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
     return cross_entropy(hidden, items, targets).mean()
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.learners.base import CrossEntropy, Learner, causal_bias, check_rates, check_sizes, normal_
+from td3_fast.learners.base import (
+    CrossEntropy,
+    Learner,
+    causal_bias,
+    check_rates,
+    check_sizes,
+    look_up,
+    normal_,
+)
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
 from td3_fast.ops import DropoutStream, item_cross_entropy, seeded_generator
 
@@ -156,7 +164,7 @@ class BERT4Rec(Learner):
         most = int(masked.sum(dim=1).max())
         asked = masked.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
         real = masked.gather(1, asked)
-        hidden = self._fill_in(F.embedding(sequences, items), masked, lengths, asked, dropout)
+        hidden = self._fill_in(look_up(items, sequences), masked, lengths, asked, dropout)
         losses = cross_entropy(hidden[real], items, sequences.gather(1, asked)[real])
         share = (real / real.sum(dim=1, keepdim=True)).to(losses.dtype)[real]
         return (losses * share).sum() / len(targets)
