@@ -104,6 +104,33 @@ RECIPES = {
                 summary_lr=0.03, learner_lr=0.01,
             ),
         ),
+        # the whole catalogue, however rare its items: the loss of pretraining is sampled and only rows that a batch
+        # meets are moved; the item table is frozen while distilling, so the pool needs none and nothing that a learner
+        # changes grows with the items
+        Recipe(
+            name="ciao",
+            learner={"max_len": 50, "hidden": 64, "inner": 128},
+            pretrain=PretrainConfig(
+                fit=FitConfig(loss="sampled", optimiser="lazy-adam", max_epochs=40, selection="full"),
+                pool_items=False,
+            ),
+            distill=DistillConfig(
+                users=50, positions=50, user_rank=16, position_rank=16, batch_size=8192, users_per_step=25,
+                summary_lr=0.03, learner_lr=0.005, epochs=10, item_embedding="frozen", selection="full",
+            ),
+        ),
+        Recipe(
+            name="epinions-msu",
+            learner={"max_len": 50, "hidden": 64, "inner": 128},
+            pretrain=PretrainConfig(
+                fit=FitConfig(loss="sampled", optimiser="lazy-adam", max_epochs=20, selection="full"),
+                pool_items=False,
+            ),
+            distill=DistillConfig(
+                users=50, positions=50, user_rank=16, position_rank=16, batch_size=32768, users_per_step=25,
+                summary_lr=0.03, learner_lr=0.005, epochs=5, item_embedding="frozen", selection="full",
+            ),
+        ),
         Recipe(
             name="synthetic",
             learner={"max_len": 30, "hidden": 32, "inner": 64},
