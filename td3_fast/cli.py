@@ -604,12 +604,17 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
         f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
     )
+    if fit.loss == "sampled":
+        say(
+            f"          softmax over {fit.num_sampled:,} items drawn for each batch ({fit.proposal}), {fit.optimiser}"
+        )
     say(
         f"distil    {config.users} users by {config.positions} positions, ranks {config.user_rank} and "
         f"{config.position_rank}; {config.epochs} epochs of {steps:,} outer steps"
     )
     say(
         f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"
+        + (f", {config.item_dtype}" if config.item_embedding == "frozen" else "")
     )
     say(f"into      {folder}, by the recipe {recipe.name}")
 
