@@ -164,7 +164,7 @@ def load_pretrained(path: str | os.PathLike[str]) -> tuple[Pretrained, Settings]
             best_epoch=contents.best_epoch,
         )
         _check_empty(tensors)
-        pretrained.learner()
+        pretrained.learner(share_items=True)
     except (ValueError, RuntimeError, TypeError) as error:  # load_state_dict, a config without such a field
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a valid pretrained learner, {reason}: make it anew") from error
@@ -264,8 +264,7 @@ def _pretrain_state(tensors: dict[str, Tensor], progress: _PretrainProgress) -> 
     )
     pool = []
     for index in range(progress.pool):
-        theta, items = _take(tensors, f"pool.{index}")
-        pool.append((theta, items))
+        pool.append(_take(tensors, f"pool.{index}"))
     return PretrainState(fit=fit, pool=pool)
 
 

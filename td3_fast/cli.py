@@ -123,6 +123,10 @@ def distill(
     item_embedding: Annotated[
         Literal["frozen", "trained"] | None, typer.Option(help="Whether learners' item tables move.")
     ] = None,
+    item_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="How a frozen table is kept while distilling, and in the summary."),
+    ] = None,
     semantics: Annotated[
         Literal["paper", "authors"], typer.Option(help="The paper's method, or its released program's.")
     ] = "paper",
@@ -160,6 +164,22 @@ def distill(
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
     learner_lr: Annotated[float | None, typer.Option(help="Rate of the inner optimiser.")] = None,
+    loss: Annotated[
+        Literal["full", "sampled"] | None,
+        typer.Option(
+            help="Pretraining's softmax: over all items, or over some that are drawn for each batch."
+        ),
+    ] = None,
+    num_sampled: Annotated[
+        int | None, typer.Option(min=1, help="Items drawn for each batch of a sampled loss.")
+    ] = None,
+    proposal: Annotated[
+        Literal["unigram", "log-uniform"] | None, typer.Option(help="What they are drawn from.")
+    ] = None,
+    optimiser: Annotated[
+        Literal["adam", "lazy-adam"] | None,
+        typer.Option(help="Pretraining's; lazy-adam leaves alone items that a batch does not meet."),
+    ] = None,
     pretrained: PretrainedFile = None,
     max_epochs: MaxEpochs = None,
     min_item_interactions: MinItem = None,
@@ -182,7 +202,9 @@ def distill(
 
     check_free(out, resume=resume, overwrite=overwrite)
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
+    chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     changes: dict[str, Any] = {
+        "item_dtype": item_dtype,
         "epochs": epochs,
         "engine": engine,
         "window_kind": window_kind,
@@ -207,6 +229,8 @@ def distill(
         changes["item_embedding"] = item_embedding
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     chosen = replace(chosen, distill=config)
+    if config.item_embedding == "trained" and config.start == "pool":
+        chosen = replace(chosen, pretrain=replace(chosen.pretrain, pool_items=True))
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
     split = _split(data, format=format, columns=columns, **filters)
     _plan(split, chosen, out)
@@ -476,10 +500,7 @@ def demo(
     recipe = recipe_named("synthetic")
     split = _split(data, format=format, columns=columns)
     epochs = max(2, min(recipe.pretrain.fit.max_epochs, DEMO_EXAMPLES // max(len(split.train), 1)))
-    recipe = replace(
-        recipe, pretrain=replace(recipe.pretrain, fit=replace(recipe.pretrain.fit, max_epochs=epochs))
-    )
-    recipe = replace(recipe, distill=_demo_config(recipe, len(split.train)))
+    recipe = replace(recipe.fitted(max_epochs=epochs), distill=_demo_config(recipe, len(split.train)))
     begun = time.perf_counter()
     _plan(split, recipe, folder)
     command = shlex.join(["td3-fast", "evaluate", str(folder / SUMMARY), data, "--out", str(folder)])
@@ -545,10 +566,7 @@ def _recipe(
         recipe = recipe.with_learner(learner)
     if size is not None:
         recipe = recipe.sized(size)
-    if max_epochs is not None:
-        fit = replace(recipe.pretrain.fit, max_epochs=max_epochs)
-        recipe = replace(recipe, pretrain=replace(recipe.pretrain, fit=fit))
-    return recipe
+    return recipe.fitted(max_epochs=max_epochs)
 
 
 def _filters(recipe: Recipe, min_item: int | None, min_user: int | None) -> dict[str, Any]:
@@ -591,12 +609,17 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
         f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
     )
+    if fit.loss == "sampled":
+        say(
+            f"          softmax over {fit.num_sampled:,} items drawn for each batch ({fit.proposal}), {fit.optimiser}"
+        )
     say(
         f"distil    {config.users} users by {config.positions} positions, ranks {config.user_rank} and "
         f"{config.position_rank}; {config.epochs} epochs of {steps:,} outer steps"
     )
     say(
         f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"
+        + (f", {config.item_dtype}" if config.item_embedding == "frozen" else "")
     )
     say(f"into      {folder}, by the recipe {recipe.name}")
 

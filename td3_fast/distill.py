@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from td3_fast.data import Batch, Examples, Split, cut_batch, shuffled
 from td3_fast.initial import summary_of_sequences, training_sequences
-from td3_fast.learners import FlatParameters, Learner
+from td3_fast.learners import FlatParameters, Learner, look_up
 from td3_fast.ops import (
     DropoutStream,
     derive_seed,
@@ -45,6 +45,7 @@ Window = Literal["random", "fixed", "full"]
 Engine = Literal["native", "higher"]
 Start = Literal["pool", "fresh"]
 Initial = Literal["noise", "sequences"]
+ItemDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class DistillConfig:
     alignment: float = 1.0  # weight of feature space alignment, 0 switches it off
     augmentation: bool = True
     item_embedding: ItemEmbedding = "trained"
+    item_dtype: ItemDtype = "float32"  # a frozen table can be kept in bfloat16, once for all its uses
     normalize: Literal["softmax", "none"] = "softmax"
     engine: Engine = "native"
     semantics: Semantics = field(default_factory=Semantics)
@@ -136,6 +138,11 @@ class DistillConfig:
         if self.semantics.carry_embeddings and self.item_embedding == "frozen":
             raise ValueError(
                 'carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry'
+            )
+        if self.item_dtype == "bfloat16" and (self.item_embedding, self.engine) != ("frozen", "native"):
+            raise ValueError(
+                'item_dtype="bfloat16" asks for item_embedding="frozen" and engine="native": a table that is trained '
+                "needs more digits"
             )
 
     def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
@@ -197,7 +204,7 @@ class OuterObjective:
         for i, part in enumerate(self._parts):
             batch = Batch(*(t.to(items.device) for t in part))
             positions = (batch.lengths - 1).unsqueeze(1)
-            embeds = F.embedding(batch.histories, items)
+            embeds = look_up(items, batch.histories)
             hidden = encode(
                 embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)
             ).squeeze(1)
@@ -207,7 +214,7 @@ class OuterObjective:
             if self._config.alignment:
                 with torch.no_grad():
                     dropout = self._dropout(semantics.alignment_dropout, "teacher", i)
-                    known = F.embedding(batch.histories, self._teacher_items)
+                    known = look_up(self._teacher_items, batch.histories)
                     features = self._flat.encode(
                         self._teacher_parameters, known, positions, dropout=dropout
                     ).squeeze(1)
@@ -240,11 +247,12 @@ class Distiller:
     """Algorithm 1 on given data. `run` does the whole; `outer_step` one step, for tests and benchmarks."""
 
     def __init__(self, split: Split, pretrained: Pretrained, config: DistillConfig, *, seed: int) -> None:
+        pretrained = for_item_embedding(pretrained, config)
         self.split = split
         self.pretrained = pretrained
         self.config = config
         self.seed = seed
-        self.teacher = pretrained.learner()
+        self.teacher = pretrained.learner(share_items=True)
         self.items = self.teacher.item_embeddings.detach()
         self.flat = FlatParameters(self.teacher)
         self.pool = [
@@ -319,7 +327,9 @@ class Distiller:
         if not reload and state.carried is not None:
             return initial_state(state.carried)
         if self.config.start == "fresh":
-            fresh = fresh_like(self.teacher, seed=derive_seed(self.seed, "start", state.step))
+            fresh = fresh_like(
+                self.teacher, seed=derive_seed(self.seed, "start", state.step), share_items=True
+            )
             theta, items = self.flat.gather(fresh.state_dict()), self.items
         else:
             theta, items = self.pool[drawn]
@@ -445,7 +455,7 @@ class Distiller:
         runs = []
         for run in range(config.validation_runs):
             seed = derive_seed(self.seed, "validation", run)
-            learner = fresh_like(self.teacher, seed=seed)
+            learner = fresh_like(self.teacher, seed=seed, share_items=config.item_embedding == "frozen")
             if config.semantics.carry_embeddings and state.validation_items is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(state.validation_items)
@@ -528,6 +538,23 @@ def distill(
     summary = distiller.summary(state.best)
     summary.metadata = distiller.metadata(state)
     return summary, state
+
+
+def for_item_embedding(pretrained: Pretrained, config: DistillConfig) -> Pretrained:
+    """What a distillation by `config` needs of a pretrained learner: one item table, in its dtype, if it is frozen.
+
+    Raises:
+        ValueError: learners start from the tables of the pool, which has none.
+    """
+    if config.item_embedding == "frozen":
+        table = pretrained.best["item_embeddings"]
+        return pretrained.for_frozen_items(torch.bfloat16 if config.item_dtype == "bfloat16" else table.dtype)
+    if config.start == "pool" and not all("item_embeddings" in entry for entry in pretrained.pool):
+        raise ValueError(
+            'item_embedding="trained" starts from the item tables of the pool, and this pool was kept without them: '
+            'pretrain with pool_items=True, or take item_embedding="frozen" or start="fresh"'
+        )
+    return pretrained
 
 
 def with_semantics(config: DistillConfig, name: Literal["paper", "authors"]) -> DistillConfig:

@@ -195,14 +195,16 @@ class _Evaluation:
         if name == "popularity":
             return popularity_scores(self.split, ranker)
         if name == "zero-step":
-            return ranker.metrics(fresh_like(self.teacher, seed=seed))
+            return ranker.metrics(fresh_like(self.teacher, seed=seed, share_items=True))
         if name == "summary":
-            learner = fresh_like(self.teacher, seed=seed)
+            frozen = self.fit_options.get("item_embedding") == "frozen"
+            learner = fresh_like(self.teacher, seed=seed, share_items=frozen)
             if self.config.carry_embeddings and self._carried is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(self._carried)
             fit_on_summary(learner, self.summary, seed=seed, progress=progress, **self.fit_options)
-            self._carried = learner.item_embeddings.detach().clone()
+            if self.config.carry_embeddings:
+                self._carried = learner.item_embeddings.detach().clone()
             return ranker.metrics(learner)
         training = self.split.train
         base, _, embeddings = name.partition("+")
@@ -236,7 +238,4 @@ def chosen_users(train: Examples, how: str, num_interactions: int, *, seed: int)
 
 def popularity_scores(split: Split, ranker: Ranker) -> Scores:
     """Every user is shown the items in the order of their training counts."""
-    log, train = split.interactions, split.train
-    counts = np.bincount(train.targets, minlength=log.num_items)
-    counts += np.bincount(log.items[log.offsets[np.unique(train.users)]], minlength=log.num_items)
-    return ranker.score_items(torch.from_numpy(counts).float())
+    return ranker.score_items(torch.from_numpy(split.train.item_counts).float())

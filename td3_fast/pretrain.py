@@ -16,11 +16,16 @@ from td3_fast.training import FitConfig, FitState, Pretrained, Ranker, fit_examp
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """How the pretrained learner is made; checkpoints of epochs `pool_first` to `pool_last` form the pool."""
+    """How the pretrained learner is made; checkpoints of epochs `pool_first` to `pool_last` form the pool.
+
+    A distillation with a frozen item table takes all of a checkpoint but its table: `pool_items=False` leaves these
+    out, which are nearly the whole pool where items are many.
+    """
 
     fit: FitConfig = field(default_factory=FitConfig)
     pool_first: int = 5
     pool_last: int = 30
+    pool_items: bool = True
 
 
 @dataclass(kw_only=True)
@@ -28,7 +33,7 @@ class PretrainState:
     """Where pretraining stands after a batch."""
 
     fit: FitState
-    pool: list[tuple[Tensor, Tensor]]  # flat parameters and item table
+    pool: list[tuple[Tensor, ...]]  # flat parameters, and the item table where the pool has it
 
 
 def pretrain(
@@ -51,8 +56,8 @@ def pretrain(
 
     def keep(fit: FitState) -> None:
         if fit.batch == 0 and config.pool_first <= fit.epoch <= config.pool_last:
-            theta, items = fit.optimiser.parameters
-            pool.append((theta.clone(), items.clone()))
+            kept = fit.optimiser.parameters[: 2 if config.pool_items else 1]
+            pool.append(tuple(p.clone() for p in kept))
         if on_step is not None:
             on_step(PretrainState(fit=fit, pool=pool))
 
@@ -67,11 +72,14 @@ def pretrain(
         progress=progress,
     )
     best = {name: value.detach().clone() for name, value in learner.state_dict().items()}
+    checkpoints = [
+        flat.scatter(theta) | ({"item_embeddings": items[0]} if items else {}) for theta, *items in pool
+    ]
     return Pretrained(
         learner_name=type(learner).__name__,
         learner_config=learner.hyperparameters(),
         best=best,
-        pool=[{**flat.scatter(theta), "item_embeddings": items} for theta, items in pool] or [best],
+        pool=checkpoints or [best],
         history=fit.history,
         best_epoch=fit.best_epoch,
     )

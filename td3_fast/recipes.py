@@ -40,6 +40,11 @@ class Recipe:
             learner={**self.learner, "max_len": max(self.learner["max_len"], positions)},
         )
 
+    def fitted(self, **changes: Any) -> Recipe:
+        """The same with those fields of `pretrain.fit` changed that are not None."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return replace(self, pretrain=replace(self.pretrain, fit=replace(self.pretrain.fit, **changes)))
+
 
 def parse_size(size: str) -> tuple[int, int]:
     """(users, positions) of "50x50"."""
@@ -97,6 +102,33 @@ RECIPES = {
             distill=DistillConfig(
                 users=50, positions=50, user_rank=16, position_rank=16, batch_size=32768, users_per_step=25,
                 summary_lr=0.03, learner_lr=0.01,
+            ),
+        ),
+        # the whole catalogue, however rare its items: the loss of pretraining is sampled and only rows that a batch
+        # meets are moved; the item table is frozen while distilling, so the pool needs none and nothing that a learner
+        # changes grows with the items
+        Recipe(
+            name="ciao",
+            learner={"max_len": 50, "hidden": 64, "inner": 128},
+            pretrain=PretrainConfig(
+                fit=FitConfig(loss="sampled", optimiser="lazy-adam", max_epochs=40, selection="full"),
+                pool_items=False,
+            ),
+            distill=DistillConfig(
+                users=50, positions=50, user_rank=16, position_rank=16, batch_size=8192, users_per_step=25,
+                summary_lr=0.03, learner_lr=0.005, epochs=10, item_embedding="frozen", selection="full",
+            ),
+        ),
+        Recipe(
+            name="epinions-msu",
+            learner={"max_len": 50, "hidden": 64, "inner": 128},
+            pretrain=PretrainConfig(
+                fit=FitConfig(loss="sampled", optimiser="lazy-adam", max_epochs=20, selection="full"),
+                pool_items=False,
+            ),
+            distill=DistillConfig(
+                users=50, positions=50, user_rank=16, position_rank=16, batch_size=32768, users_per_step=25,
+                summary_lr=0.03, learner_lr=0.005, epochs=5, item_embedding="frozen", selection="full",
             ),
         ),
         Recipe(

@@ -25,7 +25,7 @@ from td3_fast.checkpoint import (
     save_pretrained,
 )
 from td3_fast.data import Split
-from td3_fast.distill import DistillState, Semantics, distill
+from td3_fast.distill import DistillState, Semantics, distill, for_item_embedding
 from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teacher_of
 from td3_fast.learners import Learner, build_learner
 from td3_fast.metrics import mean_and_sd
@@ -154,6 +154,7 @@ class Run:
             self._compare_environment(checkpoint)
         with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
             pretrained, _ = self._pretrained(state, log, overwrite)
+            pretrained = for_item_embedding(pretrained, self.recipe.distill)  # what it leaves out is freed
             self._clock.start("distill")
             summary, state = self._distill(pretrained, state, log)
         self._clock.so_far()
@@ -431,13 +432,15 @@ class EvaluateRun:
         metadata = self.summary.metadata
         self.teacher = None
         if self.pretrained is not None:
-            self.teacher = self.pretrained.learner()
+            self.teacher = self.pretrained.learner(share_items=True)
         elif self.learner is not None:
             self.teacher = teacher_of(self.summary, name=self.learner)
         made_with = {} if metadata is None else metadata.settings
         if self.fit is None:
             fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
-            self.fit = FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
+            # a summary that is older than a field of it was made with what is now the default
+            fit = {**asdict(FitConfig()), **(fit or {})}
+            self.fit = from_json(FitConfig, fit, "settings.pretrain.fit")
         if self.max_epochs is not None:
             self.fit = replace(self.fit, max_epochs=self.max_epochs)
         semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))

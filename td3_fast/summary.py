@@ -157,14 +157,16 @@ class TuckerSummary(nn.Module):
     def forward(self, users: Tensor | None = None, item_embeddings: Tensor | None = None) -> Tensor:
         """Soft embeddings S @ item_embeddings, (u, positions, d), without forming S.
 
-        users: (u,) int64 indices, all users by default; item_embeddings: (n, d), `item_factors` by default.
+        users: (u,) int64 indices, all users by default; item_embeddings: (n, d), `item_factors` by default, which are
+        converted to its dtype where that is another one.
         """
+        values = self.item_factors if item_embeddings is None else item_embeddings
         return tucker_soft_embedding(
             self.core,
             self._chosen(users),
             self.position_factors,
-            self.item_factors,
-            self.item_factors if item_embeddings is None else item_embeddings,
+            self.item_factors.to(values.dtype),
+            values,
             normalize=self.normalize,
         )
 

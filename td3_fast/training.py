@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from td3_fast.data import Examples, cut_batch, history_csr, sample_negatives, shuffled
+from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.metrics import metrics_from_ranks
 from td3_fast.ops import DropoutStream, derive_seed, target_rank
 from td3_fast.progress import Progress, silent
-from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state
+from td3_fast.sampled_softmax import PROPOSALS, Negatives, NegativeSampler, Proposal, sampled_cross_entropy
+from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state, lazy_adam_step_
 
 Protocol = Literal["full", "uni100"]
 PROTOCOLS: tuple[Protocol, ...] = ("full", "uni100")
@@ -108,7 +110,11 @@ def select_rows(csr: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """Training on real examples: Adam on the loss of the learner, stopped by validation MRR@10."""
+    """Training on real examples: Adam on the loss of the learner, stopped by validation MRR@10.
+
+    With very many items the loss can be estimated from `num_sampled` of them a batch, and the optimiser can leave alone
+    the rows of the item table that a batch did not meet; neither is the paper's method.
+    """
 
     learning_rate: float = 1e-3
     batch_size: int = 2048
@@ -116,6 +122,24 @@ class FitConfig:
     patience: int = 10
     selection: Protocol = "uni100"
     weight_decay: float = 0.0
+    loss: Literal["full", "sampled"] = "full"
+    num_sampled: int = 2048  # items a batch, where the loss is sampled
+    proposal: Proposal = "unigram"  # what they are drawn from, as `NegativeSampler` says
+    optimiser: Literal["adam", "lazy-adam"] = "adam"
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("full", "sampled"):
+            raise ValueError(f'FitConfig.loss must be "full" or "sampled", got {self.loss!r}')
+        if self.optimiser not in ("adam", "lazy-adam"):
+            raise ValueError(f'FitConfig.optimiser must be "adam" or "lazy-adam", got {self.optimiser!r}')
+        if self.proposal not in PROPOSALS:
+            raise ValueError(
+                f"FitConfig.proposal must be one of {', '.join(PROPOSALS)}, got {self.proposal!r}"
+            )
+        if self.optimiser == "lazy-adam" and self.loss == "full":
+            raise ValueError(
+                'FitConfig.optimiser="lazy-adam" needs loss="sampled": the full softmax has a gradient for every item'
+            )
 
 
 @dataclass(kw_only=True)
@@ -130,6 +154,65 @@ class FitState:
     best_epoch: int = 0
     best_score: float = float("-inf")
     history: list[dict[str, float]] = field(default_factory=list)
+
+
+class FitStep:
+    """One optimiser step on a batch of real examples, by the loss and the optimiser of a `FitConfig`."""
+
+    def __init__(self, learner: Learner, train: Examples, config: FitConfig) -> None:
+        self._flat = FlatParameters(learner)
+        self._adam = AdamConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self._lazy = config.optimiser == "lazy-adam"
+        self._sampler: NegativeSampler | None = None
+        if config.loss == "sampled":
+            counts = torch.from_numpy(train.item_counts)
+            self._sampler = NegativeSampler(counts, num_sampled=config.num_sampled, proposal=config.proposal)
+
+    def __call__(
+        self, state: AdamState, batch: Batch, *, dropout: DropoutStream, seed: int
+    ) -> tuple[AdamState, float]:
+        """The state after the step, in the tensors of `state`, and the loss before it; `seed` draws negatives."""
+        if self._sampler is not None:
+            return self._with_sampled_loss(state, batch, dropout, self._sampler, seed)
+        theta, items = (p.detach().requires_grad_() for p in state.parameters)
+        loss = self._flat.loss(theta, items, batch.histories, batch.lengths, batch.targets, dropout=dropout)
+        gradients = torch.autograd.grad(loss, (theta, items))
+        return adam_step_(state, gradients, self._adam), float(loss.detach())
+
+    def _with_sampled_loss(
+        self, state: AdamState, batch: Batch, dropout: DropoutStream, sampler: NegativeSampler, seed: int
+    ) -> tuple[AdamState, float]:
+        theta, items = state.parameters
+        negatives = sampler.draw(seed=seed)
+        # the loss as a function of the rows that the batch meets, numbered anew; the padding item stays item 0
+        met = (
+            batch.histories.new_zeros(1),
+            batch.histories.flatten(),
+            batch.targets,
+            negatives.items.to(items.device),
+        )
+        rows, numbers = torch.unique(torch.cat(met), return_inverse=True)
+        _, histories, targets, drawn = numbers.split([len(part) for part in met])
+        theta, table = theta.detach().requires_grad_(), items[rows].requires_grad_()
+        loss = self._flat.loss(
+            theta,
+            table,
+            histories.view_as(batch.histories),
+            batch.lengths,
+            targets,
+            dropout=dropout,
+            cross_entropy=functools.partial(
+                sampled_cross_entropy,
+                negatives=Negatives(drawn, negatives.log_expected.to(items.device, items.dtype)),
+            ),
+        )
+        to_theta, to_rows = torch.autograd.grad(loss, (theta, table))
+        if self._lazy:
+            state = lazy_adam_step_(state, (to_theta, to_rows), rows, self._adam)
+        else:
+            to_items = torch.zeros_like(items).index_copy_(0, rows, to_rows)
+            state = adam_step_(state, (to_theta, to_items), self._adam)
+        return state, float(loss.detach())
 
 
 def fit_examples(
@@ -154,21 +237,18 @@ def fit_examples(
     if state is None:
         start = (flat.gather(learner.state_dict()), learner.item_embeddings.detach())
         state = FitState(optimiser=initial_state(start), best=tuple(t.clone() for t in start))
-    adam = AdamConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    take_step = FitStep(learner, train, config)
     num_batches = -(-len(train) // config.batch_size)
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch < config.patience:
         order = shuffled(len(train), seed=derive_seed(seed, "order", state.epoch))
         for batch_index in range(state.batch, num_batches):
             index = order[batch_index * config.batch_size : (batch_index + 1) * config.batch_size]
             dropout = DropoutStream(derive_seed(seed, "dropout", state.epoch, batch_index))
-            theta, items = (p.detach().requires_grad_() for p in state.optimiser.parameters)
-            batch = cut_batch(train, index, learner.max_len)
-            histories, lengths, targets = (
-                t.to(items.device) for t in (batch.histories, batch.lengths, batch.targets)
-            )
-            loss = flat.loss(theta, items, histories, lengths, targets, dropout=dropout)
-            state.optimiser = adam_step_(state.optimiser, torch.autograd.grad(loss, (theta, items)), adam)
-            state.loss_sum += float(loss.detach()) * len(index)
+            device = state.optimiser.parameters[0].device
+            batch = Batch(*(t.to(device) for t in cut_batch(train, index, learner.max_len)))
+            negatives_seed = derive_seed(seed, "negatives", state.epoch, batch_index)
+            state.optimiser, loss = take_step(state.optimiser, batch, dropout=dropout, seed=negatives_seed)
+            state.loss_sum += loss * len(index)
             state.batch = batch_index + 1
             if state.batch < num_batches:
                 mean = state.loss_sum / (state.batch * config.batch_size)
@@ -202,17 +282,39 @@ class Pretrained:
     history: list[dict[str, float]]
     best_epoch: int
 
-    def learner(self) -> Learner:
-        """The best checkpoint as a learner of its own."""
-        learner = build_learner(self.learner_name, self.learner_config, seed=0).to(
-            self.best["item_embeddings"].dtype
-        )
-        learner.load_state_dict(self.best)
+    def learner(self, *, share_items: bool = False) -> Learner:
+        """The best checkpoint as a learner.
+
+        share_items: its item table is that of `best` instead of a copy, for one that is not going to be trained.
+        """
+        rest = {name: value for name, value in self.best.items() if name != "item_embeddings"}
+        learner = build_learner(self.learner_name, self.learner_config, seed=0)
+        learner.to(next(iter(rest.values())).dtype)
+        table = self.best["item_embeddings"].detach()
+        if table.shape != learner.item_embeddings.shape:
+            raise ValueError(
+                f"the item table should have the shape {tuple(learner.item_embeddings.shape)}, got {tuple(table.shape)}"
+            )
+        learner.item_embeddings = nn.Parameter(table if share_items else table.clone())
+        missing, unexpected = learner.load_state_dict(rest, strict=False)
+        if missing != ["item_embeddings"] or unexpected:
+            wrong = [name for name in (*missing, *unexpected) if name != "item_embeddings"]
+            raise ValueError(f"the best checkpoint has not the parameters of a {self.learner_name}: {wrong}")
         return learner
 
+    def for_frozen_items(self, dtype: torch.dtype) -> Pretrained:
+        """The same with the item table in `dtype` and none in the pool, for uses that train no table."""
+        pool = [{name: t for name, t in entry.items() if name != "item_embeddings"} for entry in self.pool]
+        best = {**self.best, "item_embeddings": self.best["item_embeddings"].to(dtype)}
+        return replace(self, best=best, pool=pool)
 
-def fresh_like(learner: Learner, *, seed: int) -> Learner:
-    """A learner with the item and position embeddings of `learner` and an encoder drawn anew from `seed`."""
-    fresh = copy.deepcopy(learner)
+
+def fresh_like(learner: Learner, *, seed: int, share_items: bool = False) -> Learner:
+    """A learner with the item and position embeddings of `learner` and an encoder drawn anew from `seed`.
+
+    share_items: its item table is that of `learner` instead of a copy, for one whose table is not going to be trained.
+    """
+    table = learner.item_embeddings
+    fresh = copy.deepcopy(learner, {id(table): table} if share_items else {})
     fresh.reset_encoder(seed=seed)
     return fresh

@@ -85,6 +85,28 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("td3_fast.run.draw", lambda folder, watcher: None)
 
 
+def test_pretraining_on_a_sampled_loss(data: Path, tmp_path: Path) -> None:
+    sampled = [
+        "--loss",
+        "sampled",
+        "--num-sampled",
+        "12",
+        "--proposal",
+        "log-uniform",
+        "--optimiser",
+        "lazy-adam",
+    ]
+    result = run("distill", data, *TINY, *sampled, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    metadata = TuckerSummary.load(tmp_path / "summary.safetensors").metadata
+    assert metadata is not None
+    fit = metadata.settings["pretrained"]["pretrain"]["fit"]
+    assert (fit["loss"], fit["num_sampled"], fit["proposal"]) == ("sampled", 12, "log-uniform")
+    assert fit["optimiser"] == "lazy-adam"
+    refused = refusal("distill", data, *TINY, "--optimiser", "lazy-adam", "--out", tmp_path / "other")
+    assert 'needs loss="sampled"' in refused
+
+
 def test_distill_leaves_its_files(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} >= LEFT
     assert not [path.name for path in finished.iterdir() if path.name.endswith(".tmp")]

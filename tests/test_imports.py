@@ -20,7 +20,7 @@ LAYERS = (
     {"recipes"},
     {"distill", "pretrain", "evaluate"},
     {"training", "initial"},
-    {"unroll"},
+    {"unroll", "sampled_softmax"},
     {"summary"},
     {"summary_file", "distilled_data"},
     {"artefact", "metrics", "learners", "data"},

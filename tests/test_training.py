@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.learners import SASRec, SASRecConfig
-from td3_fast.training import FitConfig, Ranker, fit_examples, fresh_like, select_rows
+from td3_fast.data import Split, cut_batch, generate_interactions, leave_one_out
+from td3_fast.learners import LEARNERS, FlatParameters, SASRec, SASRecConfig, build_learner
+from td3_fast.ops import DropoutStream
+from td3_fast.training import FitConfig, FitStep, Ranker, fit_examples, fresh_like, select_rows
+from td3_fast.unroll import initial_state
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,24 @@ def test_select_rows_of_a_csr() -> None:
     assert items.tolist() == [1, 2, 3, 7, 8]
 
 
+SAMPLED = {
+    "full softmax": {},
+    "sampled": {"loss": "sampled", "num_sampled": 20},
+    "sampled, lazy": {
+        "loss": "sampled",
+        "num_sampled": 20,
+        "optimiser": "lazy-adam",
+        "proposal": "log-uniform",
+    },
+}
+
+
+@pytest.mark.parametrize("changes", SAMPLED.values(), ids=SAMPLED)
 @pytest.mark.parametrize("taken", [1, 5, 7])
-def test_interrupted_training_continues_with_the_same_bits(split: Split, taken: int) -> None:
-    config = FitConfig(batch_size=64, max_epochs=5, learning_rate=0.01)
+def test_interrupted_training_continues_with_the_same_bits(
+    split: Split, taken: int, changes: dict[str, Any]
+) -> None:
+    config = FitConfig(batch_size=64, max_epochs=5, learning_rate=0.01, **changes)
     validation = Ranker(split.validation, seed=0, protocols=("uni100",))
     states = []
     whole = learner(split)
@@ -81,6 +99,69 @@ def test_interrupted_training_continues_with_the_same_bits(split: Split, taken: 
     assert state.history == states[-1].history
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_step_on_a_loss_that_samples_every_item_is_one_on_the_full_softmax(split: Split, name: str) -> None:
+    num_items = split.interactions.num_items
+    model = build_learner(name, {"num_items": num_items, "max_len": 6, "hidden": 8}, seed=0).double()
+    batch = cut_batch(split.train, np.arange(50), model.max_len)
+    start = initial_state((FlatParameters(model).gather(model.state_dict()), model.item_embeddings))
+    configs = [
+        FitConfig(),
+        FitConfig(loss="sampled", num_sampled=num_items),
+        FitConfig(loss="sampled", num_sampled=num_items, optimiser="lazy-adam"),
+    ]
+    full, sampled, lazy = (
+        FitStep(model, split.train, config)(start.clone(), batch, dropout=DropoutStream(1), seed=2)
+        for config in configs
+    )
+    for other in (sampled, lazy):
+        assert other[1] == pytest.approx(full[1], rel=1e-12)
+        for a, b in zip(full[0].first_moments, other[0].first_moments, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_lazy_training_moves_only_rows_that_a_batch_meets(split: Split) -> None:
+    model = learner(split)
+    config = FitConfig(loss="sampled", num_sampled=5, optimiser="lazy-adam")
+    start = initial_state((FlatParameters(model).gather(model.state_dict()), model.item_embeddings))
+    batch = cut_batch(split.train, np.arange(4), model.max_len)
+    after, _ = FitStep(model, split.train, config)(start.clone(), batch, dropout=DropoutStream(1), seed=2)
+    moved = (after.parameters[1] != start.parameters[1]).any(1)
+    met = set(batch.histories.unique().tolist()) | set(batch.targets.tolist())
+    assert met - {0} <= set(moved.nonzero().flatten().tolist())
+    assert int(moved.sum()) <= len(met) + 5
+
+
+def test_training_on_a_sampled_loss_learns(split: Split) -> None:
+    model = learner(split)
+    config = FitConfig(
+        batch_size=64,
+        max_epochs=15,
+        learning_rate=0.01,
+        loss="sampled",
+        num_sampled=30,
+        optimiser="lazy-adam",
+    )
+    ranker = Ranker(split.validation, seed=0, protocols=("uni100",))
+    before = ranker.metrics(model)["uni100"]["MRR@10"]
+    state = fit_examples(model, split.train, ranker, config, seed=0)
+    assert state.best_score > 1.5 * before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "half"}, '"full" or "sampled"'),
+        ({"optimiser": "sgd"}, '"adam" or "lazy-adam"'),
+        ({"optimiser": "lazy-adam"}, 'needs loss="sampled"'),
+        ({"proposal": "uniform"}, "unigram, log-uniform"),
+    ],
+)
+def test_bad_choices_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FitConfig(**changes)
 
 
 def test_training_stops_when_validation_does_and_keeps_the_best_epoch(split: Split) -> None:

@@ -41,6 +41,18 @@ class Examples:
         """Items in each history before any cut, (examples,)."""
         return self.ends - self.interactions.offsets[self.users]
 
+    @property
+    def item_counts(self) -> NDArray[np.int64]:
+        """How often each item is a target or the first item of a user, (num_items,).
+
+        For a training part, where every item but a user's first is the target of one example, its popularity.
+        """
+        log = self.interactions
+        first = log.items[log.offsets[np.unique(self.users)]]
+        return np.bincount(self.targets, minlength=log.num_items) + np.bincount(
+            first, minlength=log.num_items
+        )
+
     def subset(self, index: ArrayLike) -> Examples:
         """The examples at `index` (integers or a mask), in that order."""
         index = np.asarray(index)

@@ -7,13 +7,16 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from td3_fast.ops import DropoutStream, item_cross_entropy
+
+# (rows, d) outputs, (n, d) item table, (rows,) targets -> (rows,): `item_cross_entropy` or what stands in for it
+CrossEntropy: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Learner(nn.Module):
@@ -58,17 +61,31 @@ class Learner(nn.Module):
 
     def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
         """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
-        embeds = F.embedding(histories, self.item_embeddings)
+        embeds = look_up(self.item_embeddings, histories)
         return self.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
 
     def loss(
-        self, items: Tensor, histories: Tensor, lengths: Tensor, targets: Tensor, *, dropout: DropoutStream
+        self,
+        items: Tensor,
+        histories: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        *,
+        dropout: DropoutStream,
+        cross_entropy: CrossEntropy = item_cross_entropy,
     ) -> Tensor:
         """What training on real examples minimises: the mean cross-entropy of the next item.
 
         items: (n, d), the item table; histories: (batch, length) int64; lengths and targets: (batch,) int64.
         """
-        return next_item_loss(self.encode, items, histories, lengths, targets, dropout=dropout)
+        return next_item_loss(
+            self.encode, items, histories, lengths, targets, dropout=dropout, cross_entropy=cross_entropy
+        )
+
+
+def look_up(items: Tensor, ids: Tensor) -> Tensor:
+    """The rows of an item table (n, d) at ids (...): (..., d), in float32 where the table is kept in 16 bits."""
+    return F.embedding(ids, items).to(torch.promote_types(items.dtype, torch.float32))
 
 
 def next_item_loss(
@@ -79,11 +96,12 @@ def next_item_loss(
     targets: Tensor,
     *,
     dropout: DropoutStream,
+    cross_entropy: CrossEntropy,
 ) -> Tensor:
     """The mean cross-entropy of the item after each history."""
-    embeds = F.embedding(histories, items)
+    embeds = look_up(items, histories)
     hidden = encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
-    return item_cross_entropy(hidden, items, targets).mean()
+    return cross_entropy(hidden, items, targets).mean()
 
 
 class FlatParameters:
@@ -144,12 +162,17 @@ class FlatParameters:
         targets: Tensor,
         *,
         dropout: DropoutStream,
+        cross_entropy: CrossEntropy = item_cross_entropy,
     ) -> Tensor:
         """`learner.loss` with the parameters of `flat` (size,)."""
         if type(self._shell).loss is Learner.loss:
             encode = functools.partial(self.encode, flat)
-            return next_item_loss(encode, items, histories, lengths, targets, dropout=dropout)
-        return self._filled(flat).loss(items, histories, lengths, targets, dropout=dropout)
+            return next_item_loss(
+                encode, items, histories, lengths, targets, dropout=dropout, cross_entropy=cross_entropy
+            )
+        return self._filled(flat).loss(
+            items, histories, lengths, targets, dropout=dropout, cross_entropy=cross_entropy
+        )
 
     def _filled(self, flat: Tensor) -> Learner:
         for (attributes, name), tensor in zip(self._slots, self.scatter(flat).values(), strict=True):

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.learners.base import Learner, causal_bias, check_rates, check_sizes, normal_
+from td3_fast.learners.base import (
+    CrossEntropy,
+    Learner,
+    causal_bias,
+    check_rates,
+    check_sizes,
+    look_up,
+    normal_,
+)
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
 from td3_fast.ops import DropoutStream, item_cross_entropy, seeded_generator
 
@@ -102,7 +110,14 @@ class BERT4Rec(Learner):
         return self._fill_in(slots, masked, behind, behind.unsqueeze(1), dropout).view(batch, k, -1)
 
     def loss(
-        self, items: Tensor, histories: Tensor, lengths: Tensor, targets: Tensor, *, dropout: DropoutStream
+        self,
+        items: Tensor,
+        histories: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        *,
+        dropout: DropoutStream,
+        cross_entropy: CrossEntropy = item_cross_entropy,
     ) -> Tensor:
         """Cross-entropy of masked items: the mean over the masks of a sequence, then over the sequences.
 
@@ -115,15 +130,30 @@ class BERT4Rec(Learner):
         plain = count - int(count * self.config.cloze_share)
         total = items.new_zeros(())
         if plain:
-            first = super().loss(items, histories[:plain], lengths[:plain], targets[:plain], dropout=dropout)
+            first = super().loss(
+                items,
+                histories[:plain],
+                lengths[:plain],
+                targets[:plain],
+                dropout=dropout,
+                cross_entropy=cross_entropy,
+            )
             total = total + first * (plain / count)
         if plain < count:
-            cloze = self._cloze_loss(items, histories[plain:], lengths[plain:], targets[plain:], dropout)
+            cloze = self._cloze_loss(
+                items, histories[plain:], lengths[plain:], targets[plain:], dropout, cross_entropy
+            )
             total = total + cloze * ((count - plain) / count)
         return total
 
     def _cloze_loss(
-        self, items: Tensor, histories: Tensor, lengths: Tensor, targets: Tensor, dropout: DropoutStream
+        self,
+        items: Tensor,
+        histories: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        dropout: DropoutStream,
+        cross_entropy: CrossEntropy,
     ) -> Tensor:
         last = lengths.unsqueeze(1)
         sequences = F.pad(histories, (0, 1)).scatter(1, last, targets.unsqueeze(1))
@@ -134,8 +164,8 @@ class BERT4Rec(Learner):
         most = int(masked.sum(dim=1).max())
         asked = masked.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
         real = masked.gather(1, asked)
-        hidden = self._fill_in(F.embedding(sequences, items), masked, lengths, asked, dropout)
-        losses = item_cross_entropy(hidden[real], items, sequences.gather(1, asked)[real])
+        hidden = self._fill_in(look_up(items, sequences), masked, lengths, asked, dropout)
+        losses = cross_entropy(hidden[real], items, sequences.gather(1, asked)[real])
         share = (real / real.sum(dim=1, keepdim=True)).to(losses.dtype)[real]
         return (losses * share).sum() / len(targets)
 

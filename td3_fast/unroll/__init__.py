@@ -4,6 +4,7 @@ from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint, adam_step_
 from td3_fast.unroll.fit import fit_on_summary, make_mixture
 from td3_fast.unroll.higher import pull_back_with_higher
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
+from td3_fast.unroll.lazy_adam import lazy_adam_step_
 from td3_fast.unroll.mixture import (
     CachedMixture,
     FixedEmbeddings,
@@ -26,6 +27,7 @@ __all__ = [
     "adam_step_",
     "fit_on_summary",
     "initial_state",
+    "lazy_adam_step_",
     "make_mixture",
     "pull_back_with_higher",
 ]

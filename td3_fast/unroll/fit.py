@@ -77,7 +77,9 @@ def fit_on_summary(
     mixture: ItemMixture
     if item_embedding == "trained":
         start = (theta, items)
-        mixture = make_mixture(summary.queries(), summary.item_factors, normalize=summary.normalize)
+        mixture = make_mixture(
+            summary.queries(), summary.item_factors.to(items.dtype), normalize=summary.normalize
+        )
     else:
         start = (theta,)
         mixture = FixedEmbeddings(summary(item_embeddings=items))

@@ -81,3 +81,12 @@ def test_data_of_short_users_only_have_no_test() -> None:
     split = leave_one_out(load_interactions(frame))
     assert len(split.test) == len(split.validation) == 0
     assert readable(split.train) == [("a", "x", "y")]
+
+
+def test_item_counts_of_a_training_part_are_its_interactions() -> None:
+    log = generate_interactions(seed=0, num_users=50, num_items=40, mean_length=8)
+    counts = np.zeros(log.num_items, dtype=np.int64)
+    for user in range(log.num_users):
+        items = log.items[log.offsets[user] : log.offsets[user + 1]]
+        np.add.at(counts, items[: len(items) - 2], 1)
+    assert leave_one_out(log).train.item_counts.tolist() == counts.tolist()
