@@ -24,6 +24,7 @@ LAYERS = (
     {"summary"},
     {"summary_file", "distilled_data"},
     {"artefact", "metrics", "learners", "data"},
+    {"parallel"},
     {"progress", "files", "ops"},
 )
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

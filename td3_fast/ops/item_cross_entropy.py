@@ -45,11 +45,23 @@ def item_cross_entropy(
         ValueError: shapes, dtypes or devices do not agree, or there is no item.
         IndexError: a target is not an item id.
     """
-    if use_fused(backend, hidden.device):
-        logsumexp = torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
-    else:
-        logsumexp = reference_logsumexp(hidden, item_embeddings)
+    logsumexp = item_logsumexp(hidden, item_embeddings, backend=backend)
     return logsumexp - target_score(hidden, item_embeddings, target)
+
+
+def item_logsumexp(
+    hidden: Tensor,  # (rows, d)
+    item_embeddings: Tensor,  # (n, d)
+    *,
+    backend: Backend = "fused",
+) -> Tensor:
+    """``logsumexp(hidden @ item_embeddings.T)``, (rows,): `item_cross_entropy` without the target's score.
+
+    Differentiable as that is. Where items are split over processes, this is what each has of its own.
+    """
+    if use_fused(backend, hidden.device):
+        return torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
+    return reference_logsumexp(hidden, item_embeddings)
 
 
 def target_score(hidden: Tensor, item_embeddings: Tensor, target: Tensor) -> Tensor:
