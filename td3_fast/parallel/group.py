@@ -54,6 +54,10 @@ class Group:
         """The sum of every process's `tensor` in the order of their ranks: the same bits everywhere."""
         return tensor if self.handle is None else self.stack(tensor).sum(0)
 
+    def common(self, tensor: Tensor) -> Tensor:
+        """Process 0's `tensor`: where all have the same but for rounding, the same bits everywhere."""
+        return tensor if self.handle is None else self.stack(tensor)[0]
+
     def first_of(self, values: Mapping[str, float]) -> dict[str, float]:
         """What process 0 has for `values`; all name the same."""
         own = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
