@@ -183,10 +183,9 @@ class OuterObjective:
         by_length = index[np.argsort(examples.lengths[index], kind="stable")]
         sharing = sharing or Group()
         size = config.micro_batch
+        # masks are drawn by micro-batch, so where there are some, micro-batches stay as they are in one process
         if not (config.semantics.outer_dropout or config.semantics.alignment_dropout):
-            size = min(
-                size, -(-len(index) // sharing.size)
-            )  # masks are drawn by micro-batch, so those must stay
+            size = min(size, -(-len(index) // sharing.size))
         firsts = list(enumerate(range(0, len(index), size)))
         self._parts = [
             (i, cut_batch(examples, by_length[first : first + size], teacher.max_len))

@@ -123,12 +123,17 @@ def join(
         timeout=PATIENCE,
     )
     try:
-        yield _grid(item_shards, device)
+        yield grid(item_shards, device=device)
     finally:
         dist.destroy_process_group()
 
 
-def _grid(item_shards: int, device: str) -> Ranks:
+def grid(item_shards: int = 1, *, device: str = "cpu") -> Ranks:
+    """The processes that `join` has connected, with item tables split over `item_shards` of them.
+
+    Raises:
+        ValueError: that does not divide their number.
+    """
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
