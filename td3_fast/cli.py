@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 
 from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_columns
-from td3_fast.terminal import Display, Interrupted, Interrupts, console, guarded, say, settings
+from td3_fast.terminal import Display, Interrupted, Interrupts, console, fail, guarded, say, settings
 
 if TYPE_CHECKING:
     from td3_fast.data import Split
@@ -73,18 +73,16 @@ def _taking_part(when_stopped: str, ranks: Ranks) -> Iterator[Watcher]:
     from td3_fast.parallel import LostRank
     from td3_fast.run import Stopped, Watcher
 
-    try:
-        if ranks.first:
-            with _watching(when_stopped) as watcher:
-                yield watcher
-        else:
-            with Interrupts(lambda: None) as interrupts:
-                try:
-                    yield Watcher(stop=lambda: bool(interrupts.requested))
-                except (Stopped, KeyboardInterrupt):
-                    raise Interrupted("stopped") from None
-    except LostRank as error:
-        raise LostRank(f"{error}; {when_stopped}") from error
+    with _watching(when_stopped) if ranks.first else Interrupts(lambda: None) as watching:
+        try:
+            yield watching if isinstance(watching, Watcher) else Watcher(stop=lambda: watching.requested)
+        except LostRank as error:
+            # said here, where the SIGTERM that torchrun sends next is only taken note of
+            fail(f"error: {error}; {when_stopped}", 2)
+        except (Stopped, KeyboardInterrupt):
+            if ranks.first:
+                raise
+            raise Interrupted("stopped") from None
 
 
 @contextmanager

@@ -389,13 +389,13 @@ class Distiller:
             )
             mixture = FixedEmbeddings(made)
         learner, _ = loop.run(start, self.items, mixture, until=warm_up)
-        if config.semantics.reload_learner == "epoch":
-            state.carried = learner.clone().parameters
+        carried = learner.clone().parameters if config.semantics.reload_learner == "epoch" else None
         learner, steps = loop.run_window(learner, self.items, mixture, until=warm_up + differentiated)
         inner = steps[-1].evaluation.loss
         fit, aligned, cotangents = objective.gradient(self.flat, learner.parameters, self.items)
         gradients = torch.autograd.grad(made, factors, loop.pull_back(steps, cotangents, mixture))
         gradients, fit, aligned = self._over_ranks(gradients, fit, aligned)
+        state.carried = carried
         return gradients, {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner}
 
     def _over_ranks(

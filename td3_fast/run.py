@@ -31,7 +31,7 @@ from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teach
 from td3_fast.learners import Learner, build_learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
-from td3_fast.parallel import ALONE, Ranks
+from td3_fast.parallel import ALONE, LostRank, Ranks
 from td3_fast.pretrain import PretrainState, pretrain
 from td3_fast.progress import Progress, silent
 from td3_fast.recipes import Recipe
@@ -386,6 +386,7 @@ class Run:
         self, pretrained: Pretrained, state: PretrainState | DistillState | None, log: JsonLines
     ) -> tuple[TuckerSummary, DistillState]:
         latest: dict[str, float] = {}
+        reached: tuple[DistillState, int] | None = None
 
         def progress(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
             if "epoch" not in values:
@@ -393,6 +394,8 @@ class Run:
             self.watcher.progress(stage, done, total, values)
 
         def on_step(state: DistillState) -> None:
+            nonlocal reached
+            reached = state, state.step
             seconds = self._clock.so_far()["distill"]
             log.write({"event": "step", "step": state.step, "seconds": seconds, **latest})
             ended = not state.losses
@@ -401,16 +404,22 @@ class Run:
             # all stop after the same step, whoever was asked
             self._checkpoint(state, due=ended, stop=self.ranks.everyone.any(self.watcher.stop()))
 
-        summary, state = distill(
-            self.split,
-            pretrained,
-            self.recipe.distill,
-            seed=self.seed,
-            state=state if isinstance(state, DistillState) else None,
-            ranks=self.ranks,
-            on_step=on_step,
-            progress=progress,
-        )
+        try:
+            summary, state = distill(
+                self.split,
+                pretrained,
+                self.recipe.distill,
+                seed=self.seed,
+                state=state if isinstance(state, DistillState) else None,
+                ranks=self.ranks,
+                on_step=on_step,
+                progress=progress,
+            )
+        except LostRank:
+            # a step changes the state when all have met, so one that was broken off has left it as it was
+            if reached is not None and reached[0].step == reached[1]:
+                self._checkpoint(reached[0], due=True, stop=False)
+            raise
         if self.ranks.items.size > 1:
             summary.item_factors = load_item_factors(self.folder / PRETRAINED)
         metadata = summary.metadata

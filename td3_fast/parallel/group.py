@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,7 +73,8 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            # a transport's own words, without the place in its source and its advice
+            reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[-1]).partition(". ")[0]
             raise LostRank(
                 f"process {self.rank} of {self.size} lost the others, one of them has probably died ({reason})"
             ) from error
