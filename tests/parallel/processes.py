@@ -15,7 +15,7 @@ import torch
 
 from td3_fast.parallel import join
 
-SECONDS = 120
+SECONDS = 300
 
 
 def serve(connection: Connection, rank: int, size: int, meeting: str) -> None:

@@ -24,7 +24,7 @@ TINY = [
     "--recipe", "synthetic", "--size", "6x6", "--rank", "3", "--epochs", "3", "--inner-steps", "24", "--window", "6",
     "--batch-size", "20", "--max-epochs", "2",
 ]  # fmt: skip
-SECONDS = 240
+SECONDS = 600
 # "examples" shares the real examples out, "items" splits the item table, which is trained
 MODES = {
     "examples": ["--item-embedding", "frozen"],
