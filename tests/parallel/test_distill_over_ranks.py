@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from td3_fast.data import generate_interactions, leave_one_out
+from td3_fast.data import Interactions, generate_interactions, leave_one_out
 from td3_fast.distill import SEMANTICS, DistillConfig, Distiller, DistillState, Semantics, distill
 from td3_fast.learners import build_learner
 from td3_fast.parallel import ALONE, Group, Ranks, grid
@@ -37,14 +41,15 @@ def pretrained_of(split: Any, name: str) -> Pretrained:
     )
 
 
+CONFIG = DistillConfig(
+    users=5, positions=8, user_rank=3, position_rank=4, batch_size=40, users_per_step=3, summary_lr=0.01,
+    learner_lr=0.01, inner_steps=12, window=5, micro_batch=16, epochs=1, validation_runs=2,
+)  # fmt: skip
+
+
 def small(ranks: Ranks, *, name: str = "SASRec", **changes: Any) -> tuple[Distiller, DistillState]:
     split = leave_one_out(generate_interactions(num_users=30, num_items=NUM_ITEMS, mean_length=9, seed=3))
-    options = {
-        "users": 5, "positions": 8, "user_rank": 3, "position_rank": 4, "batch_size": 40, "users_per_step": 3,
-        "summary_lr": 0.01, "learner_lr": 0.01, "inner_steps": 12, "window": 5, "micro_batch": 16, "epochs": 1,
-        "validation_runs": 2,
-    }  # fmt: skip
-    config = DistillConfig(**{**options, **changes})
+    config = replace(CONFIG, **changes)
     pretrained = pretrained_of(split, name).cut(ranks.items.rows(split.interactions.num_items))
     distiller = Distiller(split, pretrained, config, seed=11, ranks=ranks)
     state = distiller.initial_state()
@@ -134,6 +139,47 @@ def test_a_whole_distillation_is_that_of_one_process(
     assert torch.equal(torch.cat(held) if split_items else held[0], expected["items"])
     if split_items:
         assert max(map(len, held)) == -(-len(expected["items"]) // shards)
+
+
+class Longest(TorchDispatchMode):
+    """The longest side of any matrix, or tensor of more dimensions, that is made."""
+
+    side = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.dim() > 1:
+                self.side = max(self.side, *tensor.shape, 0)
+        return made
+
+
+def longest_side(group: Group | None, item_embedding: str) -> int:
+    generator = np.random.default_rng(0)
+    log = Interactions(
+        offsets=np.arange(21, dtype=np.int64) * 6,
+        items=generator.integers(1, 6000, 120, dtype=np.int32),
+        item_ids=np.array(["[PAD]", *map(str, range(1, 6000))]),
+        user_ids=np.array([str(user) for user in range(20)]),
+        name="random",
+    )
+    split = leave_one_out(log)
+    ranks = ALONE if group is None else ranks_of(group.size)
+    pretrained = pretrained_of(split, "SASRec").cut(ranks.items.rows(6000))
+    config = replace(CONFIG, item_embedding=item_embedding, selection="full")
+    distiller = Distiller(split, pretrained, config, seed=11, ranks=ranks)
+    with Longest() as longest:
+        distiller.run()
+    return longest.side
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_a_process_makes_no_tensor_longer_than_its_share_of_the_catalogue(
+    item_embedding: str, processes: Any
+) -> None:
+    targets = 20  # of a batch, which are ranked beside the items
+    assert longest_side(None, item_embedding) == 6000
+    assert max(processes(longest_side, item_embedding)) <= 6000 // processes.size + targets
 
 
 def refused(group: Group) -> str:
