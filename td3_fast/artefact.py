@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import safetensors.torch
@@ -25,6 +26,7 @@ from td3_fast.files import open_atomically
 SHA256_ZEROS = "0" * 64
 HEADER_START = b'{"__metadata__":{"td3_fast":"{\\"sha256\\":\\"'
 MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
+PIECE_BYTES = 1 << 24
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -95,9 +97,16 @@ def write_artefact(
 
 
 def read_artefact(
-    path: str | os.PathLike[str], *, kind: str, version: int
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    version: int,
+    rows: Callable[[str], slice | None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the document of a file that `write_artefact` wrote, without the keys that it added.
+
+    rows: which rows of the tensor of a name are wanted, None for all. With it the file is checked piece by piece, and
+    no more of it than those rows comes to lie in memory.
 
     Raises:
         ArtefactError: the file cannot be read, is no such artefact, or is not the one that was written.
@@ -106,16 +115,16 @@ def read_artefact(
         with open(path, "rb") as file:
             content_start = _check_start(path, file.read(4096), os.fstat(file.fileno()).st_size)
             file.seek(0)
-            content = file.read()
+            content = file.read(-1 if rows is None else content_start)
+            _check_sum(path, itertools.chain([content], iter(lambda: file.read(PIECE_BYTES), b"")))
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read ({error.strerror}): check its name and place") from error
-    _check_sum(path, content)
     try:
         header = json.loads(content[8:content_start])
         document = json.loads(
             header["__metadata__"]["td3_fast"], parse_constant=_refuse_constant, parse_float=_finite
         )
-        tensors = safetensors.torch.load(content)
+        tensors = safetensors.torch.load(content) if rows is None else _read_rows(path, rows)
     except (
         Exception
     ) as error:  # the sum is right, so these are a forger's bytes: no telling what they set off
@@ -132,6 +141,15 @@ def read_artefact(
         )
     del document["sha256"]
     return tensors, document
+
+
+def _read_rows(path: str | os.PathLike[str], rows: Callable[[str], slice | None]) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        wanted = {name: rows(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        return {
+            name: file.get_tensor(name) if cut is None else file.get_slice(name)[cut]
+            for name, cut in wanted.items()
+        }
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -216,11 +234,15 @@ def _check_start(path: str | os.PathLike[str], start: bytes, size: int) -> int:
     return 8 + length
 
 
-def _check_sum(path: str | os.PathLike[str], content: bytes) -> None:
+def _check_sum(path: str | os.PathLike[str], pieces: Iterator[bytes]) -> None:
+    """pieces: the whole file, the first of them at least its header."""
     first = 8 + len(HEADER_START)
     last = first + len(SHA256_ZEROS)
+    content = next(pieces)
     digest = hashlib.sha256(content[:first] + SHA256_ZEROS.encode())
     digest.update(memoryview(content)[last:])
+    for piece in pieces:
+        digest.update(piece)
     if content[first:last] != digest.hexdigest().encode():
         raise ArtefactError(f"{path} is truncated or damaged, its checksum does not match: {COPY_AGAIN}")
 

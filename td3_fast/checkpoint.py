@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -146,18 +146,27 @@ def save_pretrained(path: str | os.PathLike[str], pretrained: Pretrained, settin
     _write(path, tensors, document, kind=PRETRAINED_KIND)
 
 
-def load_pretrained(path: str | os.PathLike[str]) -> tuple[Pretrained, Settings]:
+def load_pretrained(
+    path: str | os.PathLike[str], *, items: slice | None = None
+) -> tuple[Pretrained, Settings]:
     """What `save_pretrained` wrote: the learner, and its settings. No code in the file is ever run.
+
+    items: the rows of the item tables that are wanted, as by `Pretrained.cut`; no others come to lie in memory.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
     """
-    tensors, document = _read(path, kind=PRETRAINED_KIND)
+
+    def rows(name: str) -> slice | None:
+        return items if name.endswith(".item_embeddings") else None
+
+    tensors, document = _read(path, kind=PRETRAINED_KIND, rows=None if items is None else rows)
     try:
         contents: _PretrainedDocument = from_json(_PretrainedDocument, document, "metadata")
+        here = {} if items is None else {"num_items": len(tensors["best.item_embeddings"])}
         pretrained = Pretrained(
             learner_name=contents.learner_name,
-            learner_config=contents.learner_config,
+            learner_config={**contents.learner_config, **here},
             best=_take_named(tensors, "best"),
             pool=[_take_named(tensors, f"pool.{index}") for index in range(contents.pool)],
             history=list(contents.history),
@@ -165,10 +174,24 @@ def load_pretrained(path: str | os.PathLike[str]) -> tuple[Pretrained, Settings]
         )
         _check_empty(tensors)
         pretrained.learner(share_items=True)
-    except (ValueError, RuntimeError, TypeError) as error:  # load_state_dict, a config without such a field
+    # load_state_dict, a config's missing or unknown field
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a valid pretrained learner, {reason}: make it anew") from error
     return pretrained, contents.settings
+
+
+def load_item_factors(path: str | os.PathLike[str]) -> Tensor:
+    """The item table (n, d) of the best checkpoint, alone, of what `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    wanted = "best.item_embeddings"
+    tensors, _ = _read(path, kind=PRETRAINED_KIND, rows=lambda name: None if name == wanted else slice(0, 0))
+    if wanted not in tensors:
+        raise CheckpointError(f"{path} is not a valid pretrained learner, it has no item table: make it anew")
+    return tensors[wanted]
 
 
 def save_learner(path: str | os.PathLike[str], learner: Learner, *, item_ids: Sequence[str]) -> None:
@@ -291,9 +314,11 @@ def _write(
         raise CheckpointError(str(error)) from error
 
 
-def _read(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(
+    path: str | os.PathLike[str], *, kind: str, rows: Callable[[str], slice | None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        tensors, document = read_artefact(path, kind=kind, version=FORMAT_VERSION)
+        tensors, document = read_artefact(path, kind=kind, version=FORMAT_VERSION, rows=rows)
     except ArtefactError as error:
         raise CheckpointError(str(error)) from error
     # copies, because a matrix product may round otherwise where its operands are aligned otherwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -15,12 +16,13 @@ import typer
 from rich.table import Table
 
 from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_columns
-from td3_fast.terminal import Display, Interrupted, Interrupts, console, guarded, say, settings
+from td3_fast.terminal import Display, Interrupted, Interrupts, console, fail, guarded, say, settings
 
 if TYPE_CHECKING:
     from td3_fast.data import Split
     from td3_fast.distill import DistillConfig
     from td3_fast.evaluate import Row
+    from td3_fast.parallel import Ranks
     from td3_fast.recipes import Recipe
     from td3_fast.run import Watcher
     from td3_fast.summary import TuckerSummary
@@ -49,6 +51,41 @@ def options(
 
 
 @contextmanager
+def _processes(item_shards: int) -> Iterator[Ranks]:
+    """Those that torchrun started, connected; else this one alone."""
+    from td3_fast.parallel import ALONE, is_launched, join
+
+    if is_launched(os.environ):
+        with join(item_shards=item_shards) as ranks:
+            yield ranks
+    elif item_shards == 1:
+        yield ALONE
+    else:
+        raise ValueError(
+            f"--item-shards {item_shards} needs as many processes: start with torchrun --nproc-per-node "
+            f"{item_shards} -m td3_fast.cli"
+        )
+
+
+@contextmanager
+def _taking_part(when_stopped: str, ranks: Ranks) -> Iterator[Watcher]:
+    """`_watching` in the first of several processes, silence in the others; a lost one is an error with a way on."""
+    from td3_fast.parallel import LostRank
+    from td3_fast.run import Stopped, Watcher
+
+    with _watching(when_stopped) if ranks.first else Interrupts(lambda: None) as watching:
+        try:
+            yield watching if isinstance(watching, Watcher) else Watcher(stop=lambda: watching.requested)
+        except LostRank as error:
+            # said here, where the SIGTERM that torchrun sends next is only taken note of
+            fail(f"error: {error}; {when_stopped}", 2)
+        except (Stopped, KeyboardInterrupt):
+            if ranks.first:
+                raise
+            raise Interrupted("stopped") from None
+
+
+@contextmanager
 def _watching(when_stopped: str) -> Iterator[Watcher]:
     """Progress on the terminal; an interruption ends in the words `when_stopped`."""
     from td3_fast.run import Stopped, Watcher
@@ -72,7 +109,10 @@ def _go_on(*, without: str | None = None, also: str | None = None) -> str:
     words = [word for word in sys.argv[1:] if word != without]
     if also is not None and also not in words:
         words.append(also)
-    return f"what is done is kept. Go on with:\n  {shlex.join(['td3-fast', *words])}"
+    program = ["td3-fast"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "td3_fast.cli"]
+    return f"what is done is kept. Go on with:\n  {shlex.join([*program, *words])}"
 
 
 SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
@@ -187,20 +227,26 @@ def distill(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    item_shards: Annotated[
+        int, typer.Option(min=1, help="Processes that an item table is split over, under torchrun.")
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Pretrain a learner on DATA and distil DATA into a summary.
 
-    Leaves summary.safetensors, pretrained.safetensors, results.json, log.jsonl and report.png in the folder.
+    Leaves summary.safetensors, pretrained.safetensors, results.json, log.jsonl and report.png in the folder. Under
+    torchrun, with `-m td3_fast.cli` for the program, processes share out the real examples of each outer step, or hold
+    an item table among them; a restart goes on by itself.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume, overwrite = True, False
     _set_threads(threads)
     from td3_fast.distill import with_semantics
     from td3_fast.run import SUMMARY, Run, check_free
 
-    check_free(out, resume=resume, overwrite=overwrite)
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     changes: dict[str, Any] = {
@@ -232,20 +278,28 @@ def distill(
     if config.item_embedding == "trained" and config.start == "pool":
         chosen = replace(chosen, pretrain=replace(chosen.pretrain, pool_items=True))
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
-    split = _split(data, format=format, columns=columns, **filters)
-    _plan(split, chosen, out)
-    with _watching(_go_on(without="--overwrite", also="--resume")) as watcher:
-        run = Run(
-            folder=out,
-            split=split,
-            recipe=chosen,
-            seed=seed,
-            source=data,
-            filters=filters,
-            pretrained_from=pretrained,
-            watcher=watcher,
-        )
-        rows = run.distill(resume=resume, overwrite=overwrite)
+    way_on = _go_on(without="--overwrite", also="--resume")
+    with _processes(item_shards) as ranks:
+        if ranks.first:
+            check_free(out, resume=resume, overwrite=overwrite)
+        split = _split(data, format=format, columns=columns, **filters)
+        if ranks.first:
+            _plan(split, chosen, out)
+        with _taking_part(way_on, ranks) as watcher:
+            run = Run(
+                folder=out,
+                split=split,
+                recipe=chosen,
+                seed=seed,
+                source=data,
+                filters=filters,
+                pretrained_from=pretrained,
+                watcher=watcher,
+                ranks=ranks,
+            )
+            rows = run.distill(resume=resume, overwrite=overwrite)
+    if not ranks.first:
+        return
     _print_rows(rows)
     say(f"\n{out / SUMMARY} is the summary. All baselines beside it:")
     say(f"  {shlex.join(['td3-fast', 'evaluate', str(out / SUMMARY), data, '--out', str(out)])}")

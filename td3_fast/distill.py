@@ -15,15 +15,14 @@ from torch.nn import functional as F
 
 from td3_fast.data import Batch, Examples, Split, cut_batch, shuffled
 from td3_fast.initial import summary_of_sequences, training_sequences
-from td3_fast.learners import FlatParameters, Learner, look_up
+from td3_fast.learners import FlatParameters, Learner
 from td3_fast.ops import (
     DropoutStream,
     derive_seed,
-    item_cross_entropy,
     seeded_generator,
     tucker_queries,
-    tucker_soft_embedding,
 )
+from td3_fast.parallel import ALONE, WHOLE, Group, ItemTables, Ranks, item_tables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
 from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
@@ -171,7 +170,10 @@ class DistillState:
 
 
 class OuterObjective:
-    """Cross-entropy of the next item plus alignment of features, on one batch of real examples."""
+    """Cross-entropy of the next item plus alignment of features, on one batch of real examples.
+
+    Of a group of processes each takes its share of the micro-batches: losses and gradients add up to those of all.
+    """
 
     def __init__(
         self,
@@ -182,16 +184,25 @@ class OuterObjective:
         index: np.ndarray,
         *,
         seed: int,
+        tables: ItemTables = WHOLE,
+        sharing: Group | None = None,
     ) -> None:
         self._config = config
+        self._tables = tables
         self._flat = flat
         self._teacher_parameters = flat.gather(teacher.state_dict())
         self._teacher_items = teacher.item_embeddings.detach()
         self._count = len(index)
         by_length = index[np.argsort(examples.lengths[index], kind="stable")]
+        sharing = sharing or Group()
+        size = config.micro_batch
+        # masks are drawn by micro-batch, so where there are some, micro-batches stay as they are in one process
+        if not (config.semantics.outer_dropout or config.semantics.alignment_dropout):
+            size = min(size, -(-len(index) // sharing.size))
+        firsts = list(enumerate(range(0, len(index), size)))
         self._parts = [
-            cut_batch(examples, by_length[first : first + config.micro_batch], teacher.max_len)
-            for first in range(0, len(index), config.micro_batch)
+            (i, cut_batch(examples, by_length[first : first + size], teacher.max_len))
+            for i, first in firsts[sharing.rank :: sharing.size]
         ]
         self._seed = seed
 
@@ -199,22 +210,22 @@ class OuterObjective:
         return DropoutStream(derive_seed(self._seed, *path)) if switch else None
 
     def losses(self, encode: Callable[..., Tensor], items: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each micro-batch its share of the cross-entropy and of the alignment."""
+        """For each micro-batch of this process its share of the cross-entropy and of the alignment."""
         semantics = self._config.semantics
-        for i, part in enumerate(self._parts):
+        for i, part in self._parts:
             batch = Batch(*(t.to(items.device) for t in part))
             positions = (batch.lengths - 1).unsqueeze(1)
-            embeds = look_up(items, batch.histories)
+            embeds = self._tables.look_up(batch.histories, items)
             hidden = encode(
                 embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)
             ).squeeze(1)
             share = len(batch.targets) / self._count
-            fit = item_cross_entropy(hidden, items, batch.targets).mean() * share
+            fit = self._tables.item_cross_entropy(hidden, items, batch.targets).mean() * share
             aligned = hidden.new_zeros(())
             if self._config.alignment:
                 with torch.no_grad():
                     dropout = self._dropout(semantics.alignment_dropout, "teacher", i)
-                    known = look_up(self._teacher_items, batch.histories)
+                    known = self._tables.look_up(batch.histories, self._teacher_items)
                     features = self._flat.encode(
                         self._teacher_parameters, known, positions, dropout=dropout
                     ).squeeze(1)
@@ -244,10 +255,25 @@ class OuterObjective:
 
 
 class Distiller:
-    """Algorithm 1 on given data. `run` does the whole; `outer_step` one step, for tests and benchmarks."""
+    """Algorithm 1 on given data. `run` does the whole; `outer_step` one step, for tests and benchmarks.
 
-    def __init__(self, split: Split, pretrained: Pretrained, config: DistillConfig, *, seed: int) -> None:
+    ranks: the processes that do it together, all by the same calls. They share out the real examples of an outer step,
+    or hold the item tables among them; `pretrained` then has this process's rows, as `Pretrained.cut` makes them.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        pretrained: Pretrained,
+        config: DistillConfig,
+        *,
+        seed: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
         pretrained = for_item_embedding(pretrained, config)
+        self.ranks = ranks
+        self.tables = item_tables(ranks.items, split.interactions.num_items)
+        _check_ranks(config, ranks)
         self.split = split
         self.pretrained = pretrained
         self.config = config
@@ -271,8 +297,9 @@ class Distiller:
             sequences = training_sequences(
                 self.split.train, users=config.users, positions=config.positions, seed=seed
             )
+            embedded = self.tables.look_up(torch.from_numpy(sequences).to(self.items.device), self.items)
             summary = summary_of_sequences(
-                torch.from_numpy(sequences), self.items, sharpness=config.sharpness, seed=seed, **ranks
+                embedded, self.items, sharpness=config.sharpness, seed=seed, **ranks
             )
         else:
             summary = TuckerSummary.initialise(
@@ -304,7 +331,7 @@ class Distiller:
             preprocessing=Preprocessing(data=log.name, filters={}, fingerprint=log.fingerprint),
             training=TrainingRecipe(
                 learner=self.pretrained.learner_name,
-                learner_config=self.pretrained.learner_config,
+                learner_config={**self.pretrained.learner_config, "num_items": log.num_items},
                 **self.fit_options(),
             ),
             metrics={name: value for name, value in best.items() if "@" in name},
@@ -354,6 +381,8 @@ class Distiller:
             self.split.train,
             self.batch_index(state.step),
             seed=derive_seed(seed, "real"),
+            tables=self.tables,
+            sharing=self.ranks.examples,
         )
         loop = InnerLoop(
             learner=self.teacher,
@@ -365,6 +394,7 @@ class Distiller:
             augmentation=config.augmentation,
             separate_passes=config.semantics.separate_passes,
             restart_batches_at=warm_up if config.semantics.restart_batches else None,
+            tables=self.tables,
         )
         if config.engine == "higher":
             return self._with_higher(state, loop, start, objective, warm_up, differentiated)
@@ -373,20 +403,32 @@ class Distiller:
         mixture: ItemMixture
         if config.item_embedding == "trained":
             made = tucker_queries(core, user_factors, position_factors)
-            mixture = make_mixture(made.detach(), self.items, normalize=config.normalize)
+            mixture = make_mixture(made.detach(), self.items, normalize=config.normalize, tables=self.tables)
         else:
-            made = tucker_soft_embedding(
+            made = self.tables.tucker_soft_embedding(
                 core, user_factors, position_factors, self.items, self.items, normalize=config.normalize
             )
             mixture = FixedEmbeddings(made)
         learner, _ = loop.run(start, self.items, mixture, until=warm_up)
-        if config.semantics.reload_learner == "epoch":
-            state.carried = learner.clone().parameters
+        carried = learner.clone().parameters if config.semantics.reload_learner == "epoch" else None
         learner, steps = loop.run_window(learner, self.items, mixture, until=warm_up + differentiated)
         inner = steps[-1].evaluation.loss
         fit, aligned, cotangents = objective.gradient(self.flat, learner.parameters, self.items)
         gradients = torch.autograd.grad(made, factors, loop.pull_back(steps, cotangents, mixture))
+        gradients, fit, aligned = self._over_ranks(gradients, fit, aligned)
+        state.carried = carried
         return gradients, {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner}
+
+    def _over_ranks(
+        self, gradients: tuple[Tensor, ...], fit: float, aligned: float
+    ) -> tuple[tuple[Tensor, ...], float, float]:
+        """Gradients and losses of all real examples, from those of each process's share; everywhere the same bits."""
+        ranks = self.ranks
+        losses = torch.tensor([fit, aligned], dtype=torch.float64, device=self.items.device)
+        # the adjoint is linear in what it pulls back, so it is the small gradients of the factors that are added up
+        summed = [ranks.items.common(ranks.examples.total(part)) for part in (*gradients, losses)]
+        fit, aligned = summed.pop().tolist()
+        return tuple(summed), fit, aligned
 
     def _with_higher(
         self,
@@ -459,7 +501,8 @@ class Distiller:
             if config.semantics.carry_embeddings and state.validation_items is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(state.validation_items)
-            fit_on_summary(learner, self.summary(state.factors.parameters), seed=seed, **self.fit_options())
+            summary = self.summary(state.factors.parameters)
+            fit_on_summary(learner, summary, seed=seed, tables=self.tables, **self.fit_options())
             if config.semantics.carry_embeddings:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:
@@ -468,7 +511,8 @@ class Distiller:
                 derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
             )
             runs.append(ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection])
-        return {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+        means = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+        return self.ranks.everyone.first_of(means)
 
     def fit_options(self) -> dict[str, Any]:
         """How a learner is trained on this summary, as `fit_on_summary` takes it."""
@@ -493,7 +537,10 @@ class Distiller:
         """Distil to the end, from the start or from `state`; `on_step` sees the state after every outer step."""
         state = state or self.initial_state()
         ranker = Ranker(
-            self.split.validation, seed=derive_seed(self.seed, "ranker"), protocols=(self.config.selection,)
+            self.split.validation,
+            seed=derive_seed(self.seed, "ranker"),
+            protocols=(self.config.selection,),
+            tables=self.tables,
         )
         while state.step < self.total_steps:
             losses = self.outer_step(state)
@@ -516,6 +563,18 @@ class Distiller:
             state.best = tuple(p.clone() for p in state.factors.parameters)
 
 
+def _check_ranks(config: DistillConfig, ranks: Ranks) -> None:
+    if ranks.everyone.size > 1 and config.engine == "higher":
+        raise ValueError('engine="higher" is for one process: use engine="native", or start one')
+    if ranks.items.size > 1 and (
+        config.semantics.reload_learner == "epoch" or config.semantics.carry_embeddings
+    ):
+        raise ValueError(
+            "a learner or item table that is carried from step to step is written into checkpoints as a whole: "
+            "use the paper's semantics, or do not split the item tables"
+        )
+
+
 def distill(
     split: Split,
     pretrained: Pretrained,
@@ -523,6 +582,7 @@ def distill(
     *,
     seed: int,
     state: DistillState | None = None,
+    ranks: Ranks = ALONE,
     on_step: Callable[[DistillState], None] | None = None,
     progress: Progress = silent,
 ) -> tuple[TuckerSummary, DistillState]:
@@ -530,9 +590,10 @@ def distill(
 
     Returns the summary of the epoch with the best validation MRR@10, with all that it needs to be saved and evaluated,
     and the final state with the history. `state` continues an interrupted run, with the bits of an unbroken one.
+    ranks: as for `Distiller`; where item tables are split, the summary has this process's rows of its item factors.
     Source: TD3 (WWW '25), Algorithm 1.
     """
-    distiller = Distiller(split, pretrained, config, seed=seed)
+    distiller = Distiller(split, pretrained, config, seed=seed, ranks=ranks)
     state = distiller.run(state, on_step=on_step, progress=progress)
     assert state.best is not None
     summary = distiller.summary(state.best)

@@ -43,7 +43,7 @@ def training_sequences(train: Examples, *, users: int, positions: int, seed: int
 
 
 def summary_of_sequences(
-    sequences: Tensor,  # (users, positions) int64
+    embedded: Tensor,  # (users, positions, d3)
     item_factors: Tensor,  # (n, d3)
     *,
     user_rank: int,
@@ -51,16 +51,16 @@ def summary_of_sequences(
     sharpness: float,
     seed: int,
 ) -> TuckerSummary:
-    """A Tucker summary whose distributions lie around the items of `sequences`.
+    """A Tucker summary whose distributions lie around given items.
 
-    The query of a position is its item's factors, scaled so that an item scores `sharpness` nats on its own query on
+    The query of a position is its item's factors, `embedded`, scaled so that an item scores `sharpness` nats on its own query on
     average; the tensor of queries is truncated to the ranks by a higher-order SVD. Ranks beyond what the tensor has are
     filled with the noise of `TuckerSummary.initialise`, to no effect until they are learned. Computed in float64.
 
     Raises:
         ValueError: a rank or size is below 1.
     """
-    users, positions = sequences.shape
+    users, positions, _ = embedded.shape
     noise = TuckerSummary.initialise(
         users=users,
         positions=positions,
@@ -69,7 +69,7 @@ def summary_of_sequences(
         item_factors=item_factors,
         seed=seed,
     )
-    embedded = item_factors[sequences.to(item_factors.device)].double()  # (users, positions, d3)
+    embedded = embedded.double()
     own_score = embedded.square().sum(-1).mean()
     queries = embedded * (sharpness / own_score)
     user_factors, position_factors = noise.user_factors.double(), noise.position_factors.double()

@@ -20,6 +20,7 @@ from td3_fast.checkpoint import (
     check_settings,
     differences,
     load_checkpoint,
+    load_item_factors,
     load_pretrained,
     save_checkpoint,
     save_pretrained,
@@ -30,6 +31,7 @@ from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teach
 from td3_fast.learners import Learner, build_learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
+from td3_fast.parallel import ALONE, LostRank, Ranks
 from td3_fast.pretrain import PretrainState, pretrain
 from td3_fast.progress import Progress, silent
 from td3_fast.recipes import Recipe
@@ -114,7 +116,8 @@ class Run:
     """One data set, one recipe, one folder.
 
     source: what the user called the data; filters: what was left out of them, as arguments of
-    `load_interactions`.
+    `load_interactions`; ranks: the processes that distil together, in one folder that all of them see. Process 0 alone
+    pretrains, writes and evaluates.
     """
 
     folder: Path
@@ -126,6 +129,7 @@ class Run:
     pretrained_from: Path | None = None
     watcher: Watcher = field(default_factory=Watcher)
     evaluation_seeds: int = 3  # of the first look at the finished summary
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self._clock = _Clock()
@@ -134,7 +138,7 @@ class Run:
 
     def distill(self, *, resume: bool = False, overwrite: bool = False) -> list[Row]:
         """Pretrain, or take what is pretrained already, distil, and score the summary beside the zero-step
-        control.
+        control. Processes other than the first take part in the second of these, and return no rows.
 
         resume: go on where the folder's run stopped; overwrite: remove the folder's run first, except a
         pretrained learner that fits.
@@ -143,9 +147,14 @@ class Run:
             RunError: the folder holds a run and neither is asked for.
             CheckpointError: a file of the folder is damaged, or belongs to a run with other settings.
             Stopped: the watcher asked for it; a checkpoint is written.
+            LostRank: another process has died.
         """
+        if not self.ranks.first:
+            self._take_part()
+            return []
         checkpoint = self._claim(resume, overwrite)
         if self._complete(resume):
+            self._tell_others(go=False)
             self.watcher.say(f"the run in {self.folder} is complete")
             return list(read_results(self.folder / RESULTS)["rows"])
         state = None if checkpoint is None else checkpoint.state
@@ -154,7 +163,10 @@ class Run:
             self._compare_environment(checkpoint)
         with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
             pretrained, _ = self._pretrained(state, log, overwrite)
+            if self.ranks.items.size > 1:
+                pretrained = self._own_rows()
             pretrained = for_item_embedding(pretrained, self.recipe.distill)  # what it leaves out is freed
+            self._tell_others(go=True)
             self._clock.start("distill")
             summary, state = self._distill(pretrained, state, log)
         self._clock.so_far()
@@ -260,7 +272,7 @@ class Run:
         return (self.folder / RESULTS).exists()
 
     def _compare_environment(self, checkpoint: Checkpoint) -> None:
-        found = differences(checkpoint.environment, environment())
+        found = differences(checkpoint.environment, self._environment())
         if found:
             self.watcher.say(f"note: {'; '.join(found)}; results may differ in the last digits for it")
 
@@ -274,9 +286,45 @@ class Run:
             return (self.folder / PRETRAINED).exists()
         return bool(entry.get("epoch", 0) <= state.fit.epoch)
 
-    def _checkpoint(self, state: PretrainState | DistillState, *, due: bool) -> None:
+    def _tell_others(self, *, go: bool) -> bool:
+        """Meet the other processes; whether process 0 says that there is something to distil."""
+        return bool(self.ranks.everyone.first_of({"go": float(go)})["go"])
+
+    def _own_rows(self) -> Pretrained:
+        """The folder's pretrained learner, with this process's rows of the item tables."""
+        split = self.ranks.items.size > 1
+        rows = self.ranks.items.rows(self.split.interactions.num_items) if split else None
+        return load_pretrained(self.folder / PRETRAINED, items=rows)[0]
+
+    def _take_part(self) -> None:
+        """The distillation in a process that writes nothing, from what process 0 finds or leaves in the folder."""
+        if not self._tell_others(go=True):
+            return
+        path = self.folder / CHECKPOINT
+        # process 0 cannot overwrite it before all have taken a step together
+        state = load_checkpoint(path).state if path.exists() else None
+
+        def on_step(state: DistillState) -> None:
+            if self.ranks.everyone.any(self.watcher.stop()):
+                raise Stopped
+
+        distill(
+            self.split,
+            self._own_rows(),
+            self.recipe.distill,
+            seed=self.seed,
+            state=state if isinstance(state, DistillState) else None,
+            ranks=self.ranks,
+            on_step=on_step,
+        )
+
+    def _environment(self) -> dict[str, Any]:
+        ranks = self.ranks
+        several = {"processes": ranks.everyone.size, "item_shards": ranks.items.size}
+        return environment() | (several if ranks.everyone.size > 1 else {})
+
+    def _checkpoint(self, state: PretrainState | DistillState, *, due: bool, stop: bool) -> None:
         """Save now and then, and when asked to stop; then stop."""
-        stop = self.watcher.stop()
         if due or stop or time.monotonic() >= self._next_checkpoint:
             save_checkpoint(
                 self.folder / CHECKPOINT,
@@ -284,7 +332,7 @@ class Run:
                     state=state,
                     settings=self._settings,
                     seconds=self._clock.so_far(),
-                    environment=environment(),
+                    environment=self._environment(),
                 ),
             )
             self._next_checkpoint = time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
@@ -315,7 +363,7 @@ class Run:
             if ended:
                 seconds = self._clock.so_far()["pretrain"]
                 log.write({"event": "pretrain", "seconds": seconds, **state.fit.history[-1]})
-            self._checkpoint(state, due=ended)
+            self._checkpoint(state, due=ended, stop=self.watcher.stop())
 
         pretrained = pretrain(
             self.split,
@@ -339,6 +387,7 @@ class Run:
         self, pretrained: Pretrained, state: PretrainState | DistillState | None, log: JsonLines
     ) -> tuple[TuckerSummary, DistillState]:
         latest: dict[str, float] = {}
+        reached: tuple[DistillState, int] | None = None
 
         def progress(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
             if "epoch" not in values:
@@ -346,22 +395,34 @@ class Run:
             self.watcher.progress(stage, done, total, values)
 
         def on_step(state: DistillState) -> None:
+            nonlocal reached
+            reached = state, state.step
             seconds = self._clock.so_far()["distill"]
             log.write({"event": "step", "step": state.step, "seconds": seconds, **latest})
             ended = not state.losses
             if ended:
                 log.write({"event": "epoch", "step": state.step, "seconds": seconds, **state.history[-1]})
-            self._checkpoint(state, due=ended)
+            # all stop after the same step, whoever was asked
+            self._checkpoint(state, due=ended, stop=self.ranks.everyone.any(self.watcher.stop()))
 
-        summary, state = distill(
-            self.split,
-            pretrained,
-            self.recipe.distill,
-            seed=self.seed,
-            state=state if isinstance(state, DistillState) else None,
-            on_step=on_step,
-            progress=progress,
-        )
+        try:
+            summary, state = distill(
+                self.split,
+                pretrained,
+                self.recipe.distill,
+                seed=self.seed,
+                state=state if isinstance(state, DistillState) else None,
+                ranks=self.ranks,
+                on_step=on_step,
+                progress=progress,
+            )
+        except LostRank:
+            # a step changes the state when all have met, so one that was broken off has left it as it was
+            if reached is not None and reached[0].step == reached[1]:
+                self._checkpoint(reached[0], due=True, stop=False)
+            raise
+        if self.ranks.items.size > 1:
+            summary.item_factors = load_item_factors(self.folder / PRETRAINED)
         metadata = summary.metadata
         assert metadata is not None
         summary.metadata = replace(
@@ -397,7 +458,7 @@ class Run:
             "pretraining": {"history": pretrained.history, "best_epoch": pretrained.best_epoch},
             "seconds": self._clock.so_far(),
             "peak_memory_mib": peak_memory_mib(),
-            "environment": environment(),
+            "environment": self._environment(),
         }
         write_results(self.folder / RESULTS, rows, settings=run.settings(), distillation=distillation)
         draw(self.folder, self.watcher)

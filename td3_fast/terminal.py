@@ -72,13 +72,13 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
         try:
             return command(*arguments, **options)
         except Interrupted as stop:
-            _fail(str(stop), INTERRUPTED)
+            fail(str(stop), INTERRUPTED)
         except KeyboardInterrupt:
-            _fail("stopped", INTERRUPTED)
+            fail("stopped", INTERRUPTED)
         except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
             if settings.tracebacks or not _is_for_users(error):
                 raise
-            _fail(f"error: {error}", 1 if isinstance(error, ArithmeticError) else 2)
+            fail(f"error: {error}", 1 if isinstance(error, ArithmeticError) else 2)
         finally:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
@@ -92,7 +92,8 @@ def _is_for_users(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError | FetchError | FloatingPointError)
 
 
-def _fail(text: str, code: int) -> NoReturn:
+def fail(text: str, code: int) -> NoReturn:
+    """End the command with a sentence and an exit code."""
     _errors.print(text, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(code)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.metrics import metrics_from_ranks
-from td3_fast.ops import DropoutStream, derive_seed, target_rank
+from td3_fast.ops import DropoutStream, derive_seed
+from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.sampled_softmax import PROPOSALS, Negatives, NegativeSampler, Proposal, sampled_cross_entropy
 from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state, lazy_adam_step_
@@ -32,7 +33,14 @@ class Ranker:
     The 100 negatives of `uni100` are drawn once from `seed`. Memory: examples × 101 ids and the batch's scores.
     """
 
-    def __init__(self, examples: Examples, *, seed: int, protocols: tuple[Protocol, ...] = PROTOCOLS) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        seed: int,
+        protocols: tuple[Protocol, ...] = PROTOCOLS,
+        tables: ItemTables = WHOLE,
+    ) -> None:
         if len(examples) == 0:
             raise ValueError(
                 "there is no example to rank: no user has 3 or more interactions, "
@@ -40,6 +48,7 @@ class Ranker:
             )
         self.examples = examples
         self.protocols = protocols
+        self._tables = tables
         self._seed = seed
         self._targets = torch.from_numpy(examples.targets)
         self._candidates = self._draw(seed) if "uni100" in protocols else None
@@ -67,7 +76,8 @@ class Ranker:
                 t.to(items.device) for t in cut_batch(self.examples, index, learner.max_len)
             )
             dropout = None if dropout_seed is None else DropoutStream(derive_seed(dropout_seed, first))
-            hidden = learner(histories, lengths, dropout=dropout)
+            embeds = self._tables.look_up(histories, items)
+            hidden = learner.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
             rows = torch.from_numpy(index)
             ranks[rows] = self._rank(hidden, items, rows, protocol).cpu()
         return ranks
@@ -76,10 +86,12 @@ class Ranker:
         targets = self._targets[rows].to(items.device)
         if protocol == "uni100":
             assert self._candidates is not None
-            return target_rank(hidden, items, targets, candidates=self._candidates[rows].to(items.device))
+            candidates = self._candidates[rows].to(items.device)
+            return self._tables.target_rank(hidden, items, targets, candidates=candidates)
         assert self._history is not None
         offsets, seen = select_rows(self._history, rows)
-        return target_rank(hidden, items, targets, excluded=(offsets.to(items.device), seen.to(items.device)))
+        excluded = (offsets.to(items.device), seen.to(items.device))
+        return self._tables.target_rank(hidden, items, targets, excluded=excluded)
 
     def score_items(self, scores: Tensor) -> dict[Protocol, dict[str, float]]:
         """Metrics of one score per item (n,), the same for every example."""
@@ -307,6 +319,22 @@ class Pretrained:
         pool = [{name: t for name, t in entry.items() if name != "item_embeddings"} for entry in self.pool]
         best = {**self.best, "item_embeddings": self.best["item_embeddings"].to(dtype)}
         return replace(self, best=best, pool=pool)
+
+    def cut(self, rows: slice) -> Pretrained:
+        """The same with copies of only these rows of the item tables, as if there were no other items."""
+
+        def cut(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            items = state.get("item_embeddings")
+            return state if items is None else {**state, "item_embeddings": items[rows].clone()}
+
+        best = cut(self.best)
+        return replace(
+            self,
+            learner_config={**self.learner_config, "num_items": len(best["item_embeddings"])},
+            best=best,
+            # a pool without checkpoints of its own is the best one, which then is kept once
+            pool=[best if entry is self.best else cut(entry) for entry in self.pool],
+        )
 
 
 def fresh_like(learner: Learner, *, seed: int, share_items: bool = False) -> Learner:

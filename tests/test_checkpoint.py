@@ -17,6 +17,7 @@ from td3_fast.checkpoint import (
     check_settings,
     differences,
     load_checkpoint,
+    load_item_factors,
     load_learner,
     load_pretrained,
     save_checkpoint,
@@ -27,7 +28,8 @@ from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import SEMANTICS, DistillConfig, DistillState, distill, with_semantics
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.pretrain import PretrainConfig, PretrainState, pretrain
-from td3_fast.training import FitConfig, Pretrained
+from td3_fast.training import FitConfig, FitState, Pretrained
+from td3_fast.unroll import initial_state
 
 CONFIG = DistillConfig(
     users=6, positions=8, user_rank=3, position_rank=3, batch_size=128, users_per_step=4, summary_lr=0.03,
@@ -116,6 +118,29 @@ def test_a_pretrained_learner_comes_back(pretrained: Pretrained, split: Split, t
     summary, _ = distill(split, pretrained, CONFIG, seed=1)
     again, _ = distill(split, loaded, CONFIG, seed=1)
     assert torch.equal(summary.core, again.core)
+
+
+def test_only_the_rows_asked_for_come_back(pretrained: Pretrained, tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    save_pretrained(path, pretrained, SETTINGS)
+    loaded, settings = load_pretrained(path, items=slice(7, 19))
+    assert settings == SETTINGS
+    assert equal(loaded, pretrained.cut(slice(7, 19)))
+    assert loaded.learner().item_embeddings.shape == (12, 8)
+    assert torch.equal(load_item_factors(path), pretrained.best["item_embeddings"])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_pretrained(path, items=slice(7, 19))
+    save_checkpoint(
+        path,
+        Checkpoint(
+            state=PretrainState(fit=FitState(optimiser=initial_state(()), best=()), pool=[]), settings={}
+        ),
+    )
+    with pytest.raises(CheckpointError, match=r"holds 'td3_fast\.Checkpoint'"):
+        load_item_factors(path)
 
 
 def test_a_pool_that_is_the_best_checkpoint_comes_back(pretrained: Pretrained, tmp_path: Path) -> None:

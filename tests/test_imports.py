@@ -23,6 +23,7 @@ LAYERS = (
     {"unroll", "sampled_softmax"},
     {"summary"},
     {"summary_file", "distilled_data"},
+    {"parallel"},
     {"artefact", "metrics", "learners", "data"},
     {"progress", "files", "ops"},
 )

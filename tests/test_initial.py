@@ -37,7 +37,7 @@ def test_no_training_example_is_an_error(split):
 def test_full_ranks_give_the_items_themselves_and_fewer_the_closest_tensor_of_that_rank():
     torch.manual_seed(0)
     items, sequences = torch.randn(40, 6), torch.randint(1, 40, (5, 7))
-    exact = summary_of_sequences(sequences, items, user_rank=5, position_rank=7, sharpness=3.0, seed=0)
+    exact = summary_of_sequences(items[sequences], items, user_rank=5, position_rank=7, sharpness=3.0, seed=0)
     queries = exact.queries()
     own = (queries * items[sequences]).sum(-1)
     torch.testing.assert_close(own.mean(), torch.tensor(3.0))
@@ -45,7 +45,7 @@ def test_full_ranks_give_the_items_themselves_and_fewer_the_closest_tensor_of_th
     errors = []
     for rank in (1, 2, 4):
         made = summary_of_sequences(
-            sequences, items, user_rank=rank, position_rank=rank, sharpness=3.0, seed=0
+            items[sequences], items, user_rank=rank, position_rank=rank, sharpness=3.0, seed=0
         )
         assert (made.user_factors.shape, made.position_factors.shape) == ((5, rank), (7, rank))
         errors.append(float((made.queries() - queries).detach().norm() / queries.detach().norm()))
@@ -57,7 +57,7 @@ def test_ranks_beyond_the_tensor_change_nothing_and_can_be_learned():
     torch.manual_seed(0)
     items, sequences = torch.randn(40, 6), torch.randint(1, 40, (3, 4))
     exact, wide = (
-        summary_of_sequences(sequences, items, user_rank=r, position_rank=r + 1, sharpness=3.0, seed=0)
+        summary_of_sequences(items[sequences], items, user_rank=r, position_rank=r + 1, sharpness=3.0, seed=0)
         for r in (3, 8)
     )
     torch.testing.assert_close(wide.queries(), exact.queries())

@@ -2,18 +2,19 @@
 
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
 from td3_fast.ops.dropout import DropoutStream, derive_seed, seeded_generator
-from td3_fast.ops.item_cross_entropy import ItemLogsumexp, item_cross_entropy
+from td3_fast.ops.item_cross_entropy import ItemLogsumexp, item_cross_entropy, item_logsumexp
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
-from td3_fast.ops.tucker import tucker_queries, tucker_soft_embedding
+from td3_fast.ops.tucker import Normalize, tucker_queries, tucker_soft_embedding
 
 __all__ = [
     "DropoutStream",
     "EncoderShape",
     "FusedUnavailableWarning",
     "ItemLogsumexp",
+    "Normalize",
     "SoftEmbedding",
     "build_facts",
     "causal_encoder",
@@ -21,6 +22,7 @@ __all__ = [
     "has_causal_encoder",
     "has_fused",
     "item_cross_entropy",
+    "item_logsumexp",
     "mix_items",
     "mix_items_transposed",
     "seeded_generator",

@@ -48,13 +48,27 @@ def item_cross_entropy(
     expected = hidden.shape if target.is_floating_point() else hidden.shape[:1]
     if target.shape != expected:
         raise ValueError(f"expected a target of shape {tuple(expected)}, got {tuple(target.shape)}")
-    fused = use_fused(backend, hidden.device)
-    if fused and not target.is_floating_point():
-        return torch.ops.td3_fast.class_cross_entropy(hidden, item_embeddings, target)
-    logsumexp = (torch.ops.td3_fast.item_logsumexp if fused else reference_logsumexp)(hidden, item_embeddings)
     if not target.is_floating_point():
+        if use_fused(backend, hidden.device):
+            return torch.ops.td3_fast.class_cross_entropy(hidden, item_embeddings, target)
         target = F.embedding(target, item_embeddings)
+    logsumexp = item_logsumexp(hidden, item_embeddings, backend=backend)
     return logsumexp - (hidden.to(logsumexp.dtype) * target).sum(-1)
+
+
+def item_logsumexp(
+    hidden: Tensor,  # (rows, d)
+    item_embeddings: Tensor,  # (n, d)
+    *,
+    backend: Backend = "fused",
+) -> Tensor:
+    """``logsumexp(hidden @ item_embeddings.T)``, (rows,): `item_cross_entropy` without the target's score.
+
+    Differentiable as that is. Where items are split over processes, this is what each has of its own.
+    """
+    if use_fused(backend, hidden.device):
+        return torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
+    return reference_logsumexp(hidden, item_embeddings)
 
 
 def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:

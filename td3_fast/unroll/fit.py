@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from td3_fast.learners import FlatParameters, Learner
+from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import TuckerSummary
 from td3_fast.unroll.adam import AdamConfig, initial_state
@@ -27,16 +28,17 @@ def make_mixture(
     *,
     normalize: str,
     cached_limit: int = CACHED_PROBABILITIES_LIMIT,
+    tables: ItemTables = WHOLE,
 ) -> ItemMixture:
     """Soft embeddings for a table that is trained: probabilities are kept where they and their gradient fit in
     `cached_limit` bytes, else recomputed."""
     if normalize == "none":
-        return LinearMixture(queries, item_factors)
-    size = 2 * queries[..., 0].numel() * len(item_factors) * queries.element_size()
+        return LinearMixture(queries, item_factors, tables)
+    size = 2 * queries[..., 0].numel() * tables.most_rows(item_factors) * queries.element_size()
     return (
-        CachedMixture(queries, item_factors)
+        CachedMixture(queries, item_factors, tables)
         if size <= cached_limit
-        else StreamedMixture(queries, item_factors)
+        else StreamedMixture(queries, item_factors, tables)
     )
 
 
@@ -53,12 +55,14 @@ def fit_on_summary(
     augmentation: bool = True,
     separate_passes: bool = False,
     seed: int = 0,
+    tables: ItemTables = WHOLE,
     progress: Progress = silent,
 ) -> list[float]:
     """Train `learner` in place on a summary with the inner loss; returns the loss of each step.
 
     `item_embedding="frozen"` keeps the learner's item table as it is. The loss leaves out the entropy of the summary,
-    which no learner can change. Same seed, same result.
+    which no learner can change. Same seed, same result. tables: where the item tables of both, if they are split over
+    processes, have their other rows.
     """
     items = learner.item_embeddings.detach()
     loop = InnerLoop(
@@ -70,6 +74,7 @@ def fit_on_summary(
         seed=seed,
         augmentation=augmentation,
         separate_passes=separate_passes,
+        tables=tables,
     )
     flat = FlatParameters(learner)
     theta = flat.gather(learner.state_dict())
@@ -78,11 +83,17 @@ def fit_on_summary(
     if item_embedding == "trained":
         start = (theta, items)
         mixture = make_mixture(
-            summary.queries(), summary.item_factors.to(items.dtype), normalize=summary.normalize
+            summary.queries(),
+            summary.item_factors.to(items.dtype),
+            normalize=summary.normalize,
+            tables=tables,
         )
     else:
         start = (theta,)
-        mixture = FixedEmbeddings(summary(item_embeddings=items))
+        factors = (summary.core, summary.user_factors, summary.position_factors)
+        mixture = FixedEmbeddings(
+            tables.tucker_soft_embedding(*factors, summary.item_factors, items, normalize=summary.normalize)
+        )
     with torch.enable_grad():
         state, losses = loop.run(initial_state(start), items, mixture, until=steps, progress=progress)
     flat.write(learner, *state.parameters)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from td3_fast.learners import FlatParameters, Learner
-from td3_fast.ops import DropoutStream, derive_seed, item_cross_entropy, seeded_generator
+from td3_fast.ops import DropoutStream, derive_seed, seeded_generator
+from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint, adam_step_
 from td3_fast.unroll.mixture import ItemMixture
@@ -60,6 +61,7 @@ class InnerLoop:
         False  # an encoder pass with its own dropout for each of the two, as the authors do
     )
     restart_batches_at: int | None = None  # the step at which the cycle of users starts over
+    tables: ItemTables = WHOLE  # where the rows of item tables are
 
     def __post_init__(self) -> None:
         if self.num_positions < 2:
@@ -108,7 +110,8 @@ class InnerLoop:
         hidden = [flat.encode(theta, inputs, targets - 1, dropout=dropout) for targets, dropout in passes]
         targets = torch.cat([targets for targets, _ in passes], dim=1)
         rows = embeds.gather(1, targets.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
-        return item_cross_entropy(torch.cat(hidden, dim=1).flatten(0, 1), items, rows.flatten(0, 1)).mean()
+        outputs = torch.cat(hidden, dim=1).flatten(0, 1)
+        return self.tables.item_cross_entropy(outputs, items, rows.flatten(0, 1)).mean()
 
     def run(
         self,

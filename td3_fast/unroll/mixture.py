@@ -7,13 +7,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from td3_fast.ops import mix_items, mix_items_transposed, soft_embedding
+from td3_fast.ops import mix_items, mix_items_transposed
+from td3_fast.parallel import WHOLE, ItemTables
 
 
 class ItemMixture(Protocol):
     """The soft embeddings X (b, ζ, d) of selected synthetic users as a function of the learner's item table E (n, d).
 
     It is constant over an inner loop and linear in E. `noted` cotangents add up until `gradient` fetches them.
+    Tables, E among them, may be split over processes: X is then common to these, and so is what `gradient` gives.
     """
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
@@ -57,16 +59,17 @@ class CachedMixture:
     then, so that each set of users costs one matrix product in place of one a step.
     """
 
-    def __init__(self, queries: Tensor, item_factors: Tensor) -> None:
+    def __init__(self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE) -> None:
         self._keys = item_factors
-        self._probabilities = torch.softmax(queries.detach() @ item_factors.T, dim=-1)
+        self._tables = tables
+        self._probabilities = tables.probabilities(queries, item_factors)
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def _rows(self, users: Tensor) -> Tensor:
         return rows_of(self._probabilities, users).flatten(0, 1)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        return mix_items(self._rows(users), items).unflatten(0, (len(users), -1))
+        return self._tables.total(mix_items(self._rows(users), items)).unflatten(0, (len(users), -1))
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
         return mix_items_transposed(self._rows(users), cotangent.flatten(0, 1))
@@ -83,8 +86,8 @@ class CachedMixture:
             weighted = torch.cat([c for c, _ in noted], dim=1) @ torch.cat([e for _, e in noted], dim=1).T
             weighted.mul_(rows)
             # the softmax's derivative, with the row sums taken out after the product with the keys
-            shares = weighted.sum(-1, keepdim=True)
-            gradient = weighted @ self._keys - shares * (rows @ self._keys)
+            shares = self._tables.total(weighted.sum(-1, keepdim=True))
+            gradient = self._tables.total(weighted @ self._keys - shares * (rows @ self._keys))
             result.index_add_(0, index, gradient.unflatten(0, (-1, positions)))
         self._noted.clear()
         return result
@@ -100,13 +103,14 @@ def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
 class StreamedMixture:
     """X = softmax(C Vᵀ) E with nothing of size positions × items: the probabilities are recomputed in every call."""
 
-    def __init__(self, queries: Tensor, item_factors: Tensor) -> None:
+    def __init__(self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE) -> None:
         self._queries = queries.detach()
         self._keys = item_factors
+        self._tables = tables
         self._gradient = torch.zeros_like(self._queries)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        embedding, _ = soft_embedding(self._queries[users].flatten(0, 1), self._keys, items)
+        embedding, _ = self._tables.soft_embedding(self._queries[users].flatten(0, 1), self._keys, items)
         return embedding.unflatten(0, (len(users), -1))
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ class StreamedMixture:
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         with torch.enable_grad():
             queries = self._queries[users].flatten(0, 1).requires_grad_()
-            embedding, _ = soft_embedding(queries, self._keys, items)
+            embedding, _ = self._tables.soft_embedding(queries, self._keys, items)
         (gradient,) = torch.autograd.grad(embedding, queries, cotangent.flatten(0, 1))
         self._gradient.index_add_(0, users, gradient.unflatten(0, (len(users), -1)))
 
@@ -131,19 +135,20 @@ class StreamedMixture:
 class LinearMixture:
     """The bare product of the paper: X = C (Vᵀ E), reassociated so that nothing of size positions × items is made."""
 
-    def __init__(self, queries: Tensor, item_factors: Tensor) -> None:
+    def __init__(self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE) -> None:
         self._queries = queries.detach()
         self._keys = item_factors
+        self._tables = tables
         self._gradient = torch.zeros_like(self._queries)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        return self._queries[users] @ (self._keys.T @ items)
+        return self._queries[users] @ self._tables.total(self._keys.T @ items)
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
         return self._keys @ (self._queries[users].flatten(0, 1).T @ cotangent.flatten(0, 1))
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
-        self._gradient.index_add_(0, users, cotangent @ (items.T @ self._keys))
+        self._gradient.index_add_(0, users, cotangent @ self._tables.total(items.T @ self._keys))
 
     def gradient(self) -> Tensor:
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
