@@ -68,11 +68,13 @@ RECIPES = {
             learner={"max_len": 20, "hidden": 32, "inner": 64},
             # few examples: small batches, or neither the learner nor the summary takes enough steps; the item table
             # frozen, since a short training on few synthetic users harms it more than it helps the encoder; learners
-            # that start as those trained on the finished summary do; a choice that no single lucky run decides
+            # that start as those trained on the finished summary do; factors that start at sequences of the log, since
+            # from noise one run in four ends in an optimum hardly better than the control; a choice that no single
+            # lucky run decides
             pretrain=PretrainConfig(fit=FitConfig(batch_size=128)),
             distill=DistillConfig(
                 users=30, positions=20, user_rank=16, position_rank=16, batch_size=128, users_per_step=15,
-                summary_lr=0.03, learner_lr=0.005, item_embedding="frozen", start="fresh",
+                summary_lr=0.03, learner_lr=0.005, item_embedding="frozen", start="fresh", initial="sequences",
                 selection="full", validation_runs=3,
             ),
             min_item_interactions=3,
