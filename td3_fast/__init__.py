@@ -1,7 +1,7 @@
 """Dataset distillation for sequential recommendation by Tucker decomposition, fast.
 
-The functions `distill`, `evaluate` and `pretrain` bear the names of the modules they live in and stand before them:
-what else those modules hold is imported from them by name, as in `from td3_fast.distill import DistillConfig`.
+The functions `distill`, `evaluate`, `pretrain` and `search` bear the names of the modules they live in and stand before
+them: what else those modules hold is imported from them by name, as in `from td3_fast.distill import DistillConfig`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from td3_fast.pretrain import PretrainConfig, pretrain
     from td3_fast.recipes import RECIPES, Recipe, recipe_named
+    from td3_fast.search import Candidate, SearchConfig, search
     from td3_fast.summary import SummaryError, TuckerSummary
     from td3_fast.training import FitConfig, Pretrained
     from td3_fast.unroll import fit_on_summary
@@ -37,6 +38,7 @@ __all__ = [
     "RECIPES",
     "BERT4Rec",
     "BERT4RecConfig",
+    "Candidate",
     "DistillConfig",
     "EvaluateConfig",
     "FitConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "Recipe",
     "SASRec",
     "SASRecConfig",
+    "SearchConfig",
     "SummaryError",
     "TuckerSummary",
     "data",
@@ -61,6 +64,7 @@ __all__ = [
     "ops",
     "pretrain",
     "recipe_named",
+    "search",
     "teacher_of",
 ]
 
@@ -80,6 +84,7 @@ _NAMES = {
     ),
     "pretrain": ("PretrainConfig", "pretrain"),
     "recipes": ("RECIPES", "Recipe", "recipe_named"),
+    "search": ("Candidate", "SearchConfig", "search"),
     "summary": ("SummaryError", "TuckerSummary"),
     "training": ("FitConfig", "Pretrained"),
     "unroll": ("fit_on_summary",),

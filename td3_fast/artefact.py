@@ -141,6 +141,12 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over the names and the `tensor_sha256` of named tensors; their order does not count."""
+    digests = {name: tensor_sha256(tensor) for name, tensor in sorted(tensors.items())}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
 def from_json(hint: Any, value: Any, where: str) -> Any:
     """`value`, as `json.loads` gives it, as an instance of the type `hint`; `where` names it in errors.
 

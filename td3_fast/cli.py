@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,16 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_columns
-from td3_fast.terminal import Display, Interrupted, Interrupts, console, guarded, say, settings
+from td3_fast.cli_data import Columns, Data, Format, Seed, data_app
+from td3_fast.cli_options import (
+    MaxEpochs,
+    Overwrite,
+    SummaryFile,
+    Threads,
+    filters_of,
+    go_on,
+    names_in,
+    read_split,
+    set_threads,
+    watching,
+)
+from td3_fast.cli_search import search
+from td3_fast.terminal import console, guarded, say, settings
 
 if TYPE_CHECKING:
     from td3_fast.data import Split
     from td3_fast.distill import DistillConfig
     from td3_fast.evaluate import Row
     from td3_fast.recipes import Recipe
-    from td3_fast.run import Watcher
-    from td3_fast.summary import TuckerSummary
 
 DEFAULT_RECIPE = "ml-100k"
 DEMO_FOLDER = Path("runs/demo")
@@ -39,6 +47,7 @@ app = typer.Typer(
     help="Distil the log of a recommender into a small summary that models can be trained on.",
 )
 app.add_typer(data_app, name="data")
+app.command()(search)
 
 
 @app.callback()
@@ -48,34 +57,6 @@ def options(
     settings.tracebacks = traceback
 
 
-@contextmanager
-def _watching(when_stopped: str) -> Iterator[Watcher]:
-    """Progress on the terminal; an interruption ends in the words `when_stopped`."""
-    from td3_fast.run import Stopped, Watcher
-
-    with Display(console) as display:
-
-        def announce() -> None:
-            display.say("stopping after the step in progress; once more stops at once")
-
-        with Interrupts(announce) as interrupts:
-            watcher = Watcher(
-                progress=display.progress, say=display.say, stop=lambda: bool(interrupts.requested)
-            )
-            try:
-                yield watcher
-            except (Stopped, KeyboardInterrupt):
-                raise Interrupted(f"stopped; {when_stopped}") from None
-
-
-def _go_on(*, without: str | None = None, also: str | None = None) -> str:
-    words = [word for word in sys.argv[1:] if word != without]
-    if also is not None and also not in words:
-        words.append(also)
-    return f"what is done is kept. Go on with:\n  {shlex.join(['td3-fast', *words])}"
-
-
-SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="The folder that everything goes into.", show_default=False)]
 RecipeName = Annotated[
     str | None,
@@ -91,12 +72,6 @@ Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Learners that are tr
 Rows = Annotated[
     str | None, typer.Option("--rows", help="Rows of the table, separated by commas; all if left out.")
 ]
-MaxEpochs = Annotated[
-    int | None, typer.Option("--max-epochs", min=1, help="Most epochs of training on real data.")
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of torch; its own choice if left out.")
-]
 MinItem = Annotated[
     int | None, typer.Option("--min-item-interactions", min=0, help="Leave out rarer items; by recipe.")
 ]
@@ -107,7 +82,6 @@ MinUser = Annotated[
 PretrainedFile = Annotated[
     Path | None, typer.Option("--pretrained", help="A pretrained.safetensors of the same data to start from.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
 
 
 @app.command()
@@ -172,7 +146,7 @@ def distill(
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.distill import with_semantics
     from td3_fast.run import SUMMARY, Run, check_free
 
@@ -203,9 +177,9 @@ def distill(
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
     chosen = replace(chosen, distill=config)
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
-    split = _split(data, format=format, columns=columns, **filters)
+    split = read_split(data, format=format, columns=columns, **filters)
     _plan(split, chosen, out)
-    with _watching(_go_on(without="--overwrite", also="--resume")) as watcher:
+    with watching(go_on(without="--overwrite", also="--resume")) as watcher:
         run = Run(
             folder=out,
             split=split,
@@ -248,14 +222,14 @@ def evaluate(
     stopped goes on where it was. A learner of another class than SUMMARY was distilled for has the rows summary, full,
     full+embeddings and zero-step, and a folder of its own inside that of SUMMARY, unless others are named.
     """
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.evaluate import CROSS_ROWS, ROWS
     from td3_fast.learners import learner_named
     from td3_fast.run import RESULTS, EvaluateRun
     from td3_fast.summary import TuckerSummary
 
     loaded = TuckerSummary.load(summary)
-    split = _split(data, format=format, columns=columns, **_filters_of(loaded))
+    split = read_split(data, format=format, columns=columns, **filters_of(loaded))
     folder, default_rows = summary.parent, ROWS
     if learner is not None:
         learner = learner_named(learner)
@@ -263,14 +237,14 @@ def evaluate(
             folder, default_rows = folder / learner.lower(), CROSS_ROWS
     folder = folder if out is None else out
     say(f"{split.interactions!r}; summary of {loaded.size}; results into {folder}")
-    with _watching(_go_on(without="--overwrite")) as watcher:
+    with watching(go_on(without="--overwrite")) as watcher:
         run = EvaluateRun(
             folder=folder,
             summary=loaded,
             split=split,
             source=data,
             seed=seed,
-            rows=default_rows if rows is None else _names(rows),
+            rows=default_rows if rows is None else names_in(rows),
             seeds=seeds,
             learner=learner,
             max_epochs=max_epochs,
@@ -303,16 +277,16 @@ def baselines(
 ) -> None:
     """Score what a summary of the given size has to beat: full data, random and longest users, popularity, and
     pretrained embeddings under an untrained encoder."""
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.evaluate import ROWS
     from td3_fast.run import RESULTS, Run
 
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
-    split = _split(data, format=format, columns=columns, **filters)
-    names = tuple(row for row in ROWS if row != "summary") if rows is None else _names(rows)
+    split = read_split(data, format=format, columns=columns, **filters)
+    names = tuple(row for row in ROWS if row != "summary") if rows is None else names_in(rows)
     say(f"{split.interactions!r}; results into {out}")
-    with _watching(_go_on(without="--overwrite")) as watcher:
+    with watching(go_on(without="--overwrite")) as watcher:
         run = Run(
             folder=out,
             split=split,
@@ -347,7 +321,7 @@ def fit(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a learner on SUMMARY: no interaction data are needed."""
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.checkpoint import save_learner
     from td3_fast.evaluate import teacher_of
     from td3_fast.summary import TuckerSummary
@@ -357,7 +331,7 @@ def fit(
     loaded = TuckerSummary.load(summary)
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
-    with _watching("nothing is written") as watcher:
+    with watching("nothing is written") as watcher:
         more = {} if steps is None else {"steps": steps}
         losses = loaded.fit(made, seed=seed, progress=watcher.interruptible, **more)
     took = time.perf_counter() - begun
@@ -371,7 +345,7 @@ def fit(
     if test is not None:
         from td3_fast.run import score
 
-        split = _split(test, format=format, columns=columns, **_filters_of(loaded))
+        split = read_split(test, format=format, columns=columns, **filters_of(loaded))
         if loaded.metadata is not None:
             loaded.metadata.check_items(split.interactions.item_ids.tolist())
         _print_rows(score(made, split, seed=seed))
@@ -462,14 +436,14 @@ def demo(
 
     The figures show that it works; for figures to report, use a recipe with `distill` and `evaluate`.
     """
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.recipes import recipe_named
     from td3_fast.run import REPORT, SUMMARY, EvaluateRun, Run
     from td3_fast.summary import TuckerSummary
 
     folder = DEMO_FOLDER if out is None else out
     recipe = recipe_named("synthetic")
-    split = _split(data, format=format, columns=columns)
+    split = read_split(data, format=format, columns=columns)
     epochs = max(2, min(recipe.pretrain.fit.max_epochs, DEMO_EXAMPLES // max(len(split.train), 1)))
     recipe = replace(
         recipe, pretrain=replace(recipe.pretrain, fit=replace(recipe.pretrain.fit, max_epochs=epochs))
@@ -478,7 +452,7 @@ def demo(
     begun = time.perf_counter()
     _plan(split, recipe, folder)
     command = shlex.join(["td3-fast", "evaluate", str(folder / SUMMARY), data, "--out", str(folder)])
-    with _watching("the same command starts anew, with the pretrained learner if it was finished") as watcher:
+    with watching("the same command starts anew, with the pretrained learner if it was finished") as watcher:
         run = Run(
             folder=folder,
             split=split,
@@ -513,13 +487,6 @@ def _demo_config(recipe: Recipe, num_examples: int) -> DistillConfig:
     return replace(config, batch_size=max(config.batch_size, smallest))
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def _recipe(
     name: str | None,
     data: str,
@@ -552,22 +519,6 @@ def _filters(recipe: Recipe, min_item: int | None, min_user: int | None) -> dict
         "min_user_interactions": recipe.min_user_interactions if min_user is None else min_user,
     }
     return {name: minimum for name, minimum in filters.items() if minimum}
-
-
-def _filters_of(summary: TuckerSummary) -> dict[str, Any]:
-    return {} if summary.metadata is None else summary.metadata.preprocessing.filters
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _split(data: str, *, format: str | None, columns: str | None, **filters: Any) -> Split:
-    from td3_fast.data import leave_one_out, resolve
-
-    extra: dict[str, Any] = {"format": format, "columns": parse_columns(columns)}
-    log = resolve(data, **{name: value for name, value in extra.items() if value is not None}, **filters)
-    return leave_one_out(log)
 
 
 def _plan(split: Split, recipe: Recipe, folder: Path) -> None:

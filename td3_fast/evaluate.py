@@ -126,24 +126,61 @@ def evaluate(
     return [_row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS]
 
 
-def teacher_of(summary: TuckerSummary, *, name: str | None = None, seed: int = 0) -> Learner:
+def teacher_of(
+    summary: TuckerSummary,
+    *,
+    name: str | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Learner:
     """A learner with the pretrained item and position embeddings that a summary carries, the encoder drawn from `seed`.
 
     name: its class; None: the one that the summary was distilled for. Another class is given the items, the length and
     the width of that one, the rest by its own defaults, and of the tables the embeddings of items alone: positions mean
     different things to different classes, and a bias of items (a further column) is there in some only.
+
+    hyperparameters: what is to differ from that. A learner of less width (`hidden`) gets the tables in the principal
+    axes of the item table, which keeps of the products between items as much as so few columns can.
+
+    Raises:
+        ValueError: more width is asked for than the item table has, or other items or another length.
     """
     recipe = _metadata(summary).training
     name = recipe.learner if name is None else learner_named(name)
     own = name == recipe.learner
-    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY}
+    changes = dict(hyperparameters or {})
+    for fixed in ("num_items", "max_len"):
+        if fixed in changes:
+            raise ValueError(f"{fixed} comes from the summary: leave it out of the hyperparameters")
+    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY} | changes
     learner = build_learner(name, config, seed=seed)
-    width = summary.item_factors.shape[1] if own else config["hidden"]
+    width = recipe.learner_config["hidden"]
+    axes = _principal_axes(summary.item_factors[:, :width], config["hidden"])
     with torch.no_grad():
-        learner.item_embeddings[:, :width].copy_(summary.item_factors[:, :width])
-        if own and learner.position_embeddings is not None and summary.position_embeddings is not None:
-            learner.position_embeddings.copy_(summary.position_embeddings)
+        learner.item_embeddings[:, : config["hidden"]].copy_(summary.item_factors[:, :width] @ axes)
+        if own:
+            learner.item_embeddings[:, config["hidden"] :].copy_(summary.item_factors[:, width:])
+            if learner.position_embeddings is not None and summary.position_embeddings is not None:
+                learner.position_embeddings.copy_(
+                    summary.position_embeddings @ axes.to(summary.position_embeddings.dtype)
+                )
     return learner
+
+
+def _principal_axes(table: torch.Tensor, width: int) -> torch.Tensor:
+    """(columns, width): the identity where no column is to go, else the axes along which `table` is longest."""
+    columns = table.shape[1]
+    if width > columns:
+        raise ValueError(
+            f"the summary's item table has {columns} columns, and a learner of width {width} would need more: "
+            f"ask for hidden <= {columns}, or distil with a wider learner"
+        )
+    if width == columns:
+        return torch.eye(columns, dtype=table.dtype, device=table.device)
+    _, axes = torch.linalg.eigh((table.T @ table).double())  # ascending
+    # an axis has no sign of its own: that of its largest entry makes it the same everywhere
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return (axes * largest.sign()).flip(1)[:, :width].to(table.dtype)
 
 
 def _metadata(summary: TuckerSummary) -> SummaryMetadata:

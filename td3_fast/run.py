@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from td3_fast.artefact import from_json, tensor_sha256
+from td3_fast.artefact import from_json, tensors_sha256
 from td3_fast.checkpoint import (
     Checkpoint,
     Settings,
@@ -436,8 +436,7 @@ class EvaluateRun:
             self.teacher = teacher_of(self.summary, name=self.learner)
         made_with = {} if metadata is None else metadata.settings
         if self.fit is None:
-            fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
-            self.fit = FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
+            self.fit = fit_config_of(self.summary)
         if self.max_epochs is not None:
             self.fit = replace(self.fit, max_epochs=self.max_epochs)
         semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))
@@ -450,13 +449,7 @@ class EvaluateRun:
             carry_embeddings=semantics.carry_embeddings,
             ddof=semantics.ddof,
         )
-        if metadata is not None:
-            metadata.check_items(self.split.interactions.item_ids.tolist())
-            if metadata.preprocessing.fingerprint != self.split.interactions.fingerprint:
-                raise RunError(
-                    f"{self.source} holds other interactions than the summary was distilled from, which were "
-                    f"{metadata.preprocessing.data!r} with the filters {metadata.preprocessing.filters}"
-                )
+        check_data(self.summary, self.split, self.source)
 
     def evaluate(self, *, overwrite: bool = False) -> list[Row]:
         """The rows, also written into the folder's results, and drawn.
@@ -526,10 +519,9 @@ class EvaluateRun:
         """All that the score of a single run depends on."""
         metadata = self.summary.metadata
         tensors = self.summary.state_dict() if self.pretrained is None else self.pretrained.best
-        digests = {name: tensor_sha256(tensor) for name, tensor in sorted(tensors.items())}
         config = asdict(self.config)
         return {
-            "summary": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+            "summary": tensors_sha256(tensors),
             "size": self.summary.size,
             "data": self.split.interactions.fingerprint,
             "seed": self.seed,
@@ -545,6 +537,31 @@ class EvaluateRun:
             return {}
         name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
         return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
+
+
+def fit_config_of(summary: TuckerSummary) -> FitConfig:
+    """How the learner that a summary came from was trained on the log; the defaults where it does not say."""
+    made_with = {} if summary.metadata is None else summary.metadata.settings
+    fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
+    return FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
+
+
+def check_data(summary: TuckerSummary, split: Split, source: str) -> None:
+    """Refuse data, which the user called `source`, that a summary was not distilled from.
+
+    Raises:
+        ValueError: the items are others, or are numbered in another way.
+        RunError: the interactions are others.
+    """
+    if summary.metadata is None:
+        return
+    summary.metadata.check_items(split.interactions.item_ids.tolist())
+    origin = summary.metadata.preprocessing
+    if origin.fingerprint != split.interactions.fingerprint:
+        raise RunError(
+            f"{source} holds other interactions than the summary was distilled from, which were "
+            f"{origin.data!r} with the filters {origin.filters}"
+        )
 
 
 def score(learner: Learner, split: Split, *, seed: int = 0) -> list[Row]:

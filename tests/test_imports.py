@@ -14,10 +14,12 @@ PACKAGE = Path(td3_fast.ops.__file__).parents[1]
 # from the top; a module imports only from layers below its own, or from within its own folder
 LAYERS = (
     {"cli"},
-    {"cli_data"},
+    {"cli_search"},
+    {"cli_options"},
+    {"cli_data", "search_run"},
     {"run", "terminal"},
     {"checkpoint", "report"},
-    {"recipes"},
+    {"recipes", "search"},
     {"distill", "pretrain", "evaluate"},
     {"training"},
     {"unroll"},
