@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from td3_fast.pretrain import PretrainConfig, pretrain
     from td3_fast.recipes import RECIPES, Recipe, recipe_named
     from td3_fast.search import Candidate, SearchConfig, search
-    from td3_fast.summary import SummaryError, TuckerSummary
+    from td3_fast.summary import FarziSummary, SummaryError, TuckerSummary, load_summary
     from td3_fast.training import FitConfig, Pretrained
     from td3_fast.unroll import fit_on_summary
 
@@ -41,6 +41,7 @@ __all__ = [
     "Candidate",
     "DistillConfig",
     "EvaluateConfig",
+    "FarziSummary",
     "FitConfig",
     "GRU4Rec",
     "GRU4RecConfig",
@@ -61,6 +62,7 @@ __all__ = [
     "generate_interactions",
     "leave_one_out",
     "load_interactions",
+    "load_summary",
     "ops",
     "pretrain",
     "recipe_named",
@@ -85,7 +87,7 @@ _NAMES = {
     "pretrain": ("PretrainConfig", "pretrain"),
     "recipes": ("RECIPES", "Recipe", "recipe_named"),
     "search": ("Candidate", "SearchConfig", "search"),
-    "summary": ("SummaryError", "TuckerSummary"),
+    "summary": ("FarziSummary", "SummaryError", "TuckerSummary", "load_summary"),
     "training": ("FitConfig", "Pretrained"),
     "unroll": ("fit_on_summary",),
 }

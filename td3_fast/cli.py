@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from td3_fast.cli_data import Columns, Data, Format, Seed, data_app
+from td3_fast.cli_export import export
 from td3_fast.cli_options import (
     MaxEpochs,
     Overwrite,
@@ -47,6 +48,7 @@ app = typer.Typer(
     help="Distil the log of a recommender into a small summary that models can be trained on.",
 )
 app.add_typer(data_app, name="data")
+app.command()(export)
 app.command()(search)
 
 
@@ -226,9 +228,9 @@ def evaluate(
     from td3_fast.evaluate import CROSS_ROWS, ROWS
     from td3_fast.learners import learner_named
     from td3_fast.run import RESULTS, EvaluateRun
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
-    loaded = TuckerSummary.load(summary)
+    loaded = load_summary(summary)
     split = read_split(data, format=format, columns=columns, **filters_of(loaded))
     folder, default_rows = summary.parent, ROWS
     if learner is not None:
@@ -324,11 +326,11 @@ def fit(
     set_threads(threads)
     from td3_fast.checkpoint import save_learner
     from td3_fast.evaluate import teacher_of
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another file, or --overwrite")
-    loaded = TuckerSummary.load(summary)
+    loaded = load_summary(summary)
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
     with watching("nothing is written") as watcher:
@@ -355,19 +357,24 @@ def fit(
 @guarded
 def info(summary: SummaryFile) -> None:
     """Say what a summary is, what it stands for and how it is used."""
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
-    loaded = TuckerSummary.load(summary)
+    loaded = load_summary(summary)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
-    d1, d2, d3 = loaded.core.shape
     learned = sum(p.numel() for p in loaded.parameters())
     table.add_row(
         "summary", f"{loaded.num_users} users by {loaded.num_positions} positions, {loaded.normalize}"
     )
-    table.add_row("factors", f"core {d1} by {d2} by {d3}; {learned:,} numbers learned")
-    table.add_row("items", f"{loaded.num_items - 1:,} and padding, {d3} numbers each")
+    shapes = ", ".join(
+        f"{name.replace('_', ' ')} {' by '.join(map(str, factor.shape))}"
+        for name, factor in zip(loaded.factor_names, loaded.factors, strict=True)
+    )
+    table.add_row("factors", f"{shapes}; {learned:,} numbers learned")
+    table.add_row(
+        "items", f"{loaded.num_items - 1:,} and padding, {loaded.item_factors.shape[1]} numbers each"
+    )
     table.add_row("file", f"{summary.stat().st_size:,} bytes")
     metadata = loaded.metadata
     if metadata is not None:
@@ -439,7 +446,7 @@ def demo(
     set_threads(threads)
     from td3_fast.recipes import recipe_named
     from td3_fast.run import REPORT, SUMMARY, EvaluateRun, Run
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
     folder = DEMO_FOLDER if out is None else out
     recipe = recipe_named("synthetic")
@@ -465,7 +472,7 @@ def demo(
         run.distill(overwrite=overwrite or out is None)
         rows = EvaluateRun(
             folder=folder,
-            summary=TuckerSummary.load(folder / SUMMARY),
+            summary=load_summary(folder / SUMMARY),
             split=split,
             source=data,
             seed=seed,

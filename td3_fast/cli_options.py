@@ -17,7 +17,7 @@ from td3_fast.terminal import Display, Interrupted, Interrupts, console
 if TYPE_CHECKING:
     from td3_fast.data import Split
     from td3_fast.run import Watcher
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import Summary
 
 SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
 MaxEpochs = Annotated[
@@ -70,7 +70,7 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def filters_of(summary: TuckerSummary) -> dict[str, Any]:
+def filters_of(summary: Summary) -> dict[str, Any]:
     """The filters of the log that a summary was distilled from."""
     return {} if summary.metadata is None else summary.metadata.preprocessing.filters
 

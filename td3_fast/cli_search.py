@@ -71,9 +71,9 @@ def search(
     from td3_fast.run import RESULTS, fit_config_of
     from td3_fast.search import SearchConfig, agreement, grid
     from td3_fast.search_run import SearchRun, search_table
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
-    loaded = TuckerSummary.load(summary)
+    loaded = load_summary(summary)
     axes: dict[str, Any] = {
         "learners": None if learners is None else names_in(learners),
         "widths": _numbers(widths, int, "--widths"),

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from td3_fast.data import Examples, Split
+from td3_fast.data import Examples, Split, every_prefix
+from td3_fast.export import HardConfig, hard_interactions
 from td3_fast.learners import Learner, build_learner, learner_named
 from td3_fast.metrics import mean_and_sd, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import SummaryMetadata, TuckerSummary
+from td3_fast.summary import Summary, SummaryMetadata
 from td3_fast.training import PROTOCOLS, FitConfig, Protocol, Ranker, fit_examples, fresh_like
 from td3_fast.unroll import fit_on_summary
 
@@ -30,7 +31,9 @@ ROWS: tuple[str, ...] = (
 )
 # of another architecture than the summary was distilled for; the paper's table 4
 CROSS_ROWS: tuple[str, ...] = ("summary", "full", "full+embeddings", "zero-step")
-KNOWN_ROWS = tuple(dict.fromkeys(ROWS + CROSS_ROWS))
+# the summary as sequences of items, as it is exported for other libraries
+HARD_ROWS: tuple[str, ...] = ("hard", "hard+embeddings")
+KNOWN_ROWS = tuple(dict.fromkeys(ROWS + CROSS_ROWS + HARD_ROWS))
 SET_BY_SUMMARY = ("num_items", "max_len", "hidden")  # of a learner's hyperparameters
 Scores = dict[Protocol, dict[str, float]]
 
@@ -47,6 +50,7 @@ class EvaluateConfig:
         False  # each run on the summary starts from the item table that the last one left
     )
     ddof: int = 1
+    hard: HardConfig = field(default_factory=HardConfig)  # of the rows `hard` and `hard+embeddings`
 
     def __post_init__(self) -> None:
         unknown = [row for row in self.rows if row not in KNOWN_ROWS]
@@ -67,7 +71,7 @@ class Row:
 
 
 def evaluate(
-    summary: TuckerSummary,
+    summary: Summary,
     split: Split,
     teacher: Learner | None = None,
     *,
@@ -89,6 +93,7 @@ def evaluate(
 
     Rows: `summary`; `full`, the whole training part; `random` and `longest`, users that hold as many interactions as
     the summary, all three from nothing or with the teacher's embeddings (`+embeddings`), trained with early stopping;
+    `hard`, the summary's hard sequences (`config.hard`) as if they were interactions, in the same two ways;
     `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
     """
     config = config or EvaluateConfig()
@@ -127,7 +132,7 @@ def evaluate(
 
 
 def teacher_of(
-    summary: TuckerSummary,
+    summary: Summary,
     *,
     name: str | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
@@ -183,7 +188,7 @@ def _principal_axes(table: torch.Tensor, width: int) -> torch.Tensor:
     return (axes * largest.sign()).flip(1)[:, :width].to(table.dtype)
 
 
-def _metadata(summary: TuckerSummary) -> SummaryMetadata:
+def _metadata(summary: Summary) -> SummaryMetadata:
     if summary.metadata is None:
         raise ValueError("the summary does not say how it is used: give `teacher` and `fit_options`")
     return summary.metadata
@@ -201,7 +206,7 @@ def _row(name: str, protocol: Protocol, runs: dict[str, list[Scores]], *, ddof: 
 class _Evaluation:
     def __init__(
         self,
-        summary: TuckerSummary,
+        summary: Summary,
         split: Split,
         teacher: Learner,
         fit_options: dict[str, Any],
@@ -243,7 +248,9 @@ class _Evaluation:
             return ranker.metrics(learner)
         training = self.split.train
         base, _, embeddings = name.partition("+")
-        if base != "full":
+        if base == "hard":
+            training = every_prefix(hard_interactions(self.summary, self.config.hard))
+        elif base != "full":
             training = chosen_users(
                 self.split.train, base, self.summary.num_users * self.summary.num_positions, seed=seed
             )

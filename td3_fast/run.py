@@ -41,7 +41,7 @@ from td3_fast.report import (
     versions,
     write_results,
 )
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Summary, TuckerSummary, load_summary
 from td3_fast.training import FitConfig, Pretrained, Ranker
 
 SUMMARY = "summary.safetensors"
@@ -254,7 +254,7 @@ class Run:
         path = self.folder / SUMMARY
         if not resume or not path.exists() or (self.folder / CHECKPOINT).exists():
             return False
-        metadata = TuckerSummary.load(path).metadata
+        metadata = load_summary(path).metadata
         check_settings(path, {} if metadata is None else metadata.settings, self._settings)
         return (self.folder / RESULTS).exists()
 
@@ -336,7 +336,7 @@ class Run:
 
     def _distill(
         self, pretrained: Pretrained, state: PretrainState | DistillState | None, log: JsonLines
-    ) -> tuple[TuckerSummary, DistillState]:
+    ) -> tuple[Summary, DistillState]:
         latest: dict[str, float] = {}
 
         def progress(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
@@ -370,7 +370,7 @@ class Run:
         )
         return summary, state
 
-    def _first_look(self, summary: TuckerSummary, pretrained: Pretrained, state: DistillState) -> list[Row]:
+    def _first_look(self, summary: Summary, pretrained: Pretrained, state: DistillState) -> list[Row]:
         """Evaluate what costs little, and write the results of the whole run."""
         run = EvaluateRun(
             folder=self.folder,
@@ -415,7 +415,7 @@ class EvaluateRun:
     """
 
     folder: Path
-    summary: TuckerSummary
+    summary: Summary
     split: Split
     source: str
     seed: int = 0
@@ -539,14 +539,14 @@ class EvaluateRun:
         return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
 
 
-def fit_config_of(summary: TuckerSummary) -> FitConfig:
+def fit_config_of(summary: Summary) -> FitConfig:
     """How the learner that a summary came from was trained on the log; the defaults where it does not say."""
     made_with = {} if summary.metadata is None else summary.metadata.settings
     fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
     return FitConfig() if fit is None else from_json(FitConfig, fit, "settings.pretrain.fit")
 
 
-def check_data(summary: TuckerSummary, split: Split, source: str) -> None:
+def check_data(summary: Summary, split: Split, source: str) -> None:
     """Refuse data, which the user called `source`, that a summary was not distilled from.
 
     Raises:

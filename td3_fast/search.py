@@ -14,7 +14,7 @@ from td3_fast.learners import LEARNERS, build_learner, learner_named
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Summary
 from td3_fast.training import FitConfig, Protocol, Ranker, fit_examples
 
 Source = Literal["summary", "full"]
@@ -87,7 +87,7 @@ class Agreement:
 
 
 def grid(
-    summary: TuckerSummary,
+    summary: Summary,
     *,
     learners: Sequence[str] = tuple(LEARNERS),
     widths: Sequence[int] | None = None,
@@ -115,7 +115,7 @@ def grid(
 
 
 def search(
-    summary: TuckerSummary,
+    summary: Summary,
     split: Split,
     candidates: Sequence[Candidate] | None = None,
     *,
@@ -230,7 +230,7 @@ def _means(trials: Sequence[Trial]) -> dict[Protocol, dict[str, dict[str, float]
 
 
 def _scores(
-    summary: TuckerSummary,
+    summary: Summary,
     split: Split,
     candidate: Candidate,
     source: Source,

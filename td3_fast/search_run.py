@@ -28,7 +28,7 @@ from td3_fast.search import (
     search,
     standings,
 )
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Summary
 
 TRIALS = "trials.jsonl"
 
@@ -44,7 +44,7 @@ class SearchRun:
     """
 
     folder: Path
-    summary: TuckerSummary
+    summary: Summary
     split: Split
     source: str
     candidates: Sequence[Candidate] | None = None  # None: `grid(summary)`

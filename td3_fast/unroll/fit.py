@@ -7,7 +7,7 @@ from torch import Tensor
 
 from td3_fast.learners import FlatParameters, Learner
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Summary
 from td3_fast.unroll.adam import AdamConfig, initial_state
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
 from td3_fast.unroll.mixture import (
@@ -23,7 +23,7 @@ CACHED_PROBABILITIES_LIMIT = 512 * 2**20
 
 def make_mixture(
     queries: Tensor,  # (μ, ζ, r)
-    item_factors: Tensor,  # (n, r)
+    keys: Tensor,  # (n, r)
     *,
     normalize: str,
     cached_limit: int = CACHED_PROBABILITIES_LIMIT,
@@ -31,19 +31,15 @@ def make_mixture(
     """Soft embeddings for a table that is trained: probabilities are kept where they and their gradient fit in
     `cached_limit` bytes, else recomputed."""
     if normalize == "none":
-        return LinearMixture(queries, item_factors)
-    size = 2 * queries[..., 0].numel() * len(item_factors) * queries.element_size()
-    return (
-        CachedMixture(queries, item_factors)
-        if size <= cached_limit
-        else StreamedMixture(queries, item_factors)
-    )
+        return LinearMixture(queries, keys)
+    size = 2 * queries[..., 0].numel() * len(keys) * queries.element_size()
+    return CachedMixture(queries, keys) if size <= cached_limit else StreamedMixture(queries, keys)
 
 
 @torch.no_grad()
 def fit_on_summary(
     learner: Learner,
-    summary: TuckerSummary,
+    summary: Summary,
     *,
     steps: int,
     learning_rate: float,
@@ -77,7 +73,7 @@ def fit_on_summary(
     mixture: ItemMixture
     if item_embedding == "trained":
         start = (theta, items)
-        mixture = make_mixture(summary.queries(), summary.item_factors, normalize=summary.normalize)
+        mixture = make_mixture(*summary.queries_and_keys(), normalize=summary.normalize)
     else:
         start = (theta,)
         mixture = FixedEmbeddings(summary(item_embeddings=items))
