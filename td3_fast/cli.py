@@ -127,7 +127,14 @@ def distill(
     normalize: Annotated[
         Literal["softmax", "none"] | None, typer.Option(help="How the summary becomes a distribution.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of user and position factors.")] = None,
+    summary: Annotated[
+        Literal["tucker", "farzi"],
+        typer.Option(help="The kind of summary: TD3's, or the one it compares with."),
+    ] = "tucker",
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of user and position factors; of a Farzi summary, its latent space's."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Real examples per outer step.")] = None,
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
@@ -166,8 +173,8 @@ def distill(
         "alignment": 0.0 if no_alignment else None,
         "augmentation": False if no_augmentation else None,
         "normalize": normalize,
-        "user_rank": rank,
-        "position_rank": rank,
+        "summary": summary,
+        **dict.fromkeys(("latent_rank",) if summary == "farzi" else ("user_rank", "position_rank"), rank),
         "batch_size": batch_size,
         "users_per_step": users_per_step,
         "summary_lr": summary_lr,
@@ -544,9 +551,12 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
         f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
     )
+    kind = f"ranks {config.user_rank} and {config.position_rank}"
+    if config.summary == "farzi":
+        kind = f"Farzi, rank {config.latent_rank}"
     say(
-        f"distil    {config.users} users by {config.positions} positions, ranks {config.user_rank} and "
-        f"{config.position_rank}; {config.epochs} epochs of {steps:,} outer steps"
+        f"distil    {config.users} users by {config.positions} positions, {kind}; "
+        f"{config.epochs} epochs of {steps:,} outer steps"
     )
     say(
         f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"

@@ -19,12 +19,18 @@ from td3_fast.ops import (
     DropoutStream,
     derive_seed,
     item_cross_entropy,
+    normalized_embedding,
     seeded_generator,
-    tucker_queries,
-    tucker_soft_embedding,
 )
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
+from td3_fast.summary import (
+    FarziSummary,
+    Preprocessing,
+    Summary,
+    SummaryMetadata,
+    TrainingRecipe,
+    TuckerSummary,
+)
 from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
 from td3_fast.unroll import (
     AdamConfig,
@@ -35,6 +41,7 @@ from td3_fast.unroll import (
     ItemMixture,
     adam_step_,
     fit_on_summary,
+    flat_pair,
     initial_state,
     make_mixture,
     pull_back_with_higher,
@@ -43,6 +50,7 @@ from td3_fast.unroll import (
 Window = Literal["random", "fixed", "full"]
 Engine = Literal["native", "higher"]
 Start = Literal["pool", "fresh"]
+Kind = Literal["tucker", "farzi"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +122,12 @@ class DistillConfig:
     selection: Protocol = "uni100"
     validation_runs: int = 1
     micro_batch: int = 1024  # real examples per pass, shortest histories first
+    summary: Kind = "tucker"
+    latent_rank: int = 32  # of a Farzi summary, which has no other rank
 
     def __post_init__(self) -> None:
         counts = ("users", "user_rank", "position_rank", "batch_size", "users_per_step", "epochs", "window")
-        for name in (*counts, "inner_steps", "validation_runs", "micro_batch"):
+        for name in (*counts, "inner_steps", "validation_runs", "micro_batch", "latent_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.positions < 2:
@@ -146,7 +156,7 @@ class DistillConfig:
 class DistillState:
     """Where a distillation stands: enough to go on with the same bits."""
 
-    factors: AdamState  # core, user factors, position factors
+    factors: AdamState  # of the summary, in the order of `Summary.factors`
     step: int = 0  # outer steps taken
     carried: tuple[Tensor, ...] | None = None  # the learner between outer steps, where it is not reloaded
     validation_items: Tensor | None = None  # the item table between evaluations, where it is carried over
@@ -248,34 +258,35 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
+        self.form = self._initial_summary()  # says what the factors mean
+
+    def _initial_summary(self) -> Summary:
+        config = self.config
+        sizes: dict[str, Any] = {
+            "users": config.users,
+            "positions": config.positions,
+            "item_factors": self.items,
+            "seed": derive_seed(self.seed, "factors"),
+            "normalize": config.normalize,
+        }
+        summary: Summary
+        if config.summary == "farzi":
+            summary = FarziSummary.initialise(rank=config.latent_rank, **sizes)
+        else:
+            summary = TuckerSummary.initialise(
+                user_rank=config.user_rank, position_rank=config.position_rank, **sizes
+            )
+        positions = self.teacher.position_embeddings
+        summary.position_embeddings = None if positions is None else positions.detach()
+        return summary
 
     def initial_state(self) -> DistillState:
         """The factors before the first outer step."""
-        summary = TuckerSummary.initialise(
-            users=self.config.users,
-            positions=self.config.positions,
-            user_rank=self.config.user_rank,
-            position_rank=self.config.position_rank,
-            item_factors=self.items,
-            seed=derive_seed(self.seed, "factors"),
-            normalize=self.config.normalize,
-        )
-        return DistillState(
-            factors=initial_state((summary.core, summary.user_factors, summary.position_factors))
-        )
+        return DistillState(factors=initial_state(self.form.factors))
 
-    def summary(self, factors: tuple[Tensor, ...]) -> TuckerSummary:
-        """Core, user and position factors as a summary."""
-        core, user_factors, position_factors = (f.detach().clone() for f in factors)
-        positions = self.teacher.position_embeddings
-        return TuckerSummary(
-            core,
-            user_factors,
-            position_factors,
-            self.items,
-            position_embeddings=None if positions is None else positions.detach(),
-            normalize=self.config.normalize,
-        )
+    def summary(self, factors: tuple[Tensor, ...]) -> Summary:
+        """Factors as a summary."""
+        return self.form.with_factors(factors)
 
     def metadata(self, state: DistillState) -> SummaryMetadata:
         """What the best summary so far stands for; the filters of the log are not known here."""
@@ -318,7 +329,7 @@ class Distiller:
     def meta_gradient(
         self, state: DistillState, *, window: tuple[int, int] | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-        """The gradient of one outer step with respect to core, user and position factors, and its losses.
+        """The gradient of one outer step with respect to the summary's factors, and its losses.
 
         window: (warm-up, differentiated) steps instead of the drawn ones.
         """
@@ -349,15 +360,16 @@ class Distiller:
         if config.engine == "higher":
             return self._with_higher(state, loop, start, objective, warm_up, differentiated)
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
-        core, user_factors, position_factors = factors
+        queries, keys = self.form.queries_and_keys(tuple(factors))
         mixture: ItemMixture
         if config.item_embedding == "trained":
-            made = tucker_queries(core, user_factors, position_factors)
-            mixture = make_mixture(made.detach(), self.items, normalize=config.normalize)
-        else:
-            made = tucker_soft_embedding(
-                core, user_factors, position_factors, self.items, self.items, normalize=config.normalize
+            learned = keys.requires_grad
+            made = flat_pair(queries, keys) if learned else queries
+            mixture = make_mixture(
+                queries.detach(), keys.detach(), normalize=config.normalize, learned_keys=learned
             )
+        else:
+            made = normalized_embedding(queries, keys, self.items, normalize=config.normalize)
             mixture = FixedEmbeddings(made)
         learner, _ = loop.run(start, self.items, mixture, until=warm_up)
         if config.semantics.reload_learner == "epoch":
@@ -385,8 +397,8 @@ class Distiller:
         parts: list[float] = [0.0, 0.0]
 
         def probabilities(users: Tensor) -> Tensor:
-            core, user_factors, position_factors = factors
-            scores = tucker_queries(core, user_factors[users], position_factors) @ self.items.T
+            queries, keys = self.form.queries_and_keys(tuple(factors), users)
+            scores = queries @ keys.T
             return scores.softmax(-1) if self.config.normalize == "softmax" else scores
 
         def outer_loss(encode: Callable[..., Tensor], items: Tensor) -> Tensor:
@@ -505,7 +517,7 @@ def distill(
     state: DistillState | None = None,
     on_step: Callable[[DistillState], None] | None = None,
     progress: Progress = silent,
-) -> tuple[TuckerSummary, DistillState]:
+) -> tuple[Summary, DistillState]:
     """Distil the training part of `split` into a summary of `config.users` × `config.positions`.
 
     Returns the summary of the epoch with the best validation MRR@10, with all that it needs to be saved and evaluated,

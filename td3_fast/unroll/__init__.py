@@ -10,6 +10,7 @@ from td3_fast.unroll.mixture import (
     ItemMixture,
     LinearMixture,
     StreamedMixture,
+    flat_pair,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "adam_adjoint",
     "adam_step_",
     "fit_on_summary",
+    "flat_pair",
     "initial_state",
     "make_mixture",
     "pull_back_with_higher",

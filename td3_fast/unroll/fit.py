@@ -26,14 +26,16 @@ def make_mixture(
     keys: Tensor,  # (n, r)
     *,
     normalize: str,
+    learned_keys: bool = False,
     cached_limit: int = CACHED_PROBABILITIES_LIMIT,
 ) -> ItemMixture:
     """Soft embeddings for a table that is trained: probabilities are kept where they and their gradient fit in
-    `cached_limit` bytes, else recomputed."""
+    `cached_limit` bytes, else recomputed. With `learned_keys` the gradient is that of `flat_pair(queries, keys)`."""
     if normalize == "none":
-        return LinearMixture(queries, keys)
+        return LinearMixture(queries, keys, learned_keys=learned_keys)
     size = 2 * queries[..., 0].numel() * len(keys) * queries.element_size()
-    return CachedMixture(queries, keys) if size <= cached_limit else StreamedMixture(queries, keys)
+    kept = CachedMixture if size <= cached_limit else StreamedMixture
+    return kept(queries, keys, learned_keys=learned_keys)
 
 
 @torch.no_grad()
@@ -73,7 +75,8 @@ def fit_on_summary(
     mixture: ItemMixture
     if item_embedding == "trained":
         start = (theta, items)
-        mixture = make_mixture(*summary.queries_and_keys(), normalize=summary.normalize)
+        queries, keys = summary.queries_and_keys()
+        mixture = make_mixture(queries, keys.detach(), normalize=summary.normalize)
     else:
         start = (theta,)
         mixture = FixedEmbeddings(summary(item_embeddings=items))
