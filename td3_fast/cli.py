@@ -25,6 +25,7 @@ from td3_fast.cli_options import (
     set_threads,
     watching,
 )
+from td3_fast.cli_reproduce import reproduce
 from td3_fast.cli_search import search
 from td3_fast.terminal import console, guarded, say, settings
 
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command()(export)
 app.command()(search)
+app.command()(reproduce)
 
 
 @app.callback()

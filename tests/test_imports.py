@@ -14,10 +14,10 @@ PACKAGE = Path(td3_fast.ops.__file__).parents[1]
 # from the top; a module imports only from layers below its own, or from within its own folder
 LAYERS = (
     {"cli"},
-    {"cli_export", "cli_search"},
+    {"cli_export", "cli_reproduce", "cli_search"},
     {"cli_options"},
-    {"cli_data", "search_run"},
-    {"run", "terminal"},
+    {"cli_data", "reproduce", "search_run"},
+    {"run", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
     {"recipes", "search"},
     {"distill", "pretrain", "evaluate"},
@@ -28,7 +28,7 @@ LAYERS = (
     {"summary_base"},
     {"summary_file", "distilled_data"},
     {"artefact", "metrics", "learners", "data"},
-    {"progress", "files", "ops"},
+    {"progress", "files", "ops", "paper"},
 )
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 # a method of a lower layer that hands over to a higher one, imported when it is called
