@@ -74,7 +74,8 @@ def export(
         raise ValueError(f"{out} exists: choose another file, or --overwrite")
     loaded = load_summary(summary)
     hard = HardConfig(draws=draws, temperature=temperature, seed=seed)
-    made = hard_interactions(loaded, hard)
+    with watching("nothing is written") as watcher:
+        made = hard_interactions(loaded, hard, progress=watcher.interruptible)
     write_interactions(made, out)
     say(f"{out}: {_words(made)}")
     if test is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from td3_fast.data import Interactions
+from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
 
 
@@ -19,7 +20,9 @@ class HardConfig:
     seed: int = 0
 
 
-def hard_interactions(summary: Summary, config: HardConfig | None = None) -> Interactions:
+def hard_interactions(
+    summary: Summary, config: HardConfig | None = None, *, progress: Progress = silent
+) -> Interactions:
     """The hard sequences of a summary, its items numbered and named as there, users "s0", "s1" and so on.
 
     Where several sequences are drawn for a synthetic user they are users of their own: "s0-0", "s0-1".
@@ -38,7 +41,7 @@ def hard_interactions(summary: Summary, config: HardConfig | None = None) -> Int
                 f"the item id {item!r} cannot stand in a table of text: give the items other ids and distil anew"
             )
     sequences = summary.hard_sequences(
-        draws=config.draws, temperature=config.temperature, seed=config.seed
+        draws=config.draws, temperature=config.temperature, seed=config.seed, progress=progress
     ).cpu()
     users = [f"s{user}" for user in range(summary.num_users)]
     if (config.draws or 1) > 1:

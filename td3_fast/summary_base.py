@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from td3_fast.ops import normalized_embedding, seeded_generator
 from td3_fast.ops.tucker import Normalize
+from td3_fast.progress import Progress, silent
 from td3_fast.summary_file import SummaryError, SummaryMetadata, read_summary, write_summary
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ class Summary(nn.Module):
 
     @torch.no_grad()
     def hard_sequences(
-        self, *, draws: int | None = None, temperature: float = 1.0, seed: int = 0
+        self,
+        *,
+        draws: int | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        progress: Progress = silent,
     ) -> Tensor:  # (users * draws, positions) int64
         """Items in place of distributions over them, the padding item left out.
 
@@ -132,6 +138,7 @@ class Summary(nn.Module):
                 item at each position.
             temperature: of the draws; below 1 they keep closer to the most probable items.
             seed: of the draws; the same seed gives the same sequences.
+            progress: told of the positions that are done, as the stage "export".
 
         Raises:
             ValueError: `draws` or `temperature` is out of range, draws are asked for of a bare product
@@ -152,7 +159,9 @@ class Summary(nn.Module):
         at = torch.rand(len(rows), count, generator=generator, dtype=torch.float64).to(rows.device)
         chosen = torch.empty(len(rows), count, dtype=torch.int64, device=rows.device)
         block = max(1, SCORES_LIMIT // (8 * self.num_items))
-        for part in (slice(first, first + block) for first in range(0, len(rows), block)):
+        for first in range(0, len(rows), block):
+            progress("export", first, len(rows), {})
+            part = slice(first, first + block)
             scores = rows[part] @ keys[1:].T.to(rows.dtype)
             if draws is None:
                 chosen[part] = scores.argmax(-1, keepdim=True) + 1
@@ -160,6 +169,7 @@ class Summary(nn.Module):
             mass = (scores.double() / temperature).softmax(-1).cumsum_(-1)
             picked = torch.searchsorted(mass, at[part] * mass[:, -1:], right=True)
             chosen[part] = picked.clamp_(max=self.num_items - 2) + 1
+        progress("export", len(rows), len(rows), {})
         by_user = chosen.view(self.num_users, self.num_positions, count).transpose(1, 2)
         return by_user.reshape(self.num_users * count, self.num_positions)
 

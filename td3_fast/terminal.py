@@ -26,6 +26,7 @@ STAGES = {
     "distill": ("distilling", "outer steps"),
     "evaluate": ("evaluating", "runs"),
     "search": ("searching", "runs"),
+    "export": ("choosing items", "positions"),
 }
 FIGURES = {
     "loss": "loss",
