@@ -129,8 +129,8 @@ class Summary(nn.Module):
     ) -> Tensor:  # (users * draws, positions) int64
         """Items in place of distributions over them, the padding item left out.
 
-        Scores over items are held for a few positions at a time, 64 MiB of them, or one position's where those are
-        more.
+        Scores over items are held for a few positions at a time, in 64 MiB, or one position's where those take more;
+        draws need half as much again.
 
         Args:
             draws: sequences that are drawn for each synthetic user, one after the other, item by item with
@@ -166,7 +166,9 @@ class Summary(nn.Module):
             if draws is None:
                 chosen[part] = scores.argmax(-1, keepdim=True) + 1
                 continue
-            mass = (scores.double() / temperature).softmax(-1).cumsum_(-1)
+            mass = scores.double()
+            # in place, and not divided by its sum: the draws are scaled instead
+            mass.sub_(mass.amax(-1, keepdim=True)).div_(temperature).exp_().cumsum_(-1)
             picked = torch.searchsorted(mass, at[part] * mass[:, -1:], right=True)
             chosen[part] = picked.clamp_(max=self.num_items - 2) + 1
         progress("export", len(rows), len(rows), {})
