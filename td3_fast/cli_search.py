@@ -47,6 +47,9 @@ def search(
         str | None, typer.Option("--dropouts", help="Rates at the inputs; 0.2,0.5 if left out.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Learners on the summary for each candidate.")] = 3,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps on the summary; as distilled for if left out.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train each candidate on all data as well.")] = False,
     full_seeds: Annotated[int, typer.Option(min=1, help="Learners on all data for each candidate.")] = 1,
     protocol: Annotated[
@@ -85,7 +88,12 @@ def search(
     if max_epochs is not None:
         fit = replace(fit, max_epochs=max_epochs)
     config = SearchConfig(
-        seeds=seeds, full_seeds=full_seeds if full else 0, protocol=protocol, metric=metric, fit=fit
+        seeds=seeds,
+        full_seeds=full_seeds if full else 0,
+        protocol=protocol,
+        metric=metric,
+        steps=steps,
+        fit=fit,
     )
     split = read_split(data, format=format, columns=columns, **filters_of(loaded))
     folder = summary.parent / "search" if out is None else out

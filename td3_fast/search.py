@@ -45,11 +45,14 @@ class SearchConfig:
     full_seeds: int = 0  # learners per candidate, trained on the full data
     protocol: Protocol = "uni100"  # that the candidates are ranked by, on validation data
     metric: str = "NDCG@10"
+    steps: int | None = None  # of training on the summary; None: as it was distilled for
     fit: FitConfig = field(default_factory=FitConfig)  # of the learners trained on the full data
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.full_seeds < 0:
             raise ValueError(f"a search needs at least 1 seed, got {self.seeds} and {self.full_seeds}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"SearchConfig.steps must be at least 1, got {self.steps}")
 
 
 class Trial(NamedTuple):
@@ -150,9 +153,7 @@ def search(
             continue
         begun = time.perf_counter()
         run_seed = derive_seed(seed, "run", run)
-        scores = _scores(
-            summary, split, candidate, source, config.fit, ranker, seed=run_seed, progress=progress
-        )
+        scores = _scores(summary, split, candidate, source, config, ranker, seed=run_seed, progress=progress)
         trials[key] = Trial(scores, time.perf_counter() - begun)
         if on_trial is not None:
             on_trial(key, trials[key])
@@ -234,7 +235,7 @@ def _scores(
     split: Split,
     candidate: Candidate,
     source: Source,
-    fit: FitConfig,
+    config: SearchConfig,
     ranker: Ranker,
     *,
     seed: int,
@@ -244,8 +245,9 @@ def _scores(
         summary, name=candidate.learner, hyperparameters=candidate.hyperparameters, seed=seed
     )
     if source == "summary":
-        summary.fit(learner, seed=seed, progress=progress)
+        steps = {} if config.steps is None else {"steps": config.steps}
+        summary.fit(learner, seed=seed, progress=progress, **steps)
     else:
         learner = build_learner(candidate.learner, learner.hyperparameters(), seed=seed)
-        fit_examples(learner, split.train, ranker, fit, seed=seed, progress=progress)
+        fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
     return ranker.metrics(learner)

@@ -140,6 +140,13 @@ def test_without_full_data_nothing_is_judged(summary: TuckerSummary, split: Spli
     assert agreement(found, protocol="uni100", metric="NDCG@10") is None
 
 
+def test_more_steps_on_the_summary_are_another_training(summary: TuckerSummary, split: Split) -> None:
+    few, many = (search(summary, split, FEW[:1], config=SearchConfig(seeds=1, steps=n)) for n in (4, 30))
+    as_distilled_for = search(summary, split, FEW[:1], config=SearchConfig(seeds=1))
+    assert few[0].summary == as_distilled_for[0].summary
+    assert few[0].summary != many[0].summary
+
+
 def test_a_candidate_twice_is_refused(summary: TuckerSummary, split: Split) -> None:
     with pytest.raises(ValueError, match="occurs twice"):
         search(summary, split, [FEW[0], FEW[0]])
