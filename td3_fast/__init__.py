@@ -1,7 +1,7 @@
 """Dataset distillation for sequential recommendation by Tucker decomposition, fast.
 
-The functions `distill`, `evaluate` and `pretrain` bear the names of the modules they live in and stand before them:
-what else those modules hold is imported from them by name, as in `from td3_fast.distill import DistillConfig`.
+The functions `distill`, `evaluate`, `pretrain` and `search` bear the names of the modules they live in and stand before
+them: what else those modules hold is imported from them by name, as in `from td3_fast.distill import DistillConfig`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     )
     from td3_fast.pretrain import PretrainConfig, pretrain
     from td3_fast.recipes import RECIPES, Recipe, recipe_named
-    from td3_fast.summary import SummaryError, TuckerSummary
+    from td3_fast.search import Candidate, SearchConfig, search
+    from td3_fast.summary import FarziSummary, SummaryError, TuckerSummary, load_summary
     from td3_fast.training import FitConfig, Pretrained
     from td3_fast.unroll import fit_on_summary
 
@@ -37,8 +38,10 @@ __all__ = [
     "RECIPES",
     "BERT4Rec",
     "BERT4RecConfig",
+    "Candidate",
     "DistillConfig",
     "EvaluateConfig",
+    "FarziSummary",
     "FitConfig",
     "GRU4Rec",
     "GRU4RecConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "Recipe",
     "SASRec",
     "SASRecConfig",
+    "SearchConfig",
     "SummaryError",
     "TuckerSummary",
     "data",
@@ -58,9 +62,11 @@ __all__ = [
     "generate_interactions",
     "leave_one_out",
     "load_interactions",
+    "load_summary",
     "ops",
     "pretrain",
     "recipe_named",
+    "search",
     "teacher_of",
 ]
 
@@ -80,7 +86,8 @@ _NAMES = {
     ),
     "pretrain": ("PretrainConfig", "pretrain"),
     "recipes": ("RECIPES", "Recipe", "recipe_named"),
-    "summary": ("SummaryError", "TuckerSummary"),
+    "search": ("Candidate", "SearchConfig", "search"),
+    "summary": ("FarziSummary", "SummaryError", "TuckerSummary", "load_summary"),
     "training": ("FitConfig", "Pretrained"),
     "unroll": ("fit_on_summary",),
 }

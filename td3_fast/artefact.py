@@ -152,11 +152,36 @@ def _read_rows(path: str | os.PathLike[str], rows: Callable[[str], slice | None]
         }
 
 
+def artefact_kind(path: str | os.PathLike[str]) -> Any:
+    """The kind that a file says it is of, before anything in it is checked; None where it does not say.
+
+    Raises:
+        ArtefactError: the file cannot be read, or does not begin as an artefact does.
+    """
+    try:
+        with open(path, "rb") as file:
+            content_start = _check_start(path, file.read(4096), os.fstat(file.fileno()).st_size)
+            file.seek(8)
+            header = file.read(content_start - 8)
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read ({error.strerror}): check its name and place") from error
+    try:
+        return json.loads(json.loads(header)["__metadata__"]["td3_fast"]).get("kind")
+    except Exception:  # a damaged header, which `read_artefact` says with more care
+        return None
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 (hex) over dtype, shape and values."""
     digest = hashlib.sha256(f"{DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
     digest.update(_content(tensor))
     return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over the names and the `tensor_sha256` of named tensors; their order does not count."""
+    digests = {name: tensor_sha256(tensor) for name, tensor in sorted(tensors.items())}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def from_json(hint: Any, value: Any, where: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_columns
-from td3_fast.terminal import Display, Interrupted, Interrupts, console, fail, guarded, say, settings
+from td3_fast.cli_data import Columns, Data, Format, Seed, data_app
+from td3_fast.cli_export import export
+from td3_fast.cli_options import (
+    MaxEpochs,
+    Overwrite,
+    SummaryFile,
+    Threads,
+    filters_of,
+    go_on,
+    names_in,
+    read_split,
+    set_threads,
+    watching,
+)
+from td3_fast.cli_reproduce import reproduce
+from td3_fast.cli_search import search
+from td3_fast.terminal import Interrupted, Interrupts, console, fail, guarded, say, settings
 
 if TYPE_CHECKING:
     from td3_fast.data import Split
@@ -25,7 +39,6 @@ if TYPE_CHECKING:
     from td3_fast.parallel import Ranks
     from td3_fast.recipes import Recipe
     from td3_fast.run import Watcher
-    from td3_fast.summary import TuckerSummary
 
 DEFAULT_RECIPE = "ml-100k"
 DEMO_FOLDER = Path("runs/demo")
@@ -41,6 +54,9 @@ app = typer.Typer(
     help="Distil the log of a recommender into a small summary that models can be trained on.",
 )
 app.add_typer(data_app, name="data")
+app.command()(export)
+app.command()(search)
+app.command()(reproduce)
 
 
 @app.callback()
@@ -69,13 +85,13 @@ def _processes(item_shards: int) -> Iterator[Ranks]:
 
 @contextmanager
 def _taking_part(when_stopped: str, ranks: Ranks) -> Iterator[Watcher]:
-    """`_watching` in the first of several processes, silence in the others; a lost one is an error with a way on."""
+    """`watching` in the first of several processes, silence in the others; a lost one is an error with a way on."""
     from td3_fast.parallel import LostRank
     from td3_fast.run import Stopped, Watcher
 
-    with _watching(when_stopped) if ranks.first else Interrupts(lambda: None) as watching:
+    with watching(when_stopped) if ranks.first else Interrupts(lambda: None) as watched:
         try:
-            yield watching if isinstance(watching, Watcher) else Watcher(stop=lambda: watching.requested)
+            yield watched if isinstance(watched, Watcher) else Watcher(stop=lambda: watched.requested)
         except LostRank as error:
             # said here, where the SIGTERM that torchrun sends next is only taken note of
             fail(f"error: {error}; {when_stopped}", 2)
@@ -85,37 +101,6 @@ def _taking_part(when_stopped: str, ranks: Ranks) -> Iterator[Watcher]:
             raise Interrupted("stopped") from None
 
 
-@contextmanager
-def _watching(when_stopped: str) -> Iterator[Watcher]:
-    """Progress on the terminal; an interruption ends in the words `when_stopped`."""
-    from td3_fast.run import Stopped, Watcher
-
-    with Display(console) as display:
-
-        def announce() -> None:
-            display.say("stopping after the step in progress; once more stops at once")
-
-        with Interrupts(announce) as interrupts:
-            watcher = Watcher(
-                progress=display.progress, say=display.say, stop=lambda: bool(interrupts.requested)
-            )
-            try:
-                yield watcher
-            except (Stopped, KeyboardInterrupt):
-                raise Interrupted(f"stopped; {when_stopped}") from None
-
-
-def _go_on(*, without: str | None = None, also: str | None = None) -> str:
-    words = [word for word in sys.argv[1:] if word != without]
-    if also is not None and also not in words:
-        words.append(also)
-    program = ["td3-fast"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "td3_fast.cli"]
-    return f"what is done is kept. Go on with:\n  {shlex.join([*program, *words])}"
-
-
-SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="The folder that everything goes into.", show_default=False)]
 RecipeName = Annotated[
     str | None,
@@ -131,12 +116,6 @@ Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Learners that are tr
 Rows = Annotated[
     str | None, typer.Option("--rows", help="Rows of the table, separated by commas; all if left out.")
 ]
-MaxEpochs = Annotated[
-    int | None, typer.Option("--max-epochs", min=1, help="Most epochs of training on real data.")
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of torch; its own choice if left out.")
-]
 MinItem = Annotated[
     int | None, typer.Option("--min-item-interactions", min=0, help="Leave out rarer items; by recipe.")
 ]
@@ -147,7 +126,6 @@ MinUser = Annotated[
 PretrainedFile = Annotated[
     Path | None, typer.Option("--pretrained", help="A pretrained.safetensors of the same data to start from.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
 
 
 @app.command()
@@ -199,7 +177,14 @@ def distill(
     normalize: Annotated[
         Literal["softmax", "none"] | None, typer.Option(help="How the summary becomes a distribution.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of user and position factors.")] = None,
+    summary: Annotated[
+        Literal["tucker", "farzi"],
+        typer.Option(help="The kind of summary: TD3's, or the one it compares with."),
+    ] = "tucker",
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of user and position factors; of a Farzi summary, its latent space's."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Real examples per outer step.")] = None,
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
@@ -243,7 +228,7 @@ def distill(
         raise ValueError("--resume and --overwrite exclude each other")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume, overwrite = True, False
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.distill import with_semantics
     from td3_fast.run import SUMMARY, Run, check_free
 
@@ -263,8 +248,8 @@ def distill(
         "alignment": 0.0 if no_alignment else None,
         "augmentation": False if no_augmentation else None,
         "normalize": normalize,
-        "user_rank": rank,
-        "position_rank": rank,
+        "summary": summary,
+        **dict.fromkeys(("latent_rank",) if summary == "farzi" else ("user_rank", "position_rank"), rank),
         "batch_size": batch_size,
         "users_per_step": users_per_step,
         "summary_lr": summary_lr,
@@ -278,11 +263,11 @@ def distill(
     if config.item_embedding == "trained" and config.start == "pool":
         chosen = replace(chosen, pretrain=replace(chosen.pretrain, pool_items=True))
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
-    way_on = _go_on(without="--overwrite", also="--resume")
+    way_on = go_on(without="--overwrite", also="--resume")
     with _processes(item_shards) as ranks:
         if ranks.first:
             check_free(out, resume=resume, overwrite=overwrite)
-        split = _split(data, format=format, columns=columns, **filters)
+        split = read_split(data, format=format, columns=columns, **filters)
         if ranks.first:
             _plan(split, chosen, out)
         with _taking_part(way_on, ranks) as watcher:
@@ -331,14 +316,14 @@ def evaluate(
     stopped goes on where it was. A learner of another class than SUMMARY was distilled for has the rows summary, full,
     full+embeddings and zero-step, and a folder of its own inside that of SUMMARY, unless others are named.
     """
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.evaluate import CROSS_ROWS, ROWS
     from td3_fast.learners import learner_named
     from td3_fast.run import RESULTS, EvaluateRun
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
-    loaded = TuckerSummary.load(summary)
-    split = _split(data, format=format, columns=columns, **_filters_of(loaded))
+    loaded = load_summary(summary)
+    split = read_split(data, format=format, columns=columns, **filters_of(loaded))
     folder, default_rows = summary.parent, ROWS
     if learner is not None:
         learner = learner_named(learner)
@@ -346,14 +331,14 @@ def evaluate(
             folder, default_rows = folder / learner.lower(), CROSS_ROWS
     folder = folder if out is None else out
     say(f"{split.interactions!r}; summary of {loaded.size}; results into {folder}")
-    with _watching(_go_on(without="--overwrite")) as watcher:
+    with watching(go_on(without="--overwrite")) as watcher:
         run = EvaluateRun(
             folder=folder,
             summary=loaded,
             split=split,
             source=data,
             seed=seed,
-            rows=default_rows if rows is None else _names(rows),
+            rows=default_rows if rows is None else names_in(rows),
             seeds=seeds,
             learner=learner,
             max_epochs=max_epochs,
@@ -386,16 +371,16 @@ def baselines(
 ) -> None:
     """Score what a summary of the given size has to beat: full data, random and longest users, popularity, and
     pretrained embeddings under an untrained encoder."""
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.evaluate import ROWS
     from td3_fast.run import RESULTS, Run
 
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
-    split = _split(data, format=format, columns=columns, **filters)
-    names = tuple(row for row in ROWS if row != "summary") if rows is None else _names(rows)
+    split = read_split(data, format=format, columns=columns, **filters)
+    names = tuple(row for row in ROWS if row != "summary") if rows is None else names_in(rows)
     say(f"{split.interactions!r}; results into {out}")
-    with _watching(_go_on(without="--overwrite")) as watcher:
+    with watching(go_on(without="--overwrite")) as watcher:
         run = Run(
             folder=out,
             split=split,
@@ -430,17 +415,17 @@ def fit(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a learner on SUMMARY: no interaction data are needed."""
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.checkpoint import save_learner
     from td3_fast.evaluate import teacher_of
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another file, or --overwrite")
-    loaded = TuckerSummary.load(summary)
+    loaded = load_summary(summary)
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
-    with _watching("nothing is written") as watcher:
+    with watching("nothing is written") as watcher:
         more = {} if steps is None else {"steps": steps}
         losses = loaded.fit(made, seed=seed, progress=watcher.interruptible, **more)
     took = time.perf_counter() - begun
@@ -454,7 +439,7 @@ def fit(
     if test is not None:
         from td3_fast.run import score
 
-        split = _split(test, format=format, columns=columns, **_filters_of(loaded))
+        split = read_split(test, format=format, columns=columns, **filters_of(loaded))
         if loaded.metadata is not None:
             loaded.metadata.check_items(split.interactions.item_ids.tolist())
         _print_rows(score(made, split, seed=seed))
@@ -464,19 +449,24 @@ def fit(
 @guarded
 def info(summary: SummaryFile) -> None:
     """Say what a summary is, what it stands for and how it is used."""
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
-    loaded = TuckerSummary.load(summary)
+    loaded = load_summary(summary)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
-    d1, d2, d3 = loaded.core.shape
     learned = sum(p.numel() for p in loaded.parameters())
     table.add_row(
         "summary", f"{loaded.num_users} users by {loaded.num_positions} positions, {loaded.normalize}"
     )
-    table.add_row("factors", f"core {d1} by {d2} by {d3}; {learned:,} numbers learned")
-    table.add_row("items", f"{loaded.num_items - 1:,} and padding, {d3} numbers each")
+    shapes = ", ".join(
+        f"{name.replace('_', ' ')} {' by '.join(map(str, factor.shape))}"
+        for name, factor in zip(loaded.factor_names, loaded.factors, strict=True)
+    )
+    table.add_row("factors", f"{shapes}; {learned:,} numbers learned")
+    table.add_row(
+        "items", f"{loaded.num_items - 1:,} and padding, {loaded.item_factors.shape[1]} numbers each"
+    )
     table.add_row("file", f"{summary.stat().st_size:,} bytes")
     metadata = loaded.metadata
     if metadata is not None:
@@ -545,20 +535,20 @@ def demo(
 
     The figures show that it works; for figures to report, use a recipe with `distill` and `evaluate`.
     """
-    _set_threads(threads)
+    set_threads(threads)
     from td3_fast.recipes import recipe_named
     from td3_fast.run import REPORT, SUMMARY, EvaluateRun, Run
-    from td3_fast.summary import TuckerSummary
+    from td3_fast.summary import load_summary
 
     folder = DEMO_FOLDER if out is None else out
     recipe = recipe_named("synthetic")
-    split = _split(data, format=format, columns=columns)
+    split = read_split(data, format=format, columns=columns)
     epochs = max(2, min(recipe.pretrain.fit.max_epochs, DEMO_EXAMPLES // max(len(split.train), 1)))
     recipe = replace(recipe.fitted(max_epochs=epochs), distill=_demo_config(recipe, len(split.train)))
     begun = time.perf_counter()
     _plan(split, recipe, folder)
     command = shlex.join(["td3-fast", "evaluate", str(folder / SUMMARY), data, "--out", str(folder)])
-    with _watching("the same command starts anew, with the pretrained learner if it was finished") as watcher:
+    with watching("the same command starts anew, with the pretrained learner if it was finished") as watcher:
         run = Run(
             folder=folder,
             split=split,
@@ -571,7 +561,7 @@ def demo(
         run.distill(overwrite=overwrite or out is None)
         rows = EvaluateRun(
             folder=folder,
-            summary=TuckerSummary.load(folder / SUMMARY),
+            summary=load_summary(folder / SUMMARY),
             split=split,
             source=data,
             seed=seed,
@@ -591,13 +581,6 @@ def _demo_config(recipe: Recipe, num_examples: int) -> DistillConfig:
     config = recipe.distill
     smallest = -(-num_examples * config.epochs // DEMO_OUTER_STEPS)
     return replace(config, batch_size=max(config.batch_size, smallest))
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _recipe(
@@ -631,22 +614,6 @@ def _filters(recipe: Recipe, min_item: int | None, min_user: int | None) -> dict
     return {name: minimum for name, minimum in filters.items() if minimum}
 
 
-def _filters_of(summary: TuckerSummary) -> dict[str, Any]:
-    return {} if summary.metadata is None else summary.metadata.preprocessing.filters
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _split(data: str, *, format: str | None, columns: str | None, **filters: Any) -> Split:
-    from td3_fast.data import leave_one_out, resolve
-
-    extra: dict[str, Any] = {"format": format, "columns": parse_columns(columns)}
-    log = resolve(data, **{name: value for name, value in extra.items() if value is not None}, **filters)
-    return leave_one_out(log)
-
-
 def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
     config, fit = recipe.distill, recipe.pretrain.fit
     log, examples = split.interactions, len(split.train)
@@ -667,9 +634,12 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         say(
             f"          softmax over {fit.num_sampled:,} items drawn for each batch ({fit.proposal}), {fit.optimiser}"
         )
+    kind = f"ranks {config.user_rank} and {config.position_rank}"
+    if config.summary == "farzi":
+        kind = f"Farzi, rank {config.latent_rank}"
     say(
-        f"distil    {config.users} users by {config.positions} positions, ranks {config.user_rank} and "
-        f"{config.position_rank}; {config.epochs} epochs of {steps:,} outer steps"
+        f"distil    {config.users} users by {config.positions} positions, {kind}; "
+        f"{config.epochs} epochs of {steps:,} outer steps"
     )
     say(
         f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"

@@ -20,11 +20,17 @@ from td3_fast.ops import (
     DropoutStream,
     derive_seed,
     seeded_generator,
-    tucker_queries,
 )
 from td3_fast.parallel import ALONE, WHOLE, Group, ItemTables, Ranks, item_tables
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
+from td3_fast.summary import (
+    FarziSummary,
+    Preprocessing,
+    Summary,
+    SummaryMetadata,
+    TrainingRecipe,
+    TuckerSummary,
+)
 from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
 from td3_fast.unroll import (
     AdamConfig,
@@ -35,6 +41,7 @@ from td3_fast.unroll import (
     ItemMixture,
     adam_step_,
     fit_on_summary,
+    flat_pair,
     initial_state,
     make_mixture,
     pull_back_with_higher,
@@ -45,6 +52,7 @@ Engine = Literal["native", "higher"]
 Start = Literal["pool", "fresh"]
 Initial = Literal["noise", "sequences"]
 ItemDtype = Literal["float32", "bfloat16"]
+Kind = Literal["tucker", "farzi"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +127,16 @@ class DistillConfig:
     selection: Protocol = "uni100"
     validation_runs: int = 1
     micro_batch: int = 1024  # real examples per pass, shortest histories first
+    summary: Kind = "tucker"
+    latent_rank: int = 32  # of a Farzi summary, which has no other rank
 
     def __post_init__(self) -> None:
         counts = ("users", "user_rank", "position_rank", "batch_size", "users_per_step", "epochs", "window")
-        for name in (*counts, "inner_steps", "validation_runs", "micro_batch"):
+        for name in (*counts, "inner_steps", "validation_runs", "micro_batch", "latent_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.initial == "sequences" and self.summary == "farzi":
+            raise ValueError('a Farzi summary starts from noise: use initial="noise"')
         if not self.sharpness > 0:
             raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
         if self.positions < 2:
@@ -158,7 +170,7 @@ class DistillConfig:
 class DistillState:
     """Where a distillation stands: enough to go on with the same bits."""
 
-    factors: AdamState  # core, user factors, position factors
+    factors: AdamState  # of the summary, in the order of `Summary.factors`
     step: int = 0  # outer steps taken
     carried: tuple[Tensor, ...] | None = None  # the learner between outer steps, where it is not reloaded
     validation_items: Tensor | None = None  # the item table between evaluations, where it is carried over
@@ -288,39 +300,43 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
+        self.form = self._initial_summary()  # says what the factors mean
 
-    def initial_state(self) -> DistillState:
-        """The factors before the first outer step."""
-        config, seed = self.config, derive_seed(self.seed, "factors")
+    def _initial_summary(self) -> Summary:
+        config = self.config
+        sizes: dict[str, Any] = {
+            "users": config.users,
+            "positions": config.positions,
+            "item_factors": self.items,
+            "seed": derive_seed(self.seed, "factors"),
+            "normalize": config.normalize,
+        }
         ranks: dict[str, Any] = {"user_rank": config.user_rank, "position_rank": config.position_rank}
-        if config.initial == "sequences":
+        summary: Summary
+        if config.summary == "farzi":
+            summary = FarziSummary.initialise(rank=config.latent_rank, **sizes)
+        elif config.initial == "sequences":
             sequences = training_sequences(
-                self.split.train, users=config.users, positions=config.positions, seed=seed
+                self.split.train, users=config.users, positions=config.positions, seed=sizes["seed"]
             )
             embedded = self.tables.look_up(torch.from_numpy(sequences).to(self.items.device), self.items)
             summary = summary_of_sequences(
-                embedded, self.items, sharpness=config.sharpness, seed=seed, **ranks
+                embedded, self.items, sharpness=config.sharpness, seed=sizes["seed"], **ranks
             )
+            summary.normalize = config.normalize
         else:
-            summary = TuckerSummary.initialise(
-                users=config.users, positions=config.positions, item_factors=self.items, seed=seed, **ranks
-            )
-        return DistillState(
-            factors=initial_state((summary.core, summary.user_factors, summary.position_factors))
-        )
-
-    def summary(self, factors: tuple[Tensor, ...]) -> TuckerSummary:
-        """Core, user and position factors as a summary."""
-        core, user_factors, position_factors = (f.detach().clone() for f in factors)
+            summary = TuckerSummary.initialise(**sizes, **ranks)
         positions = self.teacher.position_embeddings
-        return TuckerSummary(
-            core,
-            user_factors,
-            position_factors,
-            self.items,
-            position_embeddings=None if positions is None else positions.detach(),
-            normalize=self.config.normalize,
-        )
+        summary.position_embeddings = None if positions is None else positions.detach()
+        return summary
+
+    def initial_state(self) -> DistillState:
+        """The factors before the first outer step."""
+        return DistillState(factors=initial_state(self.form.factors))
+
+    def summary(self, factors: tuple[Tensor, ...]) -> Summary:
+        """Factors as a summary."""
+        return self.form.with_factors(factors)
 
     def metadata(self, state: DistillState) -> SummaryMetadata:
         """What the best summary so far stands for; the filters of the log are not known here."""
@@ -365,7 +381,7 @@ class Distiller:
     def meta_gradient(
         self, state: DistillState, *, window: tuple[int, int] | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-        """The gradient of one outer step with respect to core, user and position factors, and its losses.
+        """The gradient of one outer step with respect to the summary's factors, and its losses.
 
         window: (warm-up, differentiated) steps instead of the drawn ones.
         """
@@ -399,14 +415,21 @@ class Distiller:
         if config.engine == "higher":
             return self._with_higher(state, loop, start, objective, warm_up, differentiated)
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
-        core, user_factors, position_factors = factors
+        queries, keys = self.form.queries_and_keys(tuple(factors))
         mixture: ItemMixture
         if config.item_embedding == "trained":
-            made = tucker_queries(core, user_factors, position_factors)
-            mixture = make_mixture(made.detach(), self.items, normalize=config.normalize, tables=self.tables)
+            learned = keys.requires_grad
+            made = flat_pair(queries, keys) if learned else queries
+            mixture = make_mixture(
+                queries.detach(),
+                keys.detach(),
+                normalize=config.normalize,
+                learned_keys=learned,
+                tables=self.tables,
+            )
         else:
-            made = self.tables.tucker_soft_embedding(
-                core, user_factors, position_factors, self.items, self.items, normalize=config.normalize
+            made = self.tables.normalized_embedding(
+                queries, keys.to(self.items.dtype), self.items, normalize=config.normalize
             )
             mixture = FixedEmbeddings(made)
         learner, _ = loop.run(start, self.items, mixture, until=warm_up)
@@ -447,8 +470,8 @@ class Distiller:
         parts: list[float] = [0.0, 0.0]
 
         def probabilities(users: Tensor) -> Tensor:
-            core, user_factors, position_factors = factors
-            scores = tucker_queries(core, user_factors[users], position_factors) @ self.items.T
+            queries, keys = self.form.queries_and_keys(tuple(factors), users)
+            scores = queries @ keys.T
             return scores.softmax(-1) if self.config.normalize == "softmax" else scores
 
         def outer_loss(encode: Callable[..., Tensor], items: Tensor) -> Tensor:
@@ -564,6 +587,11 @@ class Distiller:
 
 
 def _check_ranks(config: DistillConfig, ranks: Ranks) -> None:
+    if ranks.items.size > 1 and config.summary == "farzi":
+        raise ValueError(
+            "the decoder of a Farzi summary is learned for all items in one process: use a Tucker summary, "
+            "or do not split the item tables"
+        )
     if ranks.everyone.size > 1 and config.engine == "higher":
         raise ValueError('engine="higher" is for one process: use engine="native", or start one')
     if ranks.items.size > 1 and (
@@ -585,7 +613,7 @@ def distill(
     ranks: Ranks = ALONE,
     on_step: Callable[[DistillState], None] | None = None,
     progress: Progress = silent,
-) -> tuple[TuckerSummary, DistillState]:
+) -> tuple[Summary, DistillState]:
     """Distil the training part of `split` into a summary of `config.users` × `config.positions`.
 
     Returns the summary of the epoch with the best validation MRR@10, with all that it needs to be saved and evaluated,

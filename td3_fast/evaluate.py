@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from td3_fast.data import Examples, Split
+from td3_fast.data import Examples, Split, every_prefix
+from td3_fast.export import HardConfig, hard_interactions
 from td3_fast.learners import Learner, build_learner, learner_named
 from td3_fast.metrics import mean_and_sd, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import SummaryMetadata, TuckerSummary
+from td3_fast.summary import Summary, SummaryMetadata
 from td3_fast.training import PROTOCOLS, FitConfig, Protocol, Ranker, fit_examples, fresh_like
 from td3_fast.unroll import fit_on_summary
 
@@ -30,7 +31,9 @@ ROWS: tuple[str, ...] = (
 )
 # of another architecture than the summary was distilled for; the paper's table 4
 CROSS_ROWS: tuple[str, ...] = ("summary", "full", "full+embeddings", "zero-step")
-KNOWN_ROWS = tuple(dict.fromkeys(ROWS + CROSS_ROWS))
+# the summary as sequences of items, as it is exported for other libraries
+HARD_ROWS: tuple[str, ...] = ("hard", "hard+embeddings")
+KNOWN_ROWS = tuple(dict.fromkeys(ROWS + CROSS_ROWS + HARD_ROWS))
 SET_BY_SUMMARY = ("num_items", "max_len", "hidden")  # of a learner's hyperparameters
 Scores = dict[Protocol, dict[str, float]]
 
@@ -47,6 +50,7 @@ class EvaluateConfig:
         False  # each run on the summary starts from the item table that the last one left
     )
     ddof: int = 1
+    hard: HardConfig = field(default_factory=HardConfig)  # of the rows `hard` and `hard+embeddings`
 
     def __post_init__(self) -> None:
         unknown = [row for row in self.rows if row not in KNOWN_ROWS]
@@ -67,7 +71,7 @@ class Row:
 
 
 def evaluate(
-    summary: TuckerSummary,
+    summary: Summary,
     split: Split,
     teacher: Learner | None = None,
     *,
@@ -89,6 +93,7 @@ def evaluate(
 
     Rows: `summary`; `full`, the whole training part; `random` and `longest`, users that hold as many interactions as
     the summary, all three from nothing or with the teacher's embeddings (`+embeddings`), trained with early stopping;
+    `hard`, the summary's hard sequences (`config.hard`) as if they were interactions, in the same two ways;
     `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
     """
     config = config or EvaluateConfig()
@@ -126,27 +131,64 @@ def evaluate(
     return [_row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS]
 
 
-def teacher_of(summary: TuckerSummary, *, name: str | None = None, seed: int = 0) -> Learner:
+def teacher_of(
+    summary: Summary,
+    *,
+    name: str | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Learner:
     """A learner with the pretrained item and position embeddings that a summary carries, the encoder drawn from `seed`.
 
     name: its class; None: the one that the summary was distilled for. Another class is given the items, the length and
     the width of that one, the rest by its own defaults, and of the tables the embeddings of items alone: positions mean
     different things to different classes, and a bias of items (a further column) is there in some only.
+
+    hyperparameters: what is to differ from that. A learner of less width (`hidden`) gets the tables in the principal
+    axes of the item table, which keeps of the products between items as much as so few columns can.
+
+    Raises:
+        ValueError: more width is asked for than the item table has, or other items or another length.
     """
     recipe = _metadata(summary).training
     name = recipe.learner if name is None else learner_named(name)
     own = name == recipe.learner
-    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY}
+    changes = dict(hyperparameters or {})
+    for fixed in ("num_items", "max_len"):
+        if fixed in changes:
+            raise ValueError(f"{fixed} comes from the summary: leave it out of the hyperparameters")
+    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY} | changes
     learner = build_learner(name, config, seed=seed)
-    width = summary.item_factors.shape[1] if own else config["hidden"]
+    width = recipe.learner_config["hidden"]
+    axes = _principal_axes(summary.item_factors[:, :width], config["hidden"])
     with torch.no_grad():
-        learner.item_embeddings[:, :width].copy_(summary.item_factors[:, :width])
-        if own and learner.position_embeddings is not None and summary.position_embeddings is not None:
-            learner.position_embeddings.copy_(summary.position_embeddings)
+        learner.item_embeddings[:, : config["hidden"]].copy_(summary.item_factors[:, :width] @ axes)
+        if own:
+            learner.item_embeddings[:, config["hidden"] :].copy_(summary.item_factors[:, width:])
+            if learner.position_embeddings is not None and summary.position_embeddings is not None:
+                learner.position_embeddings.copy_(
+                    summary.position_embeddings @ axes.to(summary.position_embeddings.dtype)
+                )
     return learner
 
 
-def _metadata(summary: TuckerSummary) -> SummaryMetadata:
+def _principal_axes(table: torch.Tensor, width: int) -> torch.Tensor:
+    """(columns, width): the identity where no column is to go, else the axes along which `table` is longest."""
+    columns = table.shape[1]
+    if width > columns:
+        raise ValueError(
+            f"the summary's item table has {columns} columns, and a learner of width {width} would need more: "
+            f"ask for hidden <= {columns}, or distil with a wider learner"
+        )
+    if width == columns:
+        return torch.eye(columns, dtype=table.dtype, device=table.device)
+    _, axes = torch.linalg.eigh((table.T @ table).double())  # ascending
+    # an axis has no sign of its own: that of its largest entry makes it the same everywhere
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return (axes * largest.sign()).flip(1)[:, :width].to(table.dtype)
+
+
+def _metadata(summary: Summary) -> SummaryMetadata:
     if summary.metadata is None:
         raise ValueError("the summary does not say how it is used: give `teacher` and `fit_options`")
     return summary.metadata
@@ -164,7 +206,7 @@ def _row(name: str, protocol: Protocol, runs: dict[str, list[Scores]], *, ddof: 
 class _Evaluation:
     def __init__(
         self,
-        summary: TuckerSummary,
+        summary: Summary,
         split: Split,
         teacher: Learner,
         fit_options: dict[str, Any],
@@ -208,7 +250,9 @@ class _Evaluation:
             return ranker.metrics(learner)
         training = self.split.train
         base, _, embeddings = name.partition("+")
-        if base != "full":
+        if base == "hard":
+            training = every_prefix(hard_interactions(self.summary, self.config.hard))
+        elif base != "full":
             training = chosen_users(
                 self.split.train, base, self.summary.num_users * self.summary.num_positions, seed=seed
             )

@@ -53,9 +53,10 @@ def summary_of_sequences(
 ) -> TuckerSummary:
     """A Tucker summary whose distributions lie around given items.
 
-    The query of a position is its item's factors, `embedded`, scaled so that an item scores `sharpness` nats on its own query on
-    average; the tensor of queries is truncated to the ranks by a higher-order SVD. Ranks beyond what the tensor has are
-    filled with the noise of `TuckerSummary.initialise`, to no effect until they are learned. Computed in float64.
+    The query of a position is its item's factors, `embedded`, scaled so that an item scores `sharpness` nats on its own
+    query on average; the tensor of queries is truncated to the ranks by a higher-order SVD. Ranks beyond what the
+    tensor has are filled with the noise of `TuckerSummary.initialise`, to no effect until they are learned. Computed in
+    float64.
 
     Raises:
         ValueError: a rank or size is below 1.

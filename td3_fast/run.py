@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from td3_fast.artefact import from_json, tensor_sha256
+from td3_fast.artefact import from_json, tensors_sha256
 from td3_fast.checkpoint import (
     Checkpoint,
     Settings,
@@ -43,7 +43,7 @@ from td3_fast.report import (
     versions,
     write_results,
 )
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Summary, TuckerSummary, load_summary
 from td3_fast.training import FitConfig, Pretrained, Ranker
 
 SUMMARY = "summary.safetensors"
@@ -267,7 +267,7 @@ class Run:
         path = self.folder / SUMMARY
         if not resume or not path.exists() or (self.folder / CHECKPOINT).exists():
             return False
-        metadata = TuckerSummary.load(path).metadata
+        metadata = load_summary(path).metadata
         check_settings(path, {} if metadata is None else metadata.settings, self._settings)
         return (self.folder / RESULTS).exists()
 
@@ -385,7 +385,7 @@ class Run:
 
     def _distill(
         self, pretrained: Pretrained, state: PretrainState | DistillState | None, log: JsonLines
-    ) -> tuple[TuckerSummary, DistillState]:
+    ) -> tuple[Summary, DistillState]:
         latest: dict[str, float] = {}
         reached: tuple[DistillState, int] | None = None
 
@@ -432,7 +432,7 @@ class Run:
         )
         return summary, state
 
-    def _first_look(self, summary: TuckerSummary, pretrained: Pretrained, state: DistillState) -> list[Row]:
+    def _first_look(self, summary: Summary, pretrained: Pretrained, state: DistillState) -> list[Row]:
         """Evaluate what costs little, and write the results of the whole run."""
         run = EvaluateRun(
             folder=self.folder,
@@ -477,7 +477,7 @@ class EvaluateRun:
     """
 
     folder: Path
-    summary: TuckerSummary
+    summary: Summary
     split: Split
     source: str
     seed: int = 0
@@ -498,10 +498,7 @@ class EvaluateRun:
             self.teacher = teacher_of(self.summary, name=self.learner)
         made_with = {} if metadata is None else metadata.settings
         if self.fit is None:
-            fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
-            # a summary that is older than a field of it was made with what is now the default
-            fit = {**asdict(FitConfig()), **(fit or {})}
-            self.fit = from_json(FitConfig, fit, "settings.pretrain.fit")
+            self.fit = fit_config_of(self.summary)
         if self.max_epochs is not None:
             self.fit = replace(self.fit, max_epochs=self.max_epochs)
         semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))
@@ -514,13 +511,7 @@ class EvaluateRun:
             carry_embeddings=semantics.carry_embeddings,
             ddof=semantics.ddof,
         )
-        if metadata is not None:
-            metadata.check_items(self.split.interactions.item_ids.tolist())
-            if metadata.preprocessing.fingerprint != self.split.interactions.fingerprint:
-                raise RunError(
-                    f"{self.source} holds other interactions than the summary was distilled from, which were "
-                    f"{metadata.preprocessing.data!r} with the filters {metadata.preprocessing.filters}"
-                )
+        check_data(self.summary, self.split, self.source)
 
     def evaluate(self, *, overwrite: bool = False) -> list[Row]:
         """The rows, also written into the folder's results, and drawn.
@@ -590,10 +581,9 @@ class EvaluateRun:
         """All that the score of a single run depends on."""
         metadata = self.summary.metadata
         tensors = self.summary.state_dict() if self.pretrained is None else self.pretrained.best
-        digests = {name: tensor_sha256(tensor) for name, tensor in sorted(tensors.items())}
         config = asdict(self.config)
         return {
-            "summary": hashlib.sha256(json.dumps(digests).encode()).hexdigest(),
+            "summary": tensors_sha256(tensors),
             "size": self.summary.size,
             "data": self.split.interactions.fingerprint,
             "seed": self.seed,
@@ -609,6 +599,32 @@ class EvaluateRun:
             return {}
         name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
         return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
+
+
+def fit_config_of(summary: Summary) -> FitConfig:
+    """How the learner that a summary came from was trained on the log; the defaults where it does not say."""
+    made_with = {} if summary.metadata is None else summary.metadata.settings
+    fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
+    # a summary that is older than a field of it was made with what is now the default
+    return from_json(FitConfig, {**asdict(FitConfig()), **(fit or {})}, "settings.pretrain.fit")
+
+
+def check_data(summary: Summary, split: Split, source: str) -> None:
+    """Refuse data, which the user called `source`, that a summary was not distilled from.
+
+    Raises:
+        ValueError: the items are others, or are numbered in another way.
+        RunError: the interactions are others.
+    """
+    if summary.metadata is None:
+        return
+    summary.metadata.check_items(split.interactions.item_ids.tolist())
+    origin = summary.metadata.preprocessing
+    if origin.fingerprint != split.interactions.fingerprint:
+        raise RunError(
+            f"{source} holds other interactions than the summary was distilled from, which were "
+            f"{origin.data!r} with the filters {origin.filters}"
+        )
 
 
 def score(learner: Learner, split: Split, *, seed: int = 0) -> list[Row]:

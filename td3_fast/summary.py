@@ -5,39 +5,39 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from td3_fast.artefact import check_keys
+from td3_fast.artefact import artefact_kind, check_keys
 from td3_fast.distilled_data import (
     DistilledDataConfig,
     LearnerTrainConfig,
     read_distilled_data,
     write_distilled_data,
 )
-from td3_fast.ops import seeded_generator, tucker_queries, tucker_soft_embedding
+from td3_fast.farzi import FarziSummary
+from td3_fast.ops import seeded_generator, tucker_queries
 from td3_fast.ops.tucker import Normalize
-from td3_fast.summary_file import (
-    Preprocessing,
-    SummaryError,
-    SummaryMetadata,
-    TrainingRecipe,
-    read_summary,
-    write_summary,
-)
+from td3_fast.summary_base import Summary, check_floating, check_normalize, check_positions
+from td3_fast.summary_file import Preprocessing, SummaryError, SummaryMetadata, TrainingRecipe
 
-if TYPE_CHECKING:
-    from td3_fast.learners import Learner
-
-__all__ = ["Preprocessing", "SummaryError", "SummaryMetadata", "TrainingRecipe", "TuckerSummary"]
+__all__ = [
+    "FarziSummary",
+    "Preprocessing",
+    "Summary",
+    "SummaryError",
+    "SummaryMetadata",
+    "TrainingRecipe",
+    "TuckerSummary",
+    "load_summary",
+]
 
 FACTOR_SD = 0.02
-FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-class TuckerSummary(nn.Module):
+class TuckerSummary(Summary):
     """S = normalized(core x_1 user_factors x_2 position_factors x_3 item_factors), (users, positions, n).
 
     S holds a probability over items at each position of each synthetic user; it is never formed unless asked
@@ -62,8 +62,8 @@ class TuckerSummary(nn.Module):
         ValueError: shapes or dtypes do not agree, or `normalize` is unknown.
     """
 
-    item_factors: Tensor
-    position_embeddings: Tensor | None
+    kind = "td3_fast.TuckerSummary"
+    factor_names = ("core", "user_factors", "position_factors")
 
     def __init__(
         self,
@@ -77,16 +77,12 @@ class TuckerSummary(nn.Module):
         metadata: SummaryMetadata | None = None,
     ) -> None:
         super().__init__()
-        if normalize not in ("softmax", "none"):
-            raise ValueError(f'normalize must be "softmax" or "none", got {normalize!r}')
+        check_normalize(normalize)
         _check_factors(core, user_factors, position_factors, item_factors, position_embeddings)
         self.core = nn.Parameter(core)
         self.user_factors = nn.Parameter(user_factors)
         self.position_factors = nn.Parameter(position_factors)
-        self.register_buffer("item_factors", item_factors)
-        self.register_buffer("position_embeddings", position_embeddings)
-        self.normalize: Normalize = normalize
-        self.metadata = metadata
+        self._carry(item_factors, position_embeddings, normalize, metadata)
         self.fix_order = True
         self._train_config: LearnerTrainConfig | None = None
 
@@ -140,87 +136,13 @@ class TuckerSummary(nn.Module):
     def num_positions(self) -> int:
         return self.position_factors.shape[0]
 
-    @property
-    def num_items(self) -> int:
-        """Items, the padding item 0 included."""
-        return self.item_factors.shape[0]
-
-    @property
-    def size(self) -> str:
-        """Users x positions, as in "50x50"."""
-        return f"{self.num_users}x{self.num_positions}"
-
-    def queries(self, users: Tensor | None = None) -> Tensor:
-        """core x_1 user_factors x_2 position_factors, (u, positions, d3), of the users at (u,) indices."""
-        return tucker_queries(self.core, self._chosen(users), self.position_factors)
-
-    def forward(self, users: Tensor | None = None, item_embeddings: Tensor | None = None) -> Tensor:
-        """Soft embeddings S @ item_embeddings, (u, positions, d), without forming S.
-
-        users: (u,) int64 indices, all users by default; item_embeddings: (n, d), `item_factors` by default, which are
-        converted to its dtype where that is another one.
-        """
-        values = self.item_factors if item_embeddings is None else item_embeddings
-        return tucker_soft_embedding(
-            self.core,
-            self._chosen(users),
-            self.position_factors,
-            self.item_factors.to(values.dtype),
-            values,
-            normalize=self.normalize,
-        )
-
-    def probabilities(self, users: Tensor | None = None) -> Tensor:
-        """S itself, (u, positions, n), formed in full; under `normalize="none"` the bare product."""
-        scores = self.queries(users) @ self.item_factors.T.to(self.core.dtype)
-        return scores.softmax(-1) if self.normalize == "softmax" else scores
-
-    def fit(self, learner: Learner, **options: Any) -> list[float]:
-        """Train `learner` in place on this summary and return the loss of each step.
-
-        Options are those of `td3_fast.unroll.fit_on_summary`; the recipe in `metadata` gives those left out.
-        """
-        from td3_fast.unroll import fit_on_summary
-
-        recipe = {} if self.metadata is None else self.metadata.training.fit_options()
-        return fit_on_summary(learner, self, **{**recipe, **options})
-
-    def save(
-        self, path: str | os.PathLike[str], *, item_factors: Literal["inside", "reference"] = "inside"
-    ) -> None:
-        """Write the summary and its metadata as one safetensors file, atomically.
-
-        With `item_factors="reference"` the item table goes into a file of its own in the same folder, named
-        after its contents so that summaries of one learner share it; this file holds its name and SHA-256.
-
-        Raises:
-            SummaryError: there is no metadata, or what would be written could not be read again.
-        """
-        if self.metadata is None:
-            raise SummaryError(
-                f"{path} is not written, the summary has no metadata: set `summary.metadata` first"
-            )
-        write_summary(
-            path, self.state_dict(), self.metadata, normalize=self.normalize, item_factors=item_factors
-        )
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, item_factors: Tensor | str | os.PathLike[str] | None = None
-    ) -> TuckerSummary:
-        """The summary that `save` wrote, on the CPU. No code in the file is ever run.
-
-        item_factors: for a summary that keeps its item table by reference, the table (n, d3) or its file; by
-        default the file that the summary names, in the same folder.
-
-        Raises:
-            SummaryError: the file is missing, damaged or of another kind, or the item table is another one.
-        """
-        tensors, normalize, metadata = read_summary(path, item_factors=item_factors)
-        try:
-            return cls(**tensors, normalize=normalize, metadata=metadata)
-        except ValueError as error:
-            raise SummaryError(f"{path} is not a valid summary, {error}: save it anew") from error
+    def queries_and_keys(
+        self, factors: tuple[Tensor, ...] | None = None, users: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """core x_1 user_factors x_2 position_factors, (u, positions, d3), and the item factors (n, d3)."""
+        core, user_factors, position_factors = self.factors if factors is None else factors
+        chosen = user_factors if users is None else user_factors[users]
+        return tucker_queries(core, chosen, position_factors), self.item_factors
 
     @property
     def config(self) -> DistilledDataConfig:
@@ -339,8 +261,17 @@ class TuckerSummary(nn.Module):
         core = tuple(self.core.shape)
         return f"{self.size}, core={core}, num_items={self.num_items}, normalize={self.normalize!r}"
 
-    def _chosen(self, users: Tensor | None) -> Tensor:
-        return self.user_factors if users is None else self.user_factors[users]
+
+def load_summary(
+    path: str | os.PathLike[str], *, item_factors: Tensor | str | os.PathLike[str] | None = None
+) -> Summary:
+    """The summary in a file, of whichever kind; arguments and errors as in `Summary.load`."""
+    try:
+        kind = artefact_kind(path)
+    except ValueError as error:
+        raise SummaryError(str(error)) from error
+    chosen: type[Summary] = FarziSummary if kind == FarziSummary.kind else TuckerSummary
+    return chosen.load(path, item_factors=item_factors)
 
 
 def _check_factors(
@@ -365,18 +296,10 @@ def _check_factors(
                 f"got {tuple(value.shape)}"
             )
     floating = {"core": core, **{name: value for name, (value, _) in matrices.items()}}
+    check_positions(position_embeddings, d3, f"a core of {tuple(core.shape)}")
     if position_embeddings is not None:
-        if position_embeddings.ndim != 2 or position_embeddings.shape[1] > d3:
-            raise ValueError(
-                f"position_embeddings must have the shape (rows, {d3} or less) beside a core of "
-                f"{tuple(core.shape)}, got {tuple(position_embeddings.shape)}"
-            )
         floating["position_embeddings"] = position_embeddings
-    for name, value in floating.items():
-        if value.numel() == 0:
-            raise ValueError(f"{name} must not be empty, got {tuple(value.shape)}")
-        if value.dtype not in FLOATING:
-            raise ValueError(f"{name} must be floating, got {value.dtype}")
+    check_floating(floating)
     if not core.dtype == user_factors.dtype == position_factors.dtype:
         raise ValueError(
             f"core, user_factors and position_factors must have one dtype, got {core.dtype}, "

@@ -24,10 +24,8 @@ from td3_fast.artefact import (
     write_artefact,
 )
 
-KIND = "td3_fast.TuckerSummary"
 ITEM_FACTORS_KIND = "td3_fast.ItemFactors"
 FORMAT_VERSION = 1
-FACTORS = ("core", "user_factors", "position_factors")
 ID_TENSORS = ("item_ids.bytes", "item_ids.ends")  # the ids in UTF-8 one after the other, and where each ends
 
 
@@ -55,7 +53,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """The training run that a summary was distilled for; `TuckerSummary.fit` repeats it."""
+    """The training run that a summary was distilled for; `Summary.fit` repeats it."""
 
     learner: str  # class name
     learner_config: dict[str, Any]  # its hyperparameters, as JSON values
@@ -134,13 +132,14 @@ class _Document:
 
 def write_summary(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],  # FACTORS, "item_factors" and perhaps "position_embeddings"
+    tensors: Mapping[str, Tensor],  # the factors, "item_factors" and perhaps "position_embeddings"
     metadata: SummaryMetadata,
     *,
+    kind: str,
     normalize: str,
     item_factors: Literal["inside", "reference"],
 ) -> None:
-    """Write a summary atomically as `TuckerSummary.save` describes."""
+    """Write a summary atomically as `Summary.save` describes; `kind` goes into the header."""
     table = tensors["item_factors"]
     try:
         stored = {**tensors, **_encode_ids(metadata.item_ids)}
@@ -167,7 +166,7 @@ def write_summary(
             write_artefact(
                 referenced, {"item_factors": table}, {}, kind=ITEM_FACTORS_KIND, version=FORMAT_VERSION
             )
-        write_artefact(path, stored, document, kind=KIND, version=FORMAT_VERSION)
+        write_artefact(path, stored, document, kind=kind, version=FORMAT_VERSION)
     except ArtefactError as error:
         raise SummaryError(str(error)) from error
     except (TypeError, ValueError) as error:
@@ -175,21 +174,26 @@ def write_summary(
 
 
 def read_summary(
-    path: str | os.PathLike[str], *, item_factors: Tensor | str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    factors: Sequence[str],
+    item_factors: Tensor | str | os.PathLike[str] | None = None,
 ) -> tuple[dict[str, Tensor], Literal["softmax", "none"], SummaryMetadata]:
     """Tensors, normalisation and metadata of a summary that `write_summary` wrote.
 
-    Arguments and errors are those of `TuckerSummary.load`, which checks the shapes of the factors besides.
+    kind, factors: what the header and the names of the tensors have to say. The rest of the arguments, and the errors,
+    are those of `Summary.load`, which checks the shapes of the factors besides.
     """
     try:
-        tensors, document = read_artefact(path, kind=KIND, version=FORMAT_VERSION)
+        tensors, document = read_artefact(path, kind=kind, version=FORMAT_VERSION)
         contents: _Document = from_json(_Document, document, "metadata")
         if contents.item_factors.file is not None:
             if "item_factors" in tensors:
                 raise ValueError("it holds the item factors and refers to another file for them")
             tensors["item_factors"] = _referenced(Path(path), contents.item_factors.file, item_factors)
         names = [name for name in tensors if name != "position_embeddings"]
-        check_keys(dict.fromkeys(names), [*FACTORS, "item_factors", *ID_TENSORS], "the set of tensors")
+        check_keys(dict.fromkeys(names), [*factors, "item_factors", *ID_TENSORS], "the set of tensors")
         _check_values(tensors)
         if tensor_sha256(tensors["item_factors"]) != contents.item_factors.sha256:
             raise ValueError("the item factors are not those that it was saved with")

@@ -25,6 +25,8 @@ STAGES = {
     "fit": ("training on the summary", "steps"),
     "distill": ("distilling", "outer steps"),
     "evaluate": ("evaluating", "runs"),
+    "search": ("searching", "runs"),
+    "export": ("choosing items", "positions"),
 }
 FIGURES = {
     "loss": "loss",
@@ -149,7 +151,7 @@ class Display:
             if stage in self._tasks and self._bars is not None:
                 self._bars.remove_task(self._tasks.pop(stage))
         self._latest[stage] = done, total
-        if stage in ("evaluate", "distill"):  # what ran inside is over
+        if stage in ("evaluate", "distill", "search"):  # what ran inside is over
             for inner in set(self._latest) - {stage}:
                 del self._latest[inner]
                 if inner in self._tasks and self._bars is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import SEMANTICS, DistillConfig, Distiller, Semantics, distill, with_semantics
+from td3_fast.evaluate import teacher_of
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.pretrain import PretrainConfig, pretrain
+from td3_fast.summary import FarziSummary, load_summary
 from td3_fast.training import FitConfig, Pretrained
 
 CONFIG = DistillConfig(
@@ -96,6 +99,27 @@ def test_another_seed_gives_another_summary(split: Split, pretrained: Pretrained
     config = replace(CONFIG, epochs=1)
     first, other = (distill(split, pretrained, config, seed=seed)[0] for seed in (1, 2))
     assert not torch.equal(first.core, other.core)
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_a_farzi_summary_is_learned_whole(
+    split: Split, pretrained: Pretrained, item_embedding: Any, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, summary="farzi", latent_rank=5, item_embedding=item_embedding, epochs=6)
+    start = Distiller(split, pretrained, config, seed=0).form
+    summary, state = distill(split, pretrained, config, seed=0)
+    assert isinstance(summary, FarziSummary)
+    assert summary.latents.shape == (6, 8, 5)
+    assert state.history[-1]["loss"] < state.history[0]["loss"]
+    for before, after in zip(start.factors, summary.factors, strict=True):
+        assert not torch.equal(before, after)
+    assert torch.equal(summary.item_factors, start.item_factors)
+    assert summary.position_embeddings is not None
+    summary.save(tmp_path / "summary.safetensors")
+    loaded = load_summary(tmp_path / "summary.safetensors")
+    assert isinstance(loaded, FarziSummary)
+    learner = teacher_of(loaded, seed=3)
+    assert len(loaded.fit(learner, seed=3)) == config.inner_steps
 
 
 def test_outer_loss_falls(split: Split, pretrained: Pretrained) -> None:

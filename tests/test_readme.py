@@ -42,7 +42,7 @@ def test_every_command_and_option_exists() -> None:
             assert option in shown.stdout, command
     shown = "".join(
         CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
-        for name in ("distill", "evaluate", "baselines", "fit", "demo")
+        for name in ("distill", "evaluate", "baselines", "fit", "export", "search", "reproduce", "demo")
     )
     for option in set(re.findall(r"`(--[a-z-]+)", TEXT)):
         assert option in shown

@@ -11,7 +11,7 @@ import torch
 from td3_fast.artefact import HEADER_START, read_artefact, write_artefact
 from td3_fast.learners import build_learner
 from td3_fast.summary import Preprocessing, SummaryError, SummaryMetadata, TrainingRecipe, TuckerSummary
-from td3_fast.summary_file import FORMAT_VERSION, KIND
+from td3_fast.summary_file import FORMAT_VERSION
 from td3_fast.unroll import fit_on_summary
 
 USERS, POSITIONS, ITEMS, D1, D2, D3 = 4, 8, 11, 2, 3, 5
@@ -326,7 +326,7 @@ def test_a_summary_without_metadata_is_not_saved(tmp_path):
 
 
 def parts(path):
-    return read_artefact(path, kind=KIND, version=FORMAT_VERSION)
+    return read_artefact(path, kind=TuckerSummary.kind, version=FORMAT_VERSION)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_missing_tensor_is_refused(tmp_path, name):
     make_summary().save(tmp_path / "a")
     tensors, document = parts(tmp_path / "a")
     del tensors[name]
-    write_artefact(tmp_path / "a", tensors, document, kind=KIND, version=FORMAT_VERSION)
+    write_artefact(tmp_path / "a", tensors, document, kind=TuckerSummary.kind, version=FORMAT_VERSION)
     with pytest.raises(SummaryError, match=rf"/a is not a valid summary, the set of tensors lacks '{name}'"):
         TuckerSummary.load(tmp_path / "a")
 
@@ -368,7 +368,9 @@ def test_a_missing_tensor_is_refused(tmp_path, name):
 def test_a_tensor_that_does_not_fit_is_refused(tmp_path, name, value, fault):
     make_summary().save(tmp_path / "a")
     tensors, document = parts(tmp_path / "a")
-    write_artefact(tmp_path / "a", {**tensors, name: value}, document, kind=KIND, version=FORMAT_VERSION)
+    write_artefact(
+        tmp_path / "a", {**tensors, name: value}, document, kind=TuckerSummary.kind, version=FORMAT_VERSION
+    )
     with pytest.raises(SummaryError, match=rf"/a is not a valid summary, .*{fault}.*: save it anew"):
         TuckerSummary.load(tmp_path / "a")
 
@@ -393,7 +395,7 @@ def test_every_missing_added_or_mistyped_entry_of_the_metadata_is_refused(tmp_pa
     variants = list(mistyped(document))
     assert len(variants) > 60
     for variant in variants:
-        write_artefact(tmp_path / "a", tensors, variant, kind=KIND, version=FORMAT_VERSION)
+        write_artefact(tmp_path / "a", tensors, variant, kind=TuckerSummary.kind, version=FORMAT_VERSION)
         with pytest.raises(SummaryError, match=r"/a is not a valid summary, metadata"):
             TuckerSummary.load(tmp_path / "a")
 
@@ -403,7 +405,7 @@ def test_a_reference_out_of_the_folder_is_refused(tmp_path, name):
     make_summary().save(tmp_path / "a", item_factors="reference")
     tensors, document = parts(tmp_path / "a")
     document["item_factors"]["file"] = name
-    write_artefact(tmp_path / "a", tensors, document, kind=KIND, version=FORMAT_VERSION)
+    write_artefact(tmp_path / "a", tensors, document, kind=TuckerSummary.kind, version=FORMAT_VERSION)
     with pytest.raises(SummaryError, match=r"leads out of its folder"):
         TuckerSummary.load(tmp_path / "a")
 
@@ -414,7 +416,7 @@ def test_another_format_or_version_is_refused(tmp_path):
     write_artefact(tmp_path / "a", tensors, document, kind="other", version=FORMAT_VERSION)
     with pytest.raises(SummaryError, match=r"/a holds 'other', not 'td3_fast.TuckerSummary': name a file"):
         TuckerSummary.load(tmp_path / "a")
-    write_artefact(tmp_path / "a", tensors, document, kind=KIND, version=99)
+    write_artefact(tmp_path / "a", tensors, document, kind=TuckerSummary.kind, version=99)
     with pytest.raises(SummaryError, match=r"/a has version 99 .* reads version 1"):
         TuckerSummary.load(tmp_path / "a")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from td3_fast.unroll import (
     StreamedMixture,
     adam_adjoint,
     adam_step_,
+    flat_pair,
     initial_state,
 )
 
@@ -58,6 +61,7 @@ VARIANTS = {
     "separate passes, dropout everywhere": {
         "semantics": Semantics(separate_passes=True, outer_dropout=True, restart_batches=True, shuffle=False)
     },
+    "farzi": {"summary": "farzi", "latent_rank": 4},
 }
 
 
@@ -80,22 +84,32 @@ def test_native_meta_gradient_equals_that_of_higher(item_embedding: str, name: s
 
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 @pytest.mark.parametrize(
-    ("name", "normalize"),
-    [("SASRec", "softmax"), ("SASRec", "none"), *((name, "softmax") for name in OTHERS)],
+    ("name", "normalize", "summary"),
+    [
+        ("SASRec", "softmax", "tucker"),
+        ("SASRec", "none", "tucker"),
+        ("SASRec", "softmax", "farzi"),
+        ("SASRec", "none", "farzi"),
+        *((name, "softmax", "tucker") for name in OTHERS),
+    ],
 )
-def test_meta_gradient_equals_central_differences(item_embedding: str, name: str, normalize: str) -> None:
-    distiller, state = small_distiller(name=name, item_embedding=item_embedding, normalize=normalize)
+def test_meta_gradient_equals_central_differences(
+    item_embedding: str, name: str, normalize: str, summary: str
+) -> None:
+    distiller, state = small_distiller(
+        name=name, item_embedding=item_embedding, normalize=normalize, summary=summary
+    )
     # without warm-up the whole dependence lies inside the window
     gradients, _ = distiller.meta_gradient(state, window=(0, 5))
     generator = torch.Generator().manual_seed(0)
     for factor, gradient in zip(state.factors.parameters, gradients, strict=True):
         direction = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
         values = []
-        for step in (5e-7, -1e-6):
+        for step in (5e-8, -1e-7):
             factor += step * direction
             values.append(distiller.meta_gradient(state, window=(0, 5))[1]["loss"])
-        factor += 5e-7 * direction
-        difference = (values[0] - values[1]) / 1e-6
+        factor += 5e-8 * direction
+        difference = (values[0] - values[1]) / 1e-7
         assert float((gradient * direction).sum()) == pytest.approx(difference, rel=1e-5)
 
 
@@ -144,6 +158,34 @@ def test_streamed_mixture_equals_the_cached_one() -> None:
             )
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mixture_class", [CachedMixture, StreamedMixture, LinearMixture])
+def test_gradient_of_learned_keys_equals_automatic_differentiation(mixture_class: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, items, other = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((4, 6, 5), (NUM_ITEMS, 5), (NUM_ITEMS, 7), (NUM_ITEMS, 7))
+    )
+    cotangents = torch.randn(2, 3, 6, 7, dtype=torch.float64, generator=generator)
+    batches = (torch.tensor([1, 2, 3]), torch.tensor([3, 0, 1]))
+    pair = flat_pair(queries, keys).requires_grad_()
+    q, k = (
+        part.view(shape)
+        for part, shape in zip(
+            pair.split([queries.numel(), keys.numel()]), (queries.shape, keys.shape), strict=True
+        )
+    )
+    scores = q @ k.T
+    dense = scores if mixture_class is LinearMixture else scores.softmax(-1)
+    mixture = mixture_class(queries, keys, learned_keys=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for users, cotangent, table in zip(batches, cotangents, (items, other), strict=True):
+        mixture.note(users, cotangent, table)
+        total = total + ((dense[users] @ table) * cotangent).sum()
+    (expected,) = torch.autograd.grad(total, pair)
+    torch.testing.assert_close(mixture.gradient(), expected)
+    assert not mixture.gradient().any()  # what was noted is fetched once
 
 
 def test_bare_product_is_the_product_with_the_dense_tensor() -> None:

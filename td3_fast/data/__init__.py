@@ -13,7 +13,7 @@ from td3_fast.data.interactions import (
 )
 from td3_fast.data.raw_log import DataError
 from td3_fast.data.readers import FORMATS
-from td3_fast.data.split import Examples, Split, leave_one_out
+from td3_fast.data.split import Examples, Split, every_prefix, leave_one_out
 
 __all__ = [
     "DATASETS",
@@ -28,6 +28,7 @@ __all__ = [
     "Split",
     "check_interactions",
     "cut_batch",
+    "every_prefix",
     "fetch",
     "filter_interactions",
     "find_dataset",

@@ -81,16 +81,27 @@ def leave_one_out(interactions: Interactions) -> Split:
     tested = np.flatnonzero(lengths >= MIN_LENGTH)
     last = interactions.offsets[tested + 1] - 1
 
-    user_of = np.repeat(np.arange(interactions.num_users), lengths)  # (interactions,)
-    is_target = np.ones(interactions.num_interactions, dtype=bool)
-    is_target[interactions.offsets[:-1][lengths > 0]] = False  # no history before the first
-    is_target[last] = False
-    is_target[last - 1] = False
-    ends = np.flatnonzero(is_target)
+    trains = np.ones(interactions.num_interactions, dtype=bool)
+    trains[last] = False
+    trains[last - 1] = False
+    everything = every_prefix(interactions)
 
     def examples(users: NDArray[np.int64], ends: NDArray[np.int64]) -> Examples:
         return Examples(interactions=interactions, users=users, ends=ends)
 
     return Split(
-        interactions, examples(user_of[ends], ends), examples(tested, last - 1), examples(tested, last)
+        interactions,
+        everything.subset(trains[everything.ends]),
+        examples(tested, last - 1),
+        examples(tested, last),
     )
+
+
+def every_prefix(interactions: Interactions) -> Examples:
+    """All of a log as training examples: every interaction but a user's first is the target of what is before it."""
+    lengths = interactions.lengths
+    user_of = np.repeat(np.arange(interactions.num_users), lengths)  # (interactions,)
+    is_target = np.ones(interactions.num_interactions, dtype=bool)
+    is_target[interactions.offsets[:-1][lengths > 0]] = False  # no history before the first
+    ends = np.flatnonzero(is_target)
+    return Examples(interactions=interactions, users=user_of[ends], ends=ends)

@@ -7,7 +7,7 @@ from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
-from td3_fast.ops.tucker import Normalize, tucker_queries, tucker_soft_embedding
+from td3_fast.ops.tucker import Normalize, normalized_embedding, tucker_queries, tucker_soft_embedding
 
 __all__ = [
     "DropoutStream",
@@ -25,6 +25,7 @@ __all__ = [
     "item_logsumexp",
     "mix_items",
     "mix_items_transposed",
+    "normalized_embedding",
     "seeded_generator",
     "soft_embedding",
     "target_rank",

@@ -56,11 +56,26 @@ def tucker_soft_embedding(
     Source: TD3 (WWW '25), its equations of the summary and of the soft embedding; see ops/README.md.
     """
     queries = tucker_queries(core, user_factors, position_factors)
+    return normalized_embedding(queries, item_factors, item_embeddings, normalize=normalize, backend=backend)
+
+
+def normalized_embedding(
+    queries: Tensor,  # (u, p, r)
+    keys: Tensor,  # (n, r)
+    item_embeddings: Tensor,  # (n, d)
+    *,
+    normalize: Normalize = "softmax",
+    backend: Backend = "fused",
+) -> Tensor:
+    """``normalized(queries @ keys.T) @ item_embeddings``, (u, p, d): what `tucker_soft_embedding` makes of its queries.
+
+    Arguments, derivatives and errors as there.
+    """
     if normalize == "softmax":
-        embedding, _ = soft_embedding(queries.flatten(0, 1), item_factors, item_embeddings, backend=backend)
+        embedding, _ = soft_embedding(queries.flatten(0, 1), keys, item_embeddings, backend=backend)
         return embedding.view(*queries.shape[:2], -1)
     if normalize == "none":
         accumulate = torch.promote_types(queries.dtype, torch.float32)
-        table = item_factors.to(accumulate).T @ item_embeddings.to(accumulate)
+        table = keys.to(accumulate).T @ item_embeddings.to(accumulate)
         return (queries.to(accumulate) @ table).to(queries.dtype)
     raise ValueError(f'normalize must be "softmax" or "none", got {normalize!r}')

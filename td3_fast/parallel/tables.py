@@ -16,10 +16,9 @@ from td3_fast.ops import (
     Normalize,
     item_cross_entropy,
     item_logsumexp,
+    normalized_embedding,
     soft_embedding,
     target_rank,
-    tucker_queries,
-    tucker_soft_embedding,
 )
 from td3_fast.parallel.collectives import copied, gather, total
 from td3_fast.parallel.group import Group
@@ -48,17 +47,10 @@ class ItemTables(Protocol):
     def item_cross_entropy(self, hidden: Tensor, table: Tensor, target: Tensor) -> Tensor:
         """`td3_fast.ops.item_cross_entropy`."""
 
-    def tucker_soft_embedding(
-        self,
-        core: Tensor,
-        user_factors: Tensor,
-        position_factors: Tensor,
-        item_factors: Tensor,
-        item_embeddings: Tensor,
-        *,
-        normalize: Normalize = "softmax",
+    def normalized_embedding(
+        self, queries: Tensor, keys: Tensor, item_embeddings: Tensor, *, normalize: Normalize = "softmax"
     ) -> Tensor:
-        """`td3_fast.ops.tucker_soft_embedding`."""
+        """`td3_fast.ops.normalized_embedding`."""
 
     def target_rank(
         self,
@@ -96,19 +88,10 @@ class WholeTables:
     def item_cross_entropy(self, hidden: Tensor, table: Tensor, target: Tensor) -> Tensor:
         return item_cross_entropy(hidden, table, target)
 
-    def tucker_soft_embedding(
-        self,
-        core: Tensor,
-        user_factors: Tensor,
-        position_factors: Tensor,
-        item_factors: Tensor,
-        item_embeddings: Tensor,
-        *,
-        normalize: Normalize = "softmax",
+    def normalized_embedding(
+        self, queries: Tensor, keys: Tensor, item_embeddings: Tensor, *, normalize: Normalize = "softmax"
     ) -> Tensor:
-        return tucker_soft_embedding(
-            core, user_factors, position_factors, item_factors, item_embeddings, normalize=normalize
-        )
+        return normalized_embedding(queries, keys, item_embeddings, normalize=normalize)
 
     def target_rank(
         self,
@@ -193,24 +176,16 @@ class SplitTables:
         score = (hidden.to(logsumexp.dtype) * target).sum(-1)
         return torch.logsumexp(gather(logsumexp, self._group), dim=0) - score
 
-    def tucker_soft_embedding(
-        self,
-        core: Tensor,
-        user_factors: Tensor,
-        position_factors: Tensor,
-        item_factors: Tensor,
-        item_embeddings: Tensor,
-        *,
-        normalize: Normalize = "softmax",
+    def normalized_embedding(
+        self, queries: Tensor, keys: Tensor, item_embeddings: Tensor, *, normalize: Normalize = "softmax"
     ) -> Tensor:
-        queries = tucker_queries(core, user_factors, position_factors)
         if normalize == "softmax":
-            embedding, _ = self.soft_embedding(queries.flatten(0, 1), item_factors, item_embeddings)
+            embedding, _ = self.soft_embedding(queries.flatten(0, 1), keys, item_embeddings)
             return embedding.view(*queries.shape[:2], -1)
         if normalize == "none":
-            self._check(item_factors)
+            self._check(keys)
             accumulate = torch.promote_types(queries.dtype, torch.float32)
-            table = total(item_factors.to(accumulate).T @ item_embeddings.to(accumulate), self._group)
+            table = total(keys.to(accumulate).T @ item_embeddings.to(accumulate), self._group)
             return (queries.to(accumulate) @ table).to(queries.dtype)
         raise ValueError(f'normalize must be "softmax" or "none", got {normalize!r}')
 

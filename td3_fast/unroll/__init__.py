@@ -11,6 +11,7 @@ from td3_fast.unroll.mixture import (
     ItemMixture,
     LinearMixture,
     StreamedMixture,
+    flat_pair,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "adam_adjoint",
     "adam_step_",
     "fit_on_summary",
+    "flat_pair",
     "initial_state",
     "lazy_adam_step_",
     "make_mixture",

@@ -8,7 +8,7 @@ from torch import Tensor
 from td3_fast.learners import FlatParameters, Learner
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
-from td3_fast.summary import TuckerSummary
+from td3_fast.summary import Summary
 from td3_fast.unroll.adam import AdamConfig, initial_state
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
 from td3_fast.unroll.mixture import (
@@ -24,28 +24,26 @@ CACHED_PROBABILITIES_LIMIT = 512 * 2**20
 
 def make_mixture(
     queries: Tensor,  # (μ, ζ, r)
-    item_factors: Tensor,  # (n, r)
+    keys: Tensor,  # (n, r)
     *,
     normalize: str,
+    learned_keys: bool = False,
     cached_limit: int = CACHED_PROBABILITIES_LIMIT,
     tables: ItemTables = WHOLE,
 ) -> ItemMixture:
     """Soft embeddings for a table that is trained: probabilities are kept where they and their gradient fit in
-    `cached_limit` bytes, else recomputed."""
+    `cached_limit` bytes, else recomputed. With `learned_keys` the gradient is that of `flat_pair(queries, keys)`."""
     if normalize == "none":
-        return LinearMixture(queries, item_factors, tables)
-    size = 2 * queries[..., 0].numel() * tables.most_rows(item_factors) * queries.element_size()
-    return (
-        CachedMixture(queries, item_factors, tables)
-        if size <= cached_limit
-        else StreamedMixture(queries, item_factors, tables)
-    )
+        return LinearMixture(queries, keys, tables, learned_keys=learned_keys)
+    size = 2 * queries[..., 0].numel() * tables.most_rows(keys) * queries.element_size()
+    kept = CachedMixture if size <= cached_limit else StreamedMixture
+    return kept(queries, keys, tables, learned_keys=learned_keys)
 
 
 @torch.no_grad()
 def fit_on_summary(
     learner: Learner,
-    summary: TuckerSummary,
+    summary: Summary,
     *,
     steps: int,
     learning_rate: float,
@@ -80,19 +78,15 @@ def fit_on_summary(
     theta = flat.gather(learner.state_dict())
     start: tuple[Tensor, ...]
     mixture: ItemMixture
+    queries, keys = summary.queries_and_keys()
+    keys = keys.detach().to(items.dtype)
     if item_embedding == "trained":
         start = (theta, items)
-        mixture = make_mixture(
-            summary.queries(),
-            summary.item_factors.to(items.dtype),
-            normalize=summary.normalize,
-            tables=tables,
-        )
+        mixture = make_mixture(queries, keys, normalize=summary.normalize, tables=tables)
     else:
         start = (theta,)
-        factors = (summary.core, summary.user_factors, summary.position_factors)
         mixture = FixedEmbeddings(
-            tables.tucker_soft_embedding(*factors, summary.item_factors, items, normalize=summary.normalize)
+            tables.normalized_embedding(queries, keys, items, normalize=summary.normalize)
         )
     with torch.enable_grad():
         state, losses = loop.run(initial_state(start), items, mixture, until=steps, progress=progress)

@@ -11,6 +11,11 @@ from td3_fast.ops import mix_items, mix_items_transposed
 from td3_fast.parallel import WHOLE, ItemTables
 
 
+def flat_pair(queries: Tensor, keys: Tensor) -> Tensor:
+    """The one tensor that a mixture is made from where its keys are learned as well: one after the other, flat."""
+    return torch.cat([queries.flatten(), keys.flatten()])
+
+
 class ItemMixture(Protocol):
     """The soft embeddings X (b, ζ, d) of selected synthetic users as a function of the learner's item table E (n, d).
 
@@ -55,13 +60,17 @@ class FixedEmbeddings:
 class CachedMixture:
     """X = softmax(C Vᵀ) E with the probabilities (μ, ζ, n) kept, and as much again when the gradient is asked for.
 
-    The gradient is that of the queries C (μ, ζ, r), like that of the classes below. Cotangents wait in low rank until
-    then, so that each set of users costs one matrix product in place of one a step.
+    The gradient is that of the queries C (μ, ζ, r), like that of the classes below, or, with `learned_keys`, that of
+    `flat_pair(C, V)`. Cotangents wait in low rank until then, so that each set of users costs one matrix product in
+    place of one a step.
     """
 
-    def __init__(self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE) -> None:
+    def __init__(
+        self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE, *, learned_keys: bool = False
+    ) -> None:
         self._keys = item_factors
         self._tables = tables
+        self._queries = queries.detach() if learned_keys else None
         self._probabilities = tables.probabilities(queries, item_factors)
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
@@ -80,6 +89,7 @@ class CachedMixture:
     def gradient(self) -> Tensor:
         positions, rank = self._probabilities.shape[1], self._keys.shape[1]
         result = self._keys.new_zeros(len(self._probabilities), positions, rank)
+        of_keys = None if self._queries is None else torch.zeros_like(self._keys)
         for users, noted in self._noted.items():
             index = torch.tensor(users, device=result.device)
             rows = self._rows(index)
@@ -89,8 +99,11 @@ class CachedMixture:
             shares = self._tables.total(weighted.sum(-1, keepdim=True))
             gradient = self._tables.total(weighted @ self._keys - shares * (rows @ self._keys))
             result.index_add_(0, index, gradient.unflatten(0, (-1, positions)))
+            if self._queries is not None and of_keys is not None:
+                queries = self._queries[index].flatten(0, 1)
+                of_keys += weighted.T @ queries - rows.T @ (shares * queries)
         self._noted.clear()
-        return result
+        return result if of_keys is None else flat_pair(result, of_keys)
 
 
 def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
@@ -103,11 +116,14 @@ def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
 class StreamedMixture:
     """X = softmax(C Vᵀ) E with nothing of size positions × items: the probabilities are recomputed in every call."""
 
-    def __init__(self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE) -> None:
+    def __init__(
+        self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE, *, learned_keys: bool = False
+    ) -> None:
         self._queries = queries.detach()
         self._keys = item_factors
         self._tables = tables
         self._gradient = torch.zeros_like(self._queries)
+        self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         embedding, _ = self._tables.soft_embedding(self._queries[users].flatten(0, 1), self._keys, items)
@@ -123,23 +139,33 @@ class StreamedMixture:
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         with torch.enable_grad():
             queries = self._queries[users].flatten(0, 1).requires_grad_()
-            embedding, _ = self._tables.soft_embedding(queries, self._keys, items)
-        (gradient,) = torch.autograd.grad(embedding, queries, cotangent.flatten(0, 1))
+            keys = self._keys if self._of_keys is None else self._keys.detach().requires_grad_()
+            embedding, _ = self._tables.soft_embedding(queries, keys, items)
+        sources = [queries] if self._of_keys is None else [queries, keys]
+        gradient, *of_keys = torch.autograd.grad(embedding, sources, cotangent.flatten(0, 1))
         self._gradient.index_add_(0, users, gradient.unflatten(0, (len(users), -1)))
+        if self._of_keys is not None:
+            self._of_keys += of_keys[0]
 
     def gradient(self) -> Tensor:
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
-        return gradient
+        if self._of_keys is None:
+            return gradient
+        of_keys, self._of_keys = self._of_keys, torch.zeros_like(self._of_keys)
+        return flat_pair(gradient, of_keys)
 
 
 class LinearMixture:
     """The bare product of the paper: X = C (Vᵀ E), reassociated so that nothing of size positions × items is made."""
 
-    def __init__(self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE) -> None:
+    def __init__(
+        self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE, *, learned_keys: bool = False
+    ) -> None:
         self._queries = queries.detach()
         self._keys = item_factors
         self._tables = tables
         self._gradient = torch.zeros_like(self._queries)
+        self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         return self._queries[users] @ self._tables.total(self._keys.T @ items)
@@ -149,7 +175,12 @@ class LinearMixture:
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         self._gradient.index_add_(0, users, cotangent @ self._tables.total(items.T @ self._keys))
+        if self._of_keys is not None:
+            self._of_keys += items @ (cotangent.flatten(0, 1).T @ self._queries[users].flatten(0, 1))
 
     def gradient(self) -> Tensor:
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
-        return gradient
+        if self._of_keys is None:
+            return gradient
+        of_keys, self._of_keys = self._of_keys, torch.zeros_like(self._of_keys)
+        return flat_pair(gradient, of_keys)

@@ -36,10 +36,10 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], tuple[int, ...], Call]] = {
         lambda t, hidden, table, target: (t.item_cross_entropy(hidden, table, target),),
     ),
     **{
-        f"tucker_soft_embedding, {normalize}": (
-            ((2, 3, RANK), (4, 2), (6, 3), (NUM_ITEMS, RANK), (NUM_ITEMS, WIDTH)),
-            (3, 4),
-            lambda t, *inputs, normalize=normalize: (t.tucker_soft_embedding(*inputs, normalize=normalize),),
+        f"normalized_embedding, {normalize}": (
+            ((4, 6, RANK), (NUM_ITEMS, RANK), (NUM_ITEMS, WIDTH)),
+            (1, 2),
+            lambda t, *inputs, normalize=normalize: (t.normalized_embedding(*inputs, normalize=normalize),),
         )
         for normalize in ("softmax", "none")
     },

@@ -1,0 +1,168 @@
+"""A model search in a folder, trial by trial, to be stopped at any time and gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from td3_fast.artefact import tensors_sha256
+from td3_fast.data import Split
+from td3_fast.files import write_json
+from td3_fast.report import JsonLines, versions
+from td3_fast.run import RESULTS, RunError, Watcher, check_data, environment
+from td3_fast.search import (
+    Candidate,
+    SearchConfig,
+    Standing,
+    Trial,
+    TrialKey,
+    agreement,
+    grid,
+    search,
+    standings,
+)
+from td3_fast.summary import Summary
+
+TRIALS = "trials.jsonl"
+
+
+@dataclass(kw_only=True)
+class SearchRun:
+    """One summary, its data, and a folder that keeps the finished trials and `results.json`.
+
+    source: what the user called the data.
+
+    Raises:
+        ValueError: the data are not those of the summary, or the summary does not say how it is used.
+    """
+
+    folder: Path
+    summary: Summary
+    split: Split
+    source: str
+    candidates: Sequence[Candidate] | None = None  # None: `grid(summary)`
+    config: SearchConfig = field(default_factory=SearchConfig)
+    seed: int = 0
+    watcher: Watcher = field(default_factory=Watcher)
+
+    def __post_init__(self) -> None:
+        check_data(self.summary, self.split, self.source)
+        self.candidates = grid(self.summary) if self.candidates is None else self.candidates
+
+    def run(self, *, overwrite: bool = False) -> list[Standing]:
+        """The candidates, best first; `results.json` is written anew after each trial.
+
+        Raises:
+            RunError: the folder holds results of something else, unless `overwrite`.
+            Stopped: the watcher asked for it; finished trials are kept.
+        """
+        assert self.candidates is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / RESULTS
+        if path.exists() and not (self.folder / TRIALS).exists() and not overwrite:
+            raise RunError(
+                f"{path} is of something else than a search: choose another folder, or --overwrite"
+            )
+        key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+        with JsonLines(self.folder / TRIALS) as lines:
+            trials: dict[TrialKey, Trial] = {
+                (entry["candidate"], entry["source"], entry["run"]): Trial(entry["scores"], entry["seconds"])
+                for entry in lines.entries
+                if entry.get("settings") == key
+            }
+
+            def keep(where: TrialKey, trial: Trial) -> None:
+                name, source, run = where
+                entry = {"settings": key, "candidate": name, "source": source, "run": run}
+                lines.write({**entry, "scores": trial.scores, "seconds": round(trial.seconds, 3)})
+                trials[where] = trial
+                self._write(trials)
+
+            found = search(
+                self.summary,
+                self.split,
+                self.candidates,
+                config=self.config,
+                seed=self.seed,
+                known=trials,
+                on_trial=keep,
+                progress=self.watcher.interruptible,
+            )
+            self._write(trials)
+        return found
+
+    def _write(self, trials: dict[TrialKey, Trial]) -> None:
+        assert self.candidates is not None
+        found = standings(self.candidates, trials, self.config)
+        judged = agreement(found, protocol=self.config.protocol, metric=self.config.metric)
+        results = {
+            "candidates": [asdict(standing) for standing in found],
+            "agreement": None if judged is None else asdict(judged),
+            "settings": {
+                "source": self.source,
+                "data_name": self.split.interactions.name,
+                "searched": len(self.candidates),
+                "seeds": self.config.seeds,
+                "full_seeds": self.config.full_seeds,
+                "protocol": self.config.protocol,
+                "metric": self.config.metric,
+                **self._identity(),
+                "environment": environment(),
+            },
+            "versions": versions(),
+        }
+        write_json(self.folder / RESULTS, results)
+
+    def _identity(self) -> dict[str, Any]:
+        """All that a trial depends on besides its candidate."""
+        metadata = self.summary.metadata
+        assert metadata is not None
+        return {
+            "summary": tensors_sha256(self.summary.state_dict()),
+            "data": self.split.interactions.fingerprint,
+            "seed": self.seed,
+            "learner": metadata.training.learner,
+            "learner_config": metadata.training.learner_config,
+            "fit_options": metadata.training.fit_options()
+            | ({} if self.config.steps is None else {"steps": self.config.steps}),
+            "fit": asdict(self.config.fit),
+        }
+
+
+def search_table(found: Sequence[Standing], config: SearchConfig) -> Table:
+    """The candidates, best first: mean ± sd in percent over seeds, and the seconds that they took."""
+    table = Table(
+        title=f"validation {config.metric}, {config.protocol}, in %",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", justify="right")
+    table.add_column("candidate", no_wrap=True)
+    table.add_column("on the summary", justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right")
+    full = any(standing.full is not None for standing in found)
+    if full:
+        table.add_column("on full data", justify="right", no_wrap=True)
+        table.add_column("seconds", justify="right")
+    for place, standing in enumerate(found, start=1):
+        cells = [_percent(standing.summary, config), f"{standing.summary_seconds:.1f}"]
+        if full and standing.full is None:
+            cells += ["", ""]
+        elif standing.full is not None:
+            cells += [_percent(standing.full, config), f"{standing.full_seconds:.1f}"]
+        table.add_row(str(place), standing.candidate.name, *cells, style="bold" if place == 1 else None)
+    return table
+
+
+def _percent(means: Any, config: SearchConfig) -> str:
+    figure = means[config.protocol][config.metric]
+    return f"{100 * figure['mean']:.2f} ± {100 * figure['sd']:.2f}"
