@@ -74,12 +74,12 @@ def pretrain(
     best = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     checkpoints = [
         flat.scatter(theta) | ({"item_embeddings": items[0]} if items else {}) for theta, *items in pool
-    ]
+    ] or [{name: value for name, value in best.items() if config.pool_items or name != "item_embeddings"}]
     return Pretrained(
         learner_name=type(learner).__name__,
         learner_config=learner.hyperparameters(),
         best=best,
-        pool=checkpoints or [best],
+        pool=checkpoints,
         history=fit.history,
         best_epoch=fit.best_epoch,
     )
