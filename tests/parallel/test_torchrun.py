@@ -45,7 +45,12 @@ def torchrun(*words: str | Path, restarts: int = 0) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=SECONDS)
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes too
+        process.communicate()
+        raise
     return process.returncode, out, err
 
 
