@@ -154,6 +154,9 @@ def distill(
     rank: Annotated[int | None, typer.Option(min=1, help="Of user and position factors.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Real examples per outer step.")] = None,
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
+    trajectories: Annotated[
+        int | None, typer.Option(min=1, help="Learners per outer step, whose gradients are averaged.")
+    ] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
     learner_lr: Annotated[float | None, typer.Option(help="Rate of the inner optimiser.")] = None,
     pretrained: PretrainedFile = None,
@@ -194,6 +197,7 @@ def distill(
         "position_rank": rank,
         "batch_size": batch_size,
         "users_per_step": users_per_step,
+        "trajectories": trajectories,
         "summary_lr": summary_lr,
         "learner_lr": learner_lr,
     }
@@ -590,8 +594,10 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"distil    {config.users} users by {config.positions} positions, ranks {config.user_rank} and "
         f"{config.position_rank}; {config.epochs} epochs of {steps:,} outer steps"
     )
+    learners = f", by each of {config.trajectories} learners" if config.trajectories > 1 else ""
     say(
-        f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"
+        f"          {inner} inner steps in each{learners}, the last {window} differentiated; "
+        f"item table {config.item_embedding}"
     )
     say(f"into      {folder}, by the recipe {recipe.name}")
 

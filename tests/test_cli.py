@@ -96,6 +96,16 @@ def test_distill_leaves_its_files(finished: Path) -> None:
     assert [entry["epoch"] for entry in log if entry["event"] == "epoch"] == [1, 2]
 
 
+def test_several_learners_per_outer_step(finished: Path, data: Path, tmp_path: Path, undrawn: None) -> None:
+    given = ("--pretrained", finished / "pretrained.safetensors")
+    result = run("distill", data, *TINY, *given, "--trajectories", "2", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "by each of 2 learners" in result.stdout
+    metadata = TuckerSummary.load(tmp_path / "summary.safetensors").metadata
+    assert metadata is not None
+    assert metadata.settings["distill"]["trajectories"] == 2
+
+
 def test_the_summary_is_self_contained(finished: Path, data: Path) -> None:
     summary = TuckerSummary.load(finished / "summary.safetensors")
     assert summary.size == "6x6"
