@@ -164,7 +164,7 @@ class DistillState:
 class Trajectory:
     """One learner of an outer step: where it starts, the steps it takes and the examples that judge it."""
 
-    start: AdamState
+    start: tuple[Tensor, ...]  # flat parameters, and the item table if it is trained; not to be overwritten
     warm_up: int
     differentiated: int
     examples: np.ndarray  # (batch,) indices
@@ -339,20 +339,22 @@ class Distiller:
             seed=seed,
         )
 
-    def _start(self, state: DistillState, generator: torch.Generator, trajectory: int = 0) -> AdamState:
-        """The learner of a trajectory, with a fresh optimiser."""
+    def _start(
+        self, state: DistillState, generator: torch.Generator, trajectory: int = 0
+    ) -> tuple[Tensor, ...]:
+        """The learner of a trajectory."""
         drawn = int(torch.randint(len(self.pool), (), generator=generator))
         reload = self.config.semantics.reload_learner == "step" or state.step % self.steps_per_epoch == 0
         if not reload and state.carried is not None:
             size = len(state.carried) // self.config.trajectories
-            return initial_state(state.carried[trajectory * size : (trajectory + 1) * size])
+            return state.carried[trajectory * size : (trajectory + 1) * size]
         if self.config.start == "fresh":
             path = (state.step, trajectory) if trajectory else (state.step,)
             fresh = fresh_like(self.teacher, seed=derive_seed(self.seed, "start", *path))
             theta, items = self.flat.gather(fresh.state_dict()), self.items
         else:
             theta, items = self.pool[drawn]
-        return initial_state((theta, items) if self.config.item_embedding == "trained" else (theta,))
+        return (theta, items) if self.config.item_embedding == "trained" else (theta,)
 
     def meta_gradient(
         self, state: DistillState, *, window: tuple[int, int] | None = None
@@ -422,18 +424,20 @@ class Distiller:
         """A trajectory's gradient of what the mixture was made from, its losses, and the learner after warm-up where
         the next outer step goes on with it."""
         loop = self._inner_loop(trajectory)
-        learner, _ = loop.run(trajectory.start, self.items, mixture, until=trajectory.warm_up)
+        learner = initial_state(trajectory.start)
+        learner, _ = loop.run(learner, self.items, mixture, until=trajectory.warm_up)
         between: tuple[Tensor, ...] = ()
         if self.config.semantics.reload_learner == "epoch":
             between = learner.clone().parameters
         end = trajectory.warm_up + trajectory.differentiated
-        learner, steps = loop.run_window(learner, self.items, mixture, until=end)
-        inner = steps[-1].evaluation.loss
+        learner, window = loop.run_window(learner, self.items, mixture, until=end)
+        inner = window.loss
         fit, aligned, cotangents = self._objective(trajectory).gradient(
             self.flat, learner.parameters, self.items
         )
+        del learner  # as large as three item tables
         losses = {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner}
-        return loop.pull_back(steps, cotangents, mixture), losses, between
+        return loop.pull_back(window, cotangents, mixture), losses, between
 
     def _with_higher(
         self, state: DistillState, window: tuple[int, int] | None
@@ -453,7 +457,7 @@ class Distiller:
         self, trajectory: Trajectory, factors: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         learner = copy.deepcopy(self.teacher)
-        self.flat.write(learner, *trajectory.start.parameters)
+        self.flat.write(learner, *trajectory.start)
         objective = self._objective(trajectory)
         parts: list[float] = [0.0, 0.0]
 

@@ -63,10 +63,10 @@ def test_each_learner_has_its_own_draws() -> None:
     assert len({trajectory.warm_up for trajectory in drawn}) > 1
     assert len({tuple(trajectory.examples.tolist()) for trajectory in drawn}) == 8
     pool = [items for _, items in distiller.pool]
-    starts = [trajectory.start.parameters[1] for trajectory in drawn]
+    starts = [trajectory.start[1] for trajectory in drawn]
     assert all(any(torch.equal(start, items) for items in pool) for start in starts)
     fresh, state = small_distiller(trajectories=2, start="fresh")
-    first, second = (fresh.draw(state, index).start.parameters[0] for index in range(2))
+    first, second = (fresh.draw(state, index).start[0] for index in range(2))
     assert not torch.equal(first, second)
 
 
@@ -77,7 +77,7 @@ def test_the_first_learner_is_that_of_a_distillation_with_one() -> None:
     assert ours.seed == theirs.seed
     assert ours.warm_up == theirs.warm_up
     assert np.array_equal(ours.examples, theirs.examples)
-    assert torch.equal(ours.start.parameters[0], theirs.start.parameters[0])
+    assert torch.equal(ours.start[0], theirs.start[0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
@@ -124,7 +124,7 @@ def test_learners_that_are_carried_over_are_each_ones_own() -> None:
     assert state.carried is not None
     for index in range(2):
         start = distiller.draw(state, index).start
-        for tensor, carried in zip(start.parameters, state.carried[2 * index : 2 * index + 2], strict=True):
+        for tensor, carried in zip(start, state.carried[2 * index : 2 * index + 2], strict=True):
             assert torch.equal(tensor, carried)
     assert not torch.equal(state.carried[0], state.carried[2])
 

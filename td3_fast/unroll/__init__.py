@@ -1,6 +1,6 @@
 """The inner loop on a summary, its optimiser, and the adjoint of its last steps."""
 
-from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint, adam_step_, initial_state
+from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, initial_state
 from td3_fast.unroll.fit import fit_on_summary, make_mixture
 from td3_fast.unroll.higher import pull_back_with_higher
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
@@ -22,7 +22,7 @@ __all__ = [
     "ItemMixture",
     "LinearMixture",
     "StreamedMixture",
-    "adam_adjoint",
+    "adam_adjoint_",
     "adam_step_",
     "fit_on_summary",
     "initial_state",

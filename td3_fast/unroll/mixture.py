@@ -9,6 +9,8 @@ from torch import Tensor
 
 from td3_fast.ops import mix_items, mix_items_transposed, soft_embedding
 
+NOTED_LIMIT = 256 * 2**20  # bytes of cotangents and tables
+
 
 class ItemMixture(Protocol):
     """The soft embeddings X (b, ζ, d) of selected synthetic users as a function of the learner's item table E (n, d).
@@ -53,14 +55,17 @@ class FixedEmbeddings:
 class CachedMixture:
     """X = softmax(C Vᵀ) E with the probabilities (μ, ζ, n) kept, and as much again when the gradient is asked for.
 
-    The gradient is that of the queries C (μ, ζ, r), like that of the classes below. Cotangents wait in low rank until
-    then, so that each set of users costs one matrix product in place of one a step.
+    The gradient is that of the queries C (μ, ζ, r), like that of the classes below. Cotangents wait in low rank, each
+    with a table, until then or until they fill `NOTED_LIMIT` bytes, so that each set of users costs one matrix product
+    in place of one a step.
     """
 
     def __init__(self, queries: Tensor, item_factors: Tensor) -> None:
         self._keys = item_factors
         self._probabilities = torch.softmax(queries.detach() @ item_factors.T, dim=-1)
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        self._noted_bytes = 0
+        self._gradient = torch.zeros_like(queries)
 
     def _rows(self, users: Tensor) -> Tensor:
         return rows_of(self._probabilities, users).flatten(0, 1)
@@ -73,21 +78,28 @@ class CachedMixture:
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         self._noted.setdefault(tuple(users.tolist()), []).append((cotangent.flatten(0, 1), items))
+        self._noted_bytes += cotangent.nbytes + items.nbytes
+        if self._noted_bytes > NOTED_LIMIT:
+            self._add_noted()
 
-    def gradient(self) -> Tensor:
-        positions, rank = self._probabilities.shape[1], self._keys.shape[1]
-        result = self._keys.new_zeros(len(self._probabilities), positions, rank)
-        for users, noted in self._noted.items():
-            index = torch.tensor(users, device=result.device)
+    def _add_noted(self) -> None:
+        for users in list(self._noted):
+            noted = self._noted.pop(users)
+            index = torch.tensor(users, device=self._gradient.device)
             rows = self._rows(index)
-            weighted = torch.cat([c for c, _ in noted], dim=1) @ torch.cat([e for _, e in noted], dim=1).T
-            weighted.mul_(rows)
+            cotangents, tables = (torch.cat(parts, dim=1) for parts in zip(*noted, strict=True))
+            del noted
+            weighted = (cotangents @ tables.T).mul_(rows)
             # the softmax's derivative, with the row sums taken out after the product with the keys
             shares = weighted.sum(-1, keepdim=True)
             gradient = weighted @ self._keys - shares * (rows @ self._keys)
-            result.index_add_(0, index, gradient.unflatten(0, (-1, positions)))
-        self._noted.clear()
-        return result
+            self._gradient.index_add_(0, index, gradient.unflatten(0, (len(users), -1)))
+        self._noted_bytes = 0
+
+    def gradient(self) -> Tensor:
+        self._add_noted()
+        gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
+        return gradient
 
 
 def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
