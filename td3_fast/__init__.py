@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SASRec,
         SASRecConfig,
     )
+    from td3_fast.memory import MemoryPlan, plan_memory
     from td3_fast.pretrain import PretrainConfig, pretrain
     from td3_fast.recipes import RECIPES, Recipe, recipe_named
     from td3_fast.summary import SummaryError, TuckerSummary
@@ -43,6 +44,7 @@ __all__ = [
     "GRU4Rec",
     "GRU4RecConfig",
     "Interactions",
+    "MemoryPlan",
     "NARMConfig",
     "PretrainConfig",
     "Pretrained",
@@ -59,6 +61,7 @@ __all__ = [
     "leave_one_out",
     "load_interactions",
     "ops",
+    "plan_memory",
     "pretrain",
     "recipe_named",
     "teacher_of",
@@ -78,6 +81,7 @@ _NAMES = {
         "SASRec",
         "SASRecConfig",
     ),
+    "memory": ("MemoryPlan", "plan_memory"),
     "pretrain": ("PretrainConfig", "pretrain"),
     "recipes": ("RECIPES", "Recipe", "recipe_named"),
     "summary": ("SummaryError", "TuckerSummary"),

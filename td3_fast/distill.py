@@ -27,6 +27,8 @@ from td3_fast.progress import Progress, silent
 from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
 from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
 from td3_fast.unroll import (
+    CACHED_PROBABILITIES_LIMIT,
+    KEPT_STATES_LIMIT,
     AdamConfig,
     AdamState,
     FixedEmbeddings,
@@ -115,6 +117,9 @@ class DistillConfig:
     validation_runs: int = 1
     micro_batch: int = 1024  # real examples per pass, shortest histories first
     trajectories: int = 1  # learners per outer step, whose meta-gradients are averaged
+    memory_limit: int | None = (
+        None  # bytes above data and libraries; decides on `Limits`, see `td3_fast.memory`
+    )
 
     def __post_init__(self) -> None:
         counts = ("users", "user_rank", "position_rank", "batch_size", "users_per_step", "epochs", "window")
@@ -133,6 +138,11 @@ class DistillConfig:
                 'carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry'
             )
 
+        if self.memory_limit is not None and self.engine == "higher":
+            raise ValueError(
+                'memory_limit asks for engine="native": "higher" keeps what it differentiates whole'
+            )
+
     def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
         """(warm-up steps, differentiated steps) of one outer step."""
         if self.window_kind == "full":
@@ -141,6 +151,15 @@ class DistillConfig:
         if self.window_kind == "fixed":
             return latest, self.window
         return int(torch.randint(latest + 1, (), generator=generator)), self.window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of what may be kept or taken at once; what lies beyond is recomputed, or taken in parts."""
+
+    micro_batch: int  # real examples per pass
+    kept_states: int = KEPT_STATES_LIMIT  # bytes of the states and gradients of a window
+    cached_probabilities: int = CACHED_PROBABILITIES_LIMIT  # bytes, their gradient included
 
 
 @dataclass(kw_only=True)
@@ -183,6 +202,7 @@ class OuterObjective:
         index: np.ndarray,
         *,
         seed: int,
+        micro_batch: int,
     ) -> None:
         self._config = config
         self._flat = flat
@@ -190,9 +210,9 @@ class OuterObjective:
         self._teacher_items = teacher.item_embeddings.detach()
         self._count = len(index)
         by_length = index[np.argsort(examples.lengths[index], kind="stable")]
-        self._parts = [
-            cut_batch(examples, by_length[first : first + config.micro_batch], teacher.max_len)
-            for first in range(0, len(index), config.micro_batch)
+        self.parts = [
+            cut_batch(examples, by_length[first : first + micro_batch], teacher.max_len)
+            for first in range(0, len(index), micro_batch)
         ]
         self._seed = seed
 
@@ -202,7 +222,7 @@ class OuterObjective:
     def losses(self, encode: Callable[..., Tensor], items: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each micro-batch its share of the cross-entropy and of the alignment."""
         semantics = self._config.semantics
-        for i, part in enumerate(self._parts):
+        for i, part in enumerate(self.parts):
             batch = Batch(*(t.to(items.device) for t in part))
             positions = (batch.lengths - 1).unsqueeze(1)
             embeds = F.embedding(batch.histories, items)
@@ -262,6 +282,22 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
+        self.limits = self._choose_limits()
+
+    def _choose_limits(self) -> Limits:
+        if self.config.memory_limit is None:
+            return Limits(micro_batch=self.config.micro_batch)
+        from td3_fast.memory import plan_memory
+
+        pretrained = self.pretrained
+        return plan_memory(
+            self.split,
+            self.config,
+            learner_name=pretrained.learner_name,
+            learner_config=pretrained.learner_config,
+            pool=len(pretrained.pool),
+            dtype=self.items.dtype,
+        ).limits
 
     def initial_state(self) -> DistillState:
         """The factors before the first outer step."""
@@ -388,7 +424,13 @@ class Distiller:
         core, user_factors, position_factors = factors
         if self.config.item_embedding == "trained":
             queries = tucker_queries(core, user_factors, position_factors)
-            return queries, make_mixture(queries.detach(), self.items, normalize=self.config.normalize)
+            mixture = make_mixture(
+                queries.detach(),
+                self.items,
+                normalize=self.config.normalize,
+                cached_limit=self.limits.cached_probabilities,
+            )
+            return queries, mixture
         embeddings = tucker_soft_embedding(
             core, user_factors, position_factors, self.items, self.items, normalize=self.config.normalize
         )
@@ -416,6 +458,7 @@ class Distiller:
             self.split.train,
             trajectory.examples,
             seed=derive_seed(trajectory.seed, "real"),
+            micro_batch=self.limits.micro_batch,
         )
 
     def _follow(
@@ -430,7 +473,9 @@ class Distiller:
         if self.config.semantics.reload_learner == "epoch":
             between = learner.clone().parameters
         end = trajectory.warm_up + trajectory.differentiated
-        learner, window = loop.run_window(learner, self.items, mixture, until=end)
+        learner, window = loop.run_window(
+            learner, self.items, mixture, until=end, kept_limit=self.limits.kept_states
+        )
         inner = window.loss
         fit, aligned, cotangents = self._objective(trajectory).gradient(
             self.flat, learner.parameters, self.items
@@ -516,7 +561,13 @@ class Distiller:
             if config.semantics.carry_embeddings and state.validation_items is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(state.validation_items)
-            fit_on_summary(learner, self.summary(state.factors.parameters), seed=seed, **self.fit_options())
+            fit_on_summary(
+                learner,
+                self.summary(state.factors.parameters),
+                seed=seed,
+                cached_limit=self.limits.cached_probabilities,
+                **self.fit_options(),
+            )
             if config.semantics.carry_embeddings:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:

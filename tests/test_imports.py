@@ -18,17 +18,18 @@ LAYERS = (
     {"run", "terminal"},
     {"checkpoint", "report"},
     {"recipes"},
+    {"memory"},
     {"distill", "pretrain", "evaluate"},
     {"training"},
     {"unroll"},
     {"summary"},
     {"summary_file", "distilled_data"},
     {"artefact", "metrics", "learners", "data"},
-    {"progress", "files", "ops"},
+    {"progress", "files", "live_bytes", "ops"},
 )
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 # a method of a lower layer that hands over to a higher one, imported when it is called
-LATE = {("summary", "unroll")}
+LATE = {("summary", "unroll"), ("distill", "memory")}
 
 
 def room(path: Path) -> str:

@@ -1,18 +1,24 @@
 """The inner loop on a summary, its optimiser, and the adjoint of its last steps."""
 
 from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, initial_state
-from td3_fast.unroll.fit import fit_on_summary, make_mixture
+from td3_fast.unroll.fit import CACHED_PROBABILITIES_LIMIT, fit_on_summary, make_mixture
 from td3_fast.unroll.higher import pull_back_with_higher
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
 from td3_fast.unroll.mixture import (
+    NOTED_LIMIT,
     CachedMixture,
     FixedEmbeddings,
     ItemMixture,
     LinearMixture,
     StreamedMixture,
 )
+from td3_fast.unroll.window import KEPT_STATES_LIMIT, TENSORS_PER_STEP, stride_of
 
 __all__ = [
+    "CACHED_PROBABILITIES_LIMIT",
+    "KEPT_STATES_LIMIT",
+    "NOTED_LIMIT",
+    "TENSORS_PER_STEP",
     "AdamConfig",
     "AdamState",
     "CachedMixture",
@@ -28,4 +34,5 @@ __all__ = [
     "initial_state",
     "make_mixture",
     "pull_back_with_higher",
+    "stride_of",
 ]

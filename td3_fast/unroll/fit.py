@@ -53,12 +53,13 @@ def fit_on_summary(
     augmentation: bool = True,
     separate_passes: bool = False,
     seed: int = 0,
+    cached_limit: int = CACHED_PROBABILITIES_LIMIT,
     progress: Progress = silent,
 ) -> list[float]:
     """Train `learner` in place on a summary with the inner loss; returns the loss of each step.
 
     `item_embedding="frozen"` keeps the learner's item table as it is. The loss leaves out the entropy of the summary,
-    which no learner can change. Same seed, same result.
+    which no learner can change; `cached_limit` is that of `make_mixture`. Same seed, same result.
     """
     items = learner.item_embeddings.detach()
     loop = InnerLoop(
@@ -77,7 +78,9 @@ def fit_on_summary(
     mixture: ItemMixture
     if item_embedding == "trained":
         start = (theta, items)
-        mixture = make_mixture(summary.queries(), summary.item_factors, normalize=summary.normalize)
+        mixture = make_mixture(
+            summary.queries(), summary.item_factors, normalize=summary.normalize, cached_limit=cached_limit
+        )
     else:
         start = (theta,)
         mixture = FixedEmbeddings(summary(item_embeddings=items))
