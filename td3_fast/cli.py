@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_columns
+from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_bytes, parse_columns
 from td3_fast.terminal import Display, Interrupted, Interrupts, console, guarded, say, settings
 
 if TYPE_CHECKING:
@@ -159,6 +159,10 @@ def distill(
     ] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
     learner_lr: Annotated[float | None, typer.Option(help="Rate of the inner optimiser.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option("--memory-limit", help="Of distilling, above data and libraries, as in 2GiB or 512MiB."),
+    ] = None,
     pretrained: PretrainedFile = None,
     max_epochs: MaxEpochs = None,
     min_item_interactions: MinItem = None,
@@ -198,6 +202,7 @@ def distill(
         "batch_size": batch_size,
         "users_per_step": users_per_step,
         "trajectories": trajectories,
+        "memory_limit": None if memory_limit is None else parse_bytes(memory_limit),
         "summary_lr": summary_lr,
         "learner_lr": learner_lr,
     }
@@ -209,6 +214,8 @@ def distill(
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
     split = _split(data, format=format, columns=columns, **filters)
     _plan(split, chosen, out)
+    if chosen.distill.engine == "native":
+        _plan_of_memory(split, chosen, pretrained)
     with _watching(_go_on(without="--overwrite", also="--resume")) as watcher:
         run = Run(
             folder=out,
@@ -600,6 +607,25 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"item table {config.item_embedding}"
     )
     say(f"into      {folder}, by the recipe {recipe.name}")
+
+
+def _plan_of_memory(split: Split, recipe: Recipe, pretrained: Path | None) -> None:
+    """Say what distilling will take; MemoryLimitError where it does not fit."""
+    from td3_fast.checkpoint import load_pretrained
+    from td3_fast.memory import plan_memory
+
+    if pretrained is not None:
+        made, _ = load_pretrained(pretrained)
+        name, sizes, pool = made.learner_name, made.learner_config, len(made.pool)
+        del made
+    else:
+        name, sizes = recipe.learner_name, {**recipe.learner, "num_items": split.interactions.num_items}
+        pool = recipe.pretrain.pool_size
+    plan = plan_memory(split, recipe.distill, learner_name=name, learner_config=sizes, pool=pool)
+    first, *others = plan.lines()
+    say(f"memory    {first}")
+    for line in others:
+        say(f"          {line}")
 
 
 def _print_rows(rows: list[Row]) -> None:

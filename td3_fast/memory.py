@@ -37,8 +37,11 @@ MIB = 2**20
 SMALLEST_MICRO_BATCH = 64
 TWIN_ITEMS = 64
 TWIN_EXAMPLES = (32, 96)  # passes over so many tell what an example takes
+# glibc gives blocks up to a size that it learns back to its heap, and some of that stays between others; as measured
+LARGEST_BLOCK_OF_HEAP = 32 * MIB
+LOST_IN_HEAP = 0.25
 SCRATCH = 16 * MIB  # of a kernel, at most
-LIBRARIES = 40 * MIB  # code and buffers that come into memory with the first steps, as measured
+LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
 
 POOL = "pretrained learner and its pool"
 TEACHER = "teacher, shared item table"
@@ -51,6 +54,7 @@ NOTED = "cotangents that wait"
 ADJOINT = "adjoint of a step"
 BATCH = "real batch"
 VALIDATION = "validation"
+HEAP = "lost between blocks"
 OTHER = "libraries, kernels' scratch"
 
 # what makes a part smaller, beyond what `memory_limit` decides by itself
@@ -66,6 +70,7 @@ REMEDIES = {
     ADJOINT: "--item-embedding frozen leaves out the tables",
     BATCH: "a smaller --batch-size makes it smaller",
     VALIDATION: "--item-embedding frozen leaves out the optimiser's tables",
+    HEAP: "a smaller --batch-size makes it smaller",
     OTHER: "it is the least that any run takes: raise the limit",
 }
 
@@ -105,6 +110,7 @@ class _Twin(NamedTuple):
     parameters: int
     step: int  # kept of an inner step, with a frozen table: state, gradients and graph
     adjoint: int  # beside that, while a step is taken or pulled back
+    length: int  # of the longest history that is read
     real: tuple[float, float]  # of a pass over real examples: at none, and of each
     ranked: tuple[float, float]  # of ranking, likewise
 
@@ -185,20 +191,23 @@ def _plan(
     cached = softmax and 2 * probabilities <= limits.cached_probabilities
     of_step = probabilities * users // config.users
     window = config.inner_steps if config.window_kind == "full" else config.window
-    parameters = (torch.empty(theta + moving, dtype=torch.uint8, device="meta"),)
-    stride = stride_of(window, parameters, limits.kept_states)
+    stride = stride_of(window, theta + moving, limits.kept_states)
     checkpoints = math.ceil(window / stride) - 1
     last = window - checkpoints * stride
     state, kept = 3 * (theta + moving), TENSORS_PER_STEP * moving
-    graph = twin.step - TENSORS_PER_STEP * theta + kept_score_bytes(users * rows, num_items, size)
+    # the kernels keep scores only for the derivative by the table
+    scores = kept_score_bytes(users * rows, num_items, size) if trained else 0
+    graph = twin.step - TENSORS_PER_STEP * theta + scores
     noted = 2 * window * table if cached else 0
     waiting = min(noted, NOTED_LIMIT + table)
 
     micro = min(limits.micro_batch, config.batch_size, len(split.train))
-    histories = min(config.batch_size, len(split.train)) * (split_length(split) + 2) * 8
-    real = int(twin.real[0] + twin.real[1] * micro) + kept_score_bytes(micro, num_items, size)
+    histories = min(config.batch_size, len(split.train)) * (twin.length + 2) * 8
+    scores = kept_score_bytes(micro, num_items, size) if trained else 0
+    real = int(twin.real[0] + twin.real[1] * micro) + scores
 
     always = {
+        # a pool of one is the best checkpoint itself
         POOL: (1 + (pool if pool > 1 else 0)) * (table + theta),
         TEACHER: table + (2 + pool) * theta,
         FACTORS: 8 * numbers * size + 4 * soft,
@@ -249,6 +258,10 @@ def _plan(
             VALIDATION: int(twin.ranked[0] + twin.ranked[1] * min(RANKED_AT_ONCE, len(split.validation))),
         },
     }
+    blocks = dict.fromkeys((STATES, NOTED, ADJOINT, LEARNER, BATCH), moving) | {PROBABILITIES: probabilities}
+    for parts in moments.values():
+        small = sum(n for name, n in parts.items() if blocks.get(name, 0) < LARGEST_BLOCK_OF_HEAP)
+        parts[HEAP] = int(LOST_IN_HEAP * small)
     totals = {moment: sum(always.values()) + sum(parts.values()) for moment, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     parts = {
@@ -259,11 +272,6 @@ def _plan(
         kept_words += f", of {window} adjoint states every {stride}th kept"
     kept_words += f", real examples by {micro:,}"
     return MemoryPlan(parts=parts, moment=moment, limits=limits, kept=kept_words, moments=totals)
-
-
-def split_length(split: Split) -> int:
-    """Items of the longest training history."""
-    return int(split.train.lengths.max(initial=1))
 
 
 def _measure(
@@ -279,12 +287,10 @@ def _measure(
     for count in TWIN_EXAMPLES:
         # the longest histories are the dearest
         index = np.argsort(split.train.lengths, kind="stable")[-count:]
-        objective = OuterObjective(
-            config, teacher, flat, split.train, index, seed=0, micro_batch=config.batch_size
-        )
+        objective = OuterObjective(config, teacher, flat, split.train, index, seed=0, micro_batch=count)
         (part,) = objective.parts
         short = Batch(part.histories % TWIN_ITEMS, part.lengths, part.targets % TWIN_ITEMS)
-        objective.parts = [short]
+        objective.parts = [short, short]  # what is left of a pass is there while the next one begins
         with LiveBytes() as live:
             objective.gradient(flat, (theta,), items)
         real.append(live.peak)
@@ -292,7 +298,13 @@ def _measure(
             teacher(short.histories, short.lengths)
         ranked.append(live.peak)
     return _Twin(
-        items.shape[1], theta.nbytes, step, adjoint, _line(TWIN_EXAMPLES, real), _line(TWIN_EXAMPLES, ranked)
+        width=items.shape[1],
+        parameters=theta.nbytes,
+        step=step,
+        adjoint=adjoint,
+        length=min(int(split.train.lengths.max(initial=1)), teacher.max_len),
+        real=_line(TWIN_EXAMPLES, real),
+        ranked=_line(TWIN_EXAMPLES, ranked),
     )
 
 

@@ -22,6 +22,11 @@ class PretrainConfig:
     pool_first: int = 5
     pool_last: int = 30
 
+    @property
+    def pool_size(self) -> int:
+        """Checkpoints at most; a training that stops early has fewer."""
+        return max(min(self.pool_last, self.fit.max_epochs) - self.pool_first + 1, 1)
+
 
 @dataclass(kw_only=True)
 class PretrainState:

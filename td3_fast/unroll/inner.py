@@ -132,7 +132,7 @@ class InnerLoop:
         A graph holds activations of a batch of synthetic users and nothing of the size of the catalogue, so keeping
         it costs less than evaluating the step again; a state holds three item tables where they are trained.
         """
-        stride = stride_of(until - state.step, state.parameters, kept_limit)
+        stride = stride_of(until - state.step, sum(p.nbytes for p in state.parameters), kept_limit)
         checkpoints: list[AdamState] = []
         while until - state.step > stride:
             checkpoints.append(state.clone())

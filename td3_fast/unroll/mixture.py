@@ -9,7 +9,7 @@ from torch import Tensor
 
 from td3_fast.ops import mix_items, mix_items_transposed, soft_embedding
 
-NOTED_LIMIT = 256 * 2**20  # bytes of cotangents and tables
+NOTED_LIMIT = 64 * 2**20  # bytes of cotangents and tables
 
 
 class ItemMixture(Protocol):

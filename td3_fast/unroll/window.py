@@ -49,8 +49,8 @@ class Window:
         return self.steps[-1].evaluation.loss
 
 
-def stride_of(steps: int, parameters: tuple[Tensor, ...], limit: int = KEPT_STATES_LIMIT) -> int:
-    """How many steps of a window are kept at once, at least 1: all of them, or ⌈√steps⌉ where all their states and
-    gradients would take more than `limit` bytes."""
-    size = steps * TENSORS_PER_STEP * sum(p.nbytes for p in parameters)
+def stride_of(steps: int, parameters: int, limit: int = KEPT_STATES_LIMIT) -> int:
+    """How many steps of a window are kept at once, at least 1, for so many bytes of parameters: all of them, or
+    ⌈√steps⌉ where all their states and gradients would take more than `limit` bytes."""
+    size = steps * TENSORS_PER_STEP * parameters
     return max(steps if size <= limit else math.ceil(math.sqrt(steps)), 1)
