@@ -56,7 +56,7 @@ def test_tensors_are_followed_from_birth_to_death() -> None:
     [
         # tables of 38 MB, of which every third adjoint state is kept
         "--items 150000 --hidden 64 --size 4x5 --users-per-step 2 --batch-size 256 --window 9 --warm-up 0 --users 50",
-        "--items 400000 --hidden 64 --size 4x5 --users-per-step 2 --batch-size 256 --window 3 --warm-up 0 --users 50 "
+        "--items 250000 --hidden 64 --size 4x5 --users-per-step 2 --batch-size 128 --window 3 --warm-up 0 --users 50 "
         "--item-embedding frozen --pool 3",
     ],
     ids=["trained", "frozen"],
