@@ -35,7 +35,7 @@ class WindowStep(NamedTuple):
 class Window:
     """A run of steps, to be pulled back from the last one to the first.
 
-    The last `steps` are whole. Of what lies before them only every so manieth state is kept, in `checkpoints`: from
+    The last `steps` are whole. Of what lies before them one state in a few is kept, in `checkpoints`: from
     each of them the steps up to what is already pulled back are taken again, with the same bits.
     """
 
