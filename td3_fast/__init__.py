@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         SASRec,
         SASRecConfig,
     )
+    from td3_fast.memory import MemoryPlan, plan_memory
     from td3_fast.pretrain import PretrainConfig, pretrain
     from td3_fast.recipes import RECIPES, Recipe, recipe_named
     from td3_fast.search import Candidate, SearchConfig, search
@@ -46,6 +47,7 @@ __all__ = [
     "GRU4Rec",
     "GRU4RecConfig",
     "Interactions",
+    "MemoryPlan",
     "NARMConfig",
     "PretrainConfig",
     "Pretrained",
@@ -64,6 +66,7 @@ __all__ = [
     "load_interactions",
     "load_summary",
     "ops",
+    "plan_memory",
     "pretrain",
     "recipe_named",
     "search",
@@ -84,6 +87,7 @@ _NAMES = {
         "SASRec",
         "SASRecConfig",
     ),
+    "memory": ("MemoryPlan", "plan_memory"),
     "pretrain": ("PretrainConfig", "pretrain"),
     "recipes": ("RECIPES", "Recipe", "recipe_named"),
     "search": ("Candidate", "SearchConfig", "search"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from td3_fast.cli_data import Columns, Data, Format, Seed, data_app
+from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_bytes
 from td3_fast.cli_export import export
 from td3_fast.cli_options import (
     MaxEpochs,
@@ -187,6 +187,9 @@ def distill(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Real examples per outer step.")] = None,
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
+    trajectories: Annotated[
+        int | None, typer.Option(min=1, help="Learners per outer step, whose gradients are averaged.")
+    ] = None,
     summary_lr: Annotated[float | None, typer.Option(help="Rate of the outer optimiser.")] = None,
     learner_lr: Annotated[float | None, typer.Option(help="Rate of the inner optimiser.")] = None,
     loss: Annotated[
@@ -204,6 +207,10 @@ def distill(
     optimiser: Annotated[
         Literal["adam", "lazy-adam"] | None,
         typer.Option(help="Pretraining's; lazy-adam leaves alone items that a batch does not meet."),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option("--memory-limit", help="Of distilling, above data and libraries, as in 2GiB or 512MiB."),
     ] = None,
     pretrained: PretrainedFile = None,
     max_epochs: MaxEpochs = None,
@@ -252,6 +259,8 @@ def distill(
         **dict.fromkeys(("latent_rank",) if summary == "farzi" else ("user_rank", "position_rank"), rank),
         "batch_size": batch_size,
         "users_per_step": users_per_step,
+        "trajectories": trajectories,
+        "memory_limit": None if memory_limit is None else parse_bytes(memory_limit),
         "summary_lr": summary_lr,
         "learner_lr": learner_lr,
     }
@@ -270,6 +279,8 @@ def distill(
         split = read_split(data, format=format, columns=columns, **filters)
         if ranks.first:
             _plan(split, chosen, out)
+            if config.engine == "native" and ranks.items.size == 1:
+                _plan_of_memory(split, chosen, pretrained)
         with _taking_part(way_on, ranks) as watcher:
             run = Run(
                 folder=out,
@@ -641,11 +652,32 @@ def _plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"distil    {config.users} users by {config.positions} positions, {kind}; "
         f"{config.epochs} epochs of {steps:,} outer steps"
     )
+    learners = f", by each of {config.trajectories} learners" if config.trajectories > 1 else ""
     say(
-        f"          {inner} inner steps in each, the last {window} differentiated; item table {config.item_embedding}"
+        f"          {inner} inner steps in each{learners}, the last {window} differentiated; "
+        f"item table {config.item_embedding}"
         + (f", {config.item_dtype}" if config.item_embedding == "frozen" else "")
     )
     say(f"into      {folder}, by the recipe {recipe.name}")
+
+
+def _plan_of_memory(split: Split, recipe: Recipe, pretrained: Path | None) -> None:
+    """Say what distilling will take; MemoryLimitError where it does not fit."""
+    from td3_fast.checkpoint import load_pretrained
+    from td3_fast.memory import plan_memory
+
+    if pretrained is not None:
+        made, _ = load_pretrained(pretrained)
+        name, sizes, pool = made.learner_name, made.learner_config, len(made.pool)
+        del made
+    else:
+        name, sizes = recipe.learner_name, {**recipe.learner, "num_items": split.interactions.num_items}
+        pool = recipe.pretrain.pool_size
+    plan = plan_memory(split, recipe.distill, learner_name=name, learner_config=sizes, pool=pool)
+    first, *others = plan.lines()
+    say(f"memory    {first}")
+    for line in others:
+        say(f"          {line}")
 
 
 def _print_rows(rows: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -113,3 +114,13 @@ def parse_columns(text: str | None) -> dict[str, str | None] | None:
     if not all(separator and name for name, separator, _ in pairs):
         raise ValueError(f"--columns is like user=uid,item=iid,timestamp=time, got {text!r}")
     return {name.strip(): column or None for name, _, column in pairs}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, from "2GiB", "1.5 GB", "512MiB" or a plain number."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(?:([kmgt])(i?)b?|b?)", text.strip().lower())
+    if found is None:
+        raise ValueError(f"a size of memory is like 2GiB, 512MiB or 1.5GB, got {text!r}")
+    number, prefix, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" kmgt".index(prefix) if prefix else 0))

@@ -27,6 +27,11 @@ class PretrainConfig:
     pool_last: int = 30
     pool_items: bool = True
 
+    @property
+    def pool_size(self) -> int:
+        """Checkpoints at most; a training that stops early has fewer."""
+        return max(min(self.pool_last, self.fit.max_epochs) - self.pool_first + 1, 1)
+
 
 @dataclass(kw_only=True)
 class PretrainState:

@@ -24,6 +24,7 @@ from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state, la
 Protocol = Literal["full", "uni100"]
 PROTOCOLS: tuple[Protocol, ...] = ("full", "uni100")
 NUM_NEGATIVES = 100
+RANKED_AT_ONCE = 4096  # examples
 SELECTION_METRIC = "MRR@10"
 
 
@@ -64,7 +65,12 @@ class Ranker:
 
     @torch.no_grad()
     def ranks(
-        self, learner: Learner, protocol: Protocol, *, batch_size: int = 4096, dropout_seed: int | None = None
+        self,
+        learner: Learner,
+        protocol: Protocol,
+        *,
+        batch_size: int = RANKED_AT_ONCE,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         """The rank of each example's target: (examples,) int64, 1 the best; ties count against the model."""
         items = learner.item_embeddings
@@ -100,7 +106,7 @@ class Ranker:
         return {p: metrics_from_ranks(self._rank(same, scores.unsqueeze(1), rows, p)) for p in self.protocols}
 
     def metrics(
-        self, learner: Learner, *, batch_size: int = 4096, dropout_seed: int | None = None
+        self, learner: Learner, *, batch_size: int = RANKED_AT_ONCE, dropout_seed: int | None = None
     ) -> dict[Protocol, dict[str, float]]:
         """HR, NDCG and MRR at 5, 10 and 20 under each protocol."""
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,6 +117,29 @@ def test_distill_leaves_its_files(finished: Path) -> None:
     assert steps == list(range(1, len(steps) + 1))
     assert [entry["epoch"] for entry in log if entry["event"] == "pretrain"] == [1, 2, 3]
     assert [entry["epoch"] for entry in log if entry["event"] == "epoch"] == [1, 2]
+
+
+def test_several_learners_per_outer_step(finished: Path, data: Path, tmp_path: Path, undrawn: None) -> None:
+    given = ("--pretrained", finished / "pretrained.safetensors")
+    result = run("distill", data, *TINY, *given, "--trajectories", "2", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "by each of 2 learners" in result.stdout
+    metadata = TuckerSummary.load(tmp_path / "summary.safetensors").metadata
+    assert metadata is not None
+    assert metadata.settings["distill"]["trajectories"] == 2
+
+
+def test_the_memory_of_a_distillation_is_told_and_limited(
+    finished: Path, data: Path, tmp_path: Path, undrawn: None
+) -> None:
+    given = ("--pretrained", finished / "pretrained.safetensors")
+    result = run("distill", data, *TINY, *given, "--memory-limit", "1GiB", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"memory +\d+ MiB above the data", result.stdout)
+    assert "real batch" in result.stdout
+    words = refusal("distill", data, *TINY, *given, "--memory-limit", "1MiB", "--out", tmp_path / "other")
+    assert "memory limit of 1 MiB is too small" in words
+    assert "\n" not in words
 
 
 def test_the_summary_is_self_contained(finished: Path, data: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS = (
     {"run", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
     {"recipes", "search"},
+    {"memory"},
     {"distill", "pretrain", "evaluate"},
     {"training", "export", "initial"},
     {"unroll", "sampled_softmax"},
@@ -29,11 +30,11 @@ LAYERS = (
     {"summary_file", "distilled_data"},
     {"parallel"},
     {"artefact", "metrics", "learners", "data"},
-    {"progress", "files", "ops", "paper"},
+    {"progress", "files", "live_bytes", "ops", "paper"},
 )
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 # a method of a lower layer that hands over to a higher one, imported when it is called
-LATE = {("summary_base", "unroll")}
+LATE = {("summary_base", "unroll"), ("distill", "memory")}
 
 
 def room(path: Path) -> str:

@@ -2,7 +2,12 @@
 
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
 from td3_fast.ops.dropout import DropoutStream, derive_seed, seeded_generator
-from td3_fast.ops.item_cross_entropy import ItemLogsumexp, item_cross_entropy, item_logsumexp
+from td3_fast.ops.item_cross_entropy import (
+    ItemLogsumexp,
+    item_cross_entropy,
+    item_logsumexp,
+    kept_score_bytes,
+)
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
@@ -23,6 +28,7 @@ __all__ = [
     "has_fused",
     "item_cross_entropy",
     "item_logsumexp",
+    "kept_score_bytes",
     "mix_items",
     "mix_items_transposed",
     "normalized_embedding",

@@ -78,15 +78,20 @@ def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
     return (hidden.to(accumulate) @ item_embeddings.to(accumulate).T).logsumexp(-1)
 
 
+def kept_score_bytes(rows: int, n: int, itemsize: int) -> int:
+    """Bytes of probabilities that the CPU's kernels keep between orders, for accumulators of `itemsize` bytes."""
+    panel = _PANEL_BYTES // itemsize
+    size = (rows + panel - 1) // panel * _PANEL_BYTES * n
+    return size if size <= _KEPT_BYTES else 0
+
+
 @register_fake("td3_fast::item_logsumexp_forward")
 def fake_logsumexp(hidden: Tensor, items: Tensor, save: bool, keep: bool) -> tuple[Tensor, ...]:
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     (rows, d), n = hidden.shape, items.shape[0]
     kept = 0
     if save and keep and hidden.device.type == "cpu":
-        panel = _PANEL_BYTES // accumulate.itemsize
-        padded = (rows + panel - 1) // panel * panel
-        kept = padded * n if padded * n * accumulate.itemsize <= _KEPT_BYTES else 0
+        kept = kept_score_bytes(rows, n, accumulate.itemsize) // accumulate.itemsize
     logsumexp = hidden.new_empty((rows,), dtype=accumulate)
     mean = logsumexp.new_empty((rows, d) if save else (0,))
     return logsumexp, torch.empty_like(logsumexp), mean, logsumexp.new_empty((kept,))

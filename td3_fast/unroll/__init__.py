@@ -1,11 +1,12 @@
 """The inner loop on a summary, its optimiser, and the adjoint of its last steps."""
 
-from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint, adam_step_, initial_state
-from td3_fast.unroll.fit import fit_on_summary, make_mixture
+from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, initial_state
+from td3_fast.unroll.fit import CACHED_PROBABILITIES_LIMIT, fit_on_summary, make_mixture
 from td3_fast.unroll.higher import pull_back_with_higher
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
 from td3_fast.unroll.lazy_adam import lazy_adam_step_
 from td3_fast.unroll.mixture import (
+    NOTED_LIMIT,
     CachedMixture,
     FixedEmbeddings,
     ItemMixture,
@@ -13,8 +14,13 @@ from td3_fast.unroll.mixture import (
     StreamedMixture,
     flat_pair,
 )
+from td3_fast.unroll.window import KEPT_STATES_LIMIT, TENSORS_PER_STEP, stride_of
 
 __all__ = [
+    "CACHED_PROBABILITIES_LIMIT",
+    "KEPT_STATES_LIMIT",
+    "NOTED_LIMIT",
+    "TENSORS_PER_STEP",
     "AdamConfig",
     "AdamState",
     "CachedMixture",
@@ -24,7 +30,7 @@ __all__ = [
     "ItemMixture",
     "LinearMixture",
     "StreamedMixture",
-    "adam_adjoint",
+    "adam_adjoint_",
     "adam_step_",
     "fit_on_summary",
     "flat_pair",
@@ -32,4 +38,5 @@ __all__ = [
     "lazy_adam_step_",
     "make_mixture",
     "pull_back_with_higher",
+    "stride_of",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+ELEMENTS_AT_ONCE = 2**20  # of an item table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,49 +48,59 @@ def initial_state(parameters: Sequence[Tensor]) -> AdamState:
 def adam_step_(state: AdamState, gradients: Sequence[Tensor], config: AdamConfig) -> AdamState:
     """One Adam step, overwriting the tensors of `state`. The epsilon stands as in `higher`: sqrt(v) + eps."""
     step = state.step + 1
-    size = config.learning_rate * math.sqrt(1 - config.beta2**step) / (1 - config.beta1**step)
-    for p, m, v, g in zip(*state[:3], gradients, strict=True):
-        if config.weight_decay:
-            g = g.add(p, alpha=config.weight_decay)
-        m.lerp_(g, 1 - config.beta1)
-        v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-        p.addcdiv_(m, v.sqrt().add_(config.eps), value=-size)
+    size = _step_size(step, config)
+    for tensors in zip(*state[:3], gradients, strict=True):
+        for p, m, v, g in pieces(*tensors):
+            if config.weight_decay:
+                g = g.add(p, alpha=config.weight_decay)
+            m.lerp_(g, 1 - config.beta1)
+            v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
+            p.addcdiv_(m, v.sqrt().add_(config.eps), value=-size)
     return state._replace(step=step)
 
 
-class AdamAdjoint(NamedTuple):
-    """Cotangents of one tensor on the way from after an Adam step to before it."""
-
-    parameter: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
-    gradient: Tensor
-
-
-def adam_adjoint(
+def adam_adjoint_(
     before: tuple[Tensor, Tensor, Tensor],  # parameter, first and second moment
     gradient: Tensor,
     cotangents: tuple[Tensor, Tensor, Tensor],  # of the same three after the step
     step: int,  # counting the step in question, from 1
     config: AdamConfig,
-) -> AdamAdjoint:
-    """Vector-Jacobian product of one Adam step, the gradient taken as an independent input.
+) -> Tensor:
+    """Vector-Jacobian product of one Adam step: the cotangent of the gradient, taken as an independent input.
 
-    Where the second moment is exactly 0, its square root has an infinite slope; no derivative flows there, as in
-    `higher`. What comes back for `parameter` leaves out the path through the gradient.
+    Overwrites `cotangents` with those of the three before the step; that of the parameter leaves out the path through
+    the gradient. Where the second moment is exactly 0, its square root has an infinite slope; no derivative flows
+    there, as in `higher`.
     """
-    p, m, v = before
-    to_p, to_m, to_v = cotangents
-    if config.weight_decay:
-        gradient = gradient.add(p, alpha=config.weight_decay)
-    size = config.learning_rate * math.sqrt(1 - config.beta2**step) / (1 - config.beta1**step)
-    new_m = torch.lerp(m, gradient, 1 - config.beta1)
-    new_v = (v * config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-    root = new_v.sqrt()
-    scaled = to_p / (root + config.eps)
-    to_new_m = to_m.add(scaled, alpha=-size)
-    slope = (scaled * new_m).div_(root + config.eps).div_(root).mul_(size / 2)
-    to_new_v = torch.where(new_v == 0, 0.0, slope.add_(to_v))
-    to_g = (to_new_m * (1 - config.beta1)).addcmul_(gradient, to_new_v, value=2 * (1 - config.beta2))
-    to_parameter = to_p.add(to_g, alpha=config.weight_decay) if config.weight_decay else to_p
-    return AdamAdjoint(to_parameter, to_new_m * config.beta1, to_new_v * config.beta2, to_g)
+    size = _step_size(step, config)
+    to_gradient = torch.empty_like(gradient)
+    for p, m, v, g, to_p, to_m, to_v, to_g in pieces(*before, gradient, *cotangents, to_gradient):
+        if config.weight_decay:
+            g = g.add(p, alpha=config.weight_decay)
+        new_m = torch.lerp(m, g, 1 - config.beta1)
+        new_v = (v * config.beta2).addcmul_(g, g, value=1 - config.beta2)
+        root = new_v.sqrt()
+        scaled = to_p / (root + config.eps)
+        to_m.add_(scaled, alpha=-size)  # now of the new moment
+        slope = scaled.mul_(new_m).div_(root + config.eps).div_(root).mul_(size / 2)
+        to_v.copy_(torch.where(new_v == 0, 0.0, slope.add_(to_v)))
+        torch.mul(to_m, 1 - config.beta1, out=to_g)
+        to_g.addcmul_(g, to_v, value=2 * (1 - config.beta2))
+        if config.weight_decay:
+            to_p.add_(to_g, alpha=config.weight_decay)
+        to_m.mul_(config.beta1)
+        to_v.mul_(config.beta2)
+    return to_gradient
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of tensors alike in shape, as many at a time as keep intermediate results small: the tensors
+    themselves, or parts of them."""
+    if tensors[0].numel() <= ELEMENTS_AT_ONCE:
+        yield tensors
+    else:
+        yield from zip(*(t.view(-1).split(ELEMENTS_AT_ONCE) for t in tensors), strict=True)
+
+
+def _step_size(step: int, config: AdamConfig) -> float:
+    return config.learning_rate * math.sqrt(1 - config.beta2**step) / (1 - config.beta1**step)

@@ -54,13 +54,14 @@ def fit_on_summary(
     separate_passes: bool = False,
     seed: int = 0,
     tables: ItemTables = WHOLE,
+    cached_limit: int = CACHED_PROBABILITIES_LIMIT,
     progress: Progress = silent,
 ) -> list[float]:
     """Train `learner` in place on a summary with the inner loss; returns the loss of each step.
 
     `item_embedding="frozen"` keeps the learner's item table as it is. The loss leaves out the entropy of the summary,
-    which no learner can change. Same seed, same result. tables: where the item tables of both, if they are split over
-    processes, have their other rows.
+    which no learner can change; `cached_limit` is that of `make_mixture`. Same seed, same result. tables: where the
+    item tables of both, if they are split over processes, have their other rows.
     """
     items = learner.item_embeddings.detach()
     loop = InnerLoop(
@@ -82,7 +83,9 @@ def fit_on_summary(
     keys = keys.detach().to(items.dtype)
     if item_embedding == "trained":
         start = (theta, items)
-        mixture = make_mixture(queries, keys, normalize=summary.normalize, tables=tables)
+        mixture = make_mixture(
+            queries, keys, normalize=summary.normalize, cached_limit=cached_limit, tables=tables
+        )
     else:
         start = (theta,)
         mixture = FixedEmbeddings(

@@ -8,7 +8,7 @@ last to first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,28 +17,12 @@ from td3_fast.learners import FlatParameters, Learner
 from td3_fast.ops import DropoutStream, derive_seed, seeded_generator
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
-from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint, adam_step_
+from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_
 from td3_fast.unroll.mixture import ItemMixture
+from td3_fast.unroll.window import KEPT_STATES_LIMIT, Evaluation, Window, WindowStep, stride_of
 
 ItemEmbedding = Literal["frozen", "trained"]
 FIRST_MIDDLE_POSITION = 5
-
-
-class Evaluation(NamedTuple):
-    """The loss of one step and its derivatives."""
-
-    loss: float
-    users: Tensor
-    gradients: tuple[Tensor, ...]  # of the state's parameters
-    first_order: tuple[Tensor, ...]  # the same with X held fixed, then that of X; on a graph inside a window
-    sources: list[Tensor]  # what they can be differentiated by: the state's parameters and X
-
-
-class WindowStep(NamedTuple):
-    """What the adjoint of a step needs."""
-
-    state: AdamState
-    evaluation: Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +121,39 @@ class InnerLoop:
         return state, losses
 
     def run_window(
-        self, state: AdamState, items: Tensor, mixture: ItemMixture, *, until: int
-    ) -> tuple[AdamState, list[WindowStep]]:
-        """The same, keeping of each step what `pull_back` needs: the state before it and the graph of its gradients.
+        self,
+        state: AdamState,
+        items: Tensor,
+        mixture: ItemMixture,
+        *,
+        until: int,
+        kept_limit: int = KEPT_STATES_LIMIT,
+    ) -> tuple[AdamState, Window]:
+        """The same, keeping what `pull_back` needs: of each step the state before it and the graph of its gradients,
+        or where those take more than `kept_limit` bytes, of every ⌈√steps⌉-th step the state.
 
         A graph holds activations of a batch of synthetic users and nothing of the size of the catalogue, so keeping
-        it costs less than evaluating the step again.
+        it costs less than evaluating the step again; a state holds three item tables where they are trained.
         """
+        # by the largest table of all processes, so that all keep the same steps
+        size = sum(
+            (p.numel() if i == 0 else self.tables.most_rows(p) * p.shape[1]) * p.element_size()
+            for i, p in enumerate(state.parameters)
+        )
+        stride = stride_of(until - state.step, size, kept_limit)
+        checkpoints: list[AdamState] = []
+        while until - state.step > stride:
+            checkpoints.append(state.clone())
+            state, _ = self.run(state, items, mixture, until=state.step + stride)
+        state, steps = self._keep_steps(state, items, mixture, until=until)
+        return state, Window(steps=steps, checkpoints=checkpoints, items=items)
+
+    def _keep_steps(
+        self, state: AdamState, items: Tensor, mixture: ItemMixture, *, until: int
+    ) -> tuple[AdamState, list[WindowStep]]:
         flat = FlatParameters(self.learner)
         steps: list[WindowStep] = []
-        for _ in range(state.step, until):
+        while state.step < until:
             before = state.clone()
             evaluated = self._evaluate(flat, before, items, mixture, create_graph=True)
             steps.append(WindowStep(before, evaluated))
@@ -174,36 +181,44 @@ class InnerLoop:
         first_order = torch.autograd.grad(loss, sources if trained else leaves, create_graph=create_graph)
         gradients = [g.detach() for g in first_order[: len(leaves)]]
         if trained:
-            gradients[1] = gradients[1] + mixture.embed_transposed(users, first_order[2].detach())
+            # in the place of the part whose graph is kept: its values are needed no more, and it may be large
+            gradients[1].add_(mixture.embed_transposed(users, first_order[2].detach()))
         return Evaluation(float(loss.detach()), users, tuple(gradients), first_order, sources)
 
-    def pull_back(
-        self, window: list[WindowStep], cotangents: tuple[Tensor, ...], mixture: ItemMixture
-    ) -> Tensor:
+    def pull_back(self, window: Window, cotangents: tuple[Tensor, ...], mixture: ItemMixture) -> Tensor:
         """The gradient of the tensor that `mixture` was made from, pulled back through a window of steps.
 
-        window: as `run_window` returns it, emptied on the way; cotangents: of the parameters after the last step.
+        window: as `run_window` returns it, emptied on the way; cotangents: of the parameters after the last step,
+        overwritten.
         """
-        to_p = list(cotangents)
-        to_m = [torch.zeros_like(c) for c in cotangents]
-        to_v = [torch.zeros_like(c) for c in cotangents]
-        while window:
-            state, evaluated = window.pop()
-            users, first_order, sources = evaluated.users, evaluated.first_order, evaluated.sources
-            to_gradients: list[Tensor] = []
-            for i, (p, m, v) in enumerate(zip(*state[:3], strict=True)):
-                to_p[i], to_m[i], to_v[i], to_gradient = adam_adjoint(
-                    (p, m, v), evaluated.gradients[i], (to_p[i], to_m[i], to_v[i]), state.step + 1, self.adam
-                )
-                to_gradients.append(to_gradient)
-            trained = len(to_p) > 1
-            if trained:
-                # the table's gradient has a part that came through X
-                mixture.note(users, first_order[2].detach(), to_gradients[1])
-                to_gradients.append(mixture.embed(users, to_gradients[1]))
-            second_order = torch.autograd.grad(first_order, sources, to_gradients)
-            mixture.note(users, second_order[-1], state.parameters[-1])
-            to_p = [p + h for p, h in zip(to_p, second_order, strict=False)]
-            if trained:
-                to_p[1] += mixture.embed_transposed(users, second_order[-1])
+        adjoint = [(c, torch.zeros_like(c), torch.zeros_like(c)) for c in cotangents]
+        while window.steps:
+            first = window.steps[0].state.step
+            while window.steps:
+                self._pull_back_step(window.steps.pop(), adjoint, mixture)
+            if window.checkpoints:
+                state = window.checkpoints.pop()
+                _, window.steps = self._keep_steps(state, window.items, mixture, until=first)
         return mixture.gradient()
+
+    def _pull_back_step(
+        self, step: WindowStep, adjoint: list[tuple[Tensor, Tensor, Tensor]], mixture: ItemMixture
+    ) -> None:
+        """Take the cotangents of parameters and moments from after a step to before it, overwriting them."""
+        state, evaluated = step
+        users, first_order, sources = evaluated.users, evaluated.first_order, evaluated.sources
+        to_gradients = [
+            adam_adjoint_((p, m, v), gradient, cotangents, state.step + 1, self.adam)
+            for p, m, v, gradient, cotangents in zip(*state[:3], evaluated.gradients, adjoint, strict=True)
+        ]
+        trained = len(adjoint) > 1
+        if trained:
+            # the table's gradient has a part that came through X
+            mixture.note(users, first_order[2].detach(), to_gradients[1])
+            to_gradients.append(mixture.embed(users, to_gradients[1]))
+        second_order = torch.autograd.grad(first_order, sources, to_gradients)
+        mixture.note(users, second_order[-1], state.parameters[-1])
+        for (to_parameter, _, _), more in zip(adjoint, second_order, strict=False):
+            to_parameter.add_(more)
+        if trained:
+            adjoint[1][0].add_(mixture.embed_transposed(users, second_order[-1]))

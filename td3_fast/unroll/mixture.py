@@ -16,6 +16,9 @@ def flat_pair(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([queries.flatten(), keys.flatten()])
 
 
+NOTED_LIMIT = 64 * 2**20  # bytes of cotangents and tables
+
+
 class ItemMixture(Protocol):
     """The soft embeddings X (b, ζ, d) of selected synthetic users as a function of the learner's item table E (n, d).
 
@@ -61,8 +64,8 @@ class CachedMixture:
     """X = softmax(C Vᵀ) E with the probabilities (μ, ζ, n) kept, and as much again when the gradient is asked for.
 
     The gradient is that of the queries C (μ, ζ, r), like that of the classes below, or, with `learned_keys`, that of
-    `flat_pair(C, V)`. Cotangents wait in low rank until then, so that each set of users costs one matrix product in
-    place of one a step.
+    `flat_pair(C, V)`. Cotangents wait in low rank, each with a table, until then or until they fill `NOTED_LIMIT`
+    bytes, so that each set of users costs one matrix product in place of one a step.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class CachedMixture:
         self._queries = queries.detach() if learned_keys else None
         self._probabilities = tables.probabilities(queries, item_factors)
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        self._noted_bytes = 0
+        self._gradient = torch.zeros_like(queries)
+        self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
 
     def _rows(self, users: Tensor) -> Tensor:
         return rows_of(self._probabilities, users).flatten(0, 1)
@@ -85,25 +91,36 @@ class CachedMixture:
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         self._noted.setdefault(tuple(users.tolist()), []).append((cotangent.flatten(0, 1), items))
+        # of the largest table of all processes, so that all add what they noted at the same moments
+        rows = self._tables.most_rows(items)
+        self._noted_bytes += cotangent.nbytes + rows * items.shape[1] * items.element_size()
+        if self._noted_bytes > NOTED_LIMIT:
+            self._add_noted()
 
-    def gradient(self) -> Tensor:
-        positions, rank = self._probabilities.shape[1], self._keys.shape[1]
-        result = self._keys.new_zeros(len(self._probabilities), positions, rank)
-        of_keys = None if self._queries is None else torch.zeros_like(self._keys)
-        for users, noted in self._noted.items():
-            index = torch.tensor(users, device=result.device)
+    def _add_noted(self) -> None:
+        for users in list(self._noted):
+            noted = self._noted.pop(users)
+            index = torch.tensor(users, device=self._gradient.device)
             rows = self._rows(index)
-            weighted = torch.cat([c for c, _ in noted], dim=1) @ torch.cat([e for _, e in noted], dim=1).T
-            weighted.mul_(rows)
+            cotangents, tables = (torch.cat(parts, dim=1) for parts in zip(*noted, strict=True))
+            del noted
+            weighted = (cotangents @ tables.T).mul_(rows)
             # the softmax's derivative, with the row sums taken out after the product with the keys
             shares = self._tables.total(weighted.sum(-1, keepdim=True))
             gradient = self._tables.total(weighted @ self._keys - shares * (rows @ self._keys))
-            result.index_add_(0, index, gradient.unflatten(0, (-1, positions)))
-            if self._queries is not None and of_keys is not None:
+            self._gradient.index_add_(0, index, gradient.unflatten(0, (len(users), -1)))
+            if self._queries is not None and self._of_keys is not None:
                 queries = self._queries[index].flatten(0, 1)
-                of_keys += weighted.T @ queries - rows.T @ (shares * queries)
-        self._noted.clear()
-        return result if of_keys is None else flat_pair(result, of_keys)
+                self._of_keys += weighted.T @ queries - rows.T @ (shares * queries)
+        self._noted_bytes = 0
+
+    def gradient(self) -> Tensor:
+        self._add_noted()
+        gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
+        if self._of_keys is None:
+            return gradient
+        of_keys, self._of_keys = self._of_keys, torch.zeros_like(self._of_keys)
+        return flat_pair(gradient, of_keys)
 
 
 def rows_of(tensor: Tensor, users: Tensor) -> Tensor:

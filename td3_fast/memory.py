@@ -1,0 +1,344 @@
+"""How much memory a distillation takes, told before it begins, and how to make it take less.
+
+Whatever has the size of the item table is counted. What depends on the learner's architecture is measured: some passes
+of a twin with few items, whose tensors are followed from birth to death.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from td3_fast.data import Batch, Split
+from td3_fast.distill import DistillConfig, Limits, OuterObjective
+from td3_fast.learners import FlatParameters, build_learner
+from td3_fast.live_bytes import LiveBytes
+from td3_fast.ops import kept_score_bytes
+from td3_fast.training import RANKED_AT_ONCE
+from td3_fast.unroll import (
+    NOTED_LIMIT,
+    TENSORS_PER_STEP,
+    AdamConfig,
+    FixedEmbeddings,
+    InnerLoop,
+    initial_state,
+    stride_of,
+)
+
+MIB = 2**20
+SMALLEST_MICRO_BATCH = 64
+TWIN_ITEMS = 64
+TWIN_EXAMPLES = (32, 96)  # passes over so many tell what an example takes
+# glibc gives blocks up to a size that it learns back to its heap, and some of that stays between others; as measured
+LARGEST_BLOCK_OF_HEAP = 32 * MIB
+LOST_IN_HEAP = 0.25
+SCRATCH = 16 * MIB  # of a kernel, at most
+LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
+
+POOL = "pretrained learner and its pool"
+TEACHER = "teacher, shared item table"
+FACTORS = "factors, queries, soft embeddings"
+PROBABILITIES = "probabilities of the summary"
+LEARNER = "learner and its optimiser"
+STATES = "adjoint states"
+GRAPHS = "graphs of the inner steps"
+NOTED = "cotangents that wait"
+ADJOINT = "adjoint of a step"
+BATCH = "real batch"
+VALIDATION = "validation"
+HEAP = "lost between blocks"
+OTHER = "libraries, kernels' scratch"
+
+# what makes a part smaller, beyond what `memory_limit` decides by itself
+REMEDIES = {
+    POOL: "pretrain with a smaller pool (PretrainConfig.pool_last) or a narrower learner (hidden)",
+    TEACHER: "a narrower learner (hidden) makes it smaller",
+    FACTORS: "a smaller summary (--size) makes it smaller",
+    PROBABILITIES: "a smaller summary (--size) makes it smaller",
+    LEARNER: "--item-embedding frozen leaves out the tables",
+    STATES: "--item-embedding frozen leaves out the tables, and a shorter --window keeps fewer",
+    GRAPHS: "a shorter --window or smaller --users-per-step makes it smaller",
+    NOTED: "--item-embedding frozen does without",
+    ADJOINT: "--item-embedding frozen leaves out the tables",
+    BATCH: "a smaller --batch-size makes it smaller",
+    VALIDATION: "--item-embedding frozen leaves out the optimiser's tables",
+    HEAP: "a smaller --batch-size makes it smaller",
+    OTHER: "it is the least that any run takes: raise the limit",
+}
+
+
+class MemoryLimitError(ValueError):
+    """A distillation does not fit; the message names what is largest and what would help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a distillation has in memory above data and libraries when it has most, in bytes by part."""
+
+    parts: dict[str, int]
+    moment: str  # when that is
+    limits: Limits
+    kept: str  # what is kept and what recomputed, in words
+    moments: dict[str, int]  # the total of every moment
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        parts = sorted(self.parts.items(), key=lambda part: -part[1])
+        return [
+            f"{in_words(self.total)} above the data, most of it {self.moment}; {self.kept}",
+            "; ".join(f"{name} {in_words(size)}" for name, size in parts if size >= self.total / 200),
+        ]
+
+
+class _Twin(NamedTuple):
+    """What passes of a learner take, the item table aside, in bytes."""
+
+    width: int  # of the item table, not bytes
+    parameters: int
+    step: int  # kept of an inner step, with a frozen table: state, gradients and graph
+    adjoint: int  # beside that, while a step is taken or pulled back
+    length: int  # of the longest history that is read
+    real: tuple[float, float]  # of a pass over real examples: at none, and of each
+    ranked: tuple[float, float]  # of ranking, likewise
+
+
+def in_words(size: float) -> str:
+    """Bytes as "812 MiB" or "3.4 GiB"."""
+    return f"{size / MIB:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+def plan_memory(
+    split: Split,
+    config: DistillConfig,
+    *,
+    learner_name: str,
+    learner_config: dict[str, Any],  # num_items among it
+    pool: int,
+    dtype: torch.dtype = torch.float32,
+) -> MemoryPlan:
+    """The memory of a distillation from `pool` checkpoints, made to fit `config.memory_limit` where that is set.
+
+    Of the ways that fit, the fastest: smaller passes over real examples, then states that are recomputed, then
+    probabilities that are. Takes a fraction of a second, and no memory to speak of.
+
+    Raises:
+        MemoryLimitError: none fits.
+        ValueError: the engine is "higher", whose memory grows with window × batch × positions × items.
+    """
+    if config.engine == "higher":
+        raise ValueError('the memory of engine="higher" is not planned: use engine="native"')
+    twin = _measure(split, config, learner_name, learner_config, dtype)
+    planned = functools.partial(_plan, split, config, twin, learner_config["num_items"], pool, dtype)
+    plan = planned(Limits(micro_batch=config.micro_batch))
+    if config.memory_limit is None:
+        return plan
+    for limits in _choices(config):
+        plan = planned(limits)
+        if plan.total <= config.memory_limit:
+            return plan
+    part = max(plan.parts, key=lambda name: plan.parts[name])
+    raise MemoryLimitError(
+        f"a memory limit of {in_words(config.memory_limit)} is too small: the least that works is "
+        f"{in_words(plan.total)}, of which {part} takes {in_words(plan.parts[part])}; {REMEDIES[part]}"
+    )
+
+
+def _choices(config: DistillConfig) -> Iterator[Limits]:
+    """From the fastest to the smallest."""
+    usual = Limits(micro_batch=config.micro_batch)
+    least = min(SMALLEST_MICRO_BATCH, config.micro_batch)
+    halvings = math.ceil(math.log2(config.micro_batch / least))
+    sizes = [max(config.micro_batch >> i, least) for i in range(halvings + 1)]
+    for cached, kept, size in itertools.product(
+        (usual.cached_probabilities, 0), (usual.kept_states, 0), sizes
+    ):
+        yield replace(usual, cached_probabilities=cached, kept_states=kept, micro_batch=size)
+
+
+def _plan(
+    split: Split,
+    config: DistillConfig,
+    twin: _Twin,
+    num_items: int,
+    pool: int,
+    dtype: torch.dtype,
+    limits: Limits,
+) -> MemoryPlan:
+    trained, size = config.item_embedding == "trained", dtype.itemsize
+    kept_size = 2 if config.item_dtype == "bfloat16" else size
+    table, theta = num_items * twin.width * kept_size, twin.parameters
+    moving = table if trained else 0  # the table as a parameter of the learner
+    users = min(config.users_per_step, config.users)
+    soft = config.users * config.positions * twin.width * size
+    numbers = config.user_rank * (config.position_rank * twin.width + config.users)
+    numbers += config.position_rank * config.positions
+    if config.summary == "farzi":
+        numbers = config.latent_rank * (config.users * config.positions + num_items)
+    rows = 2 if config.augmentation else 1
+
+    probabilities = config.users * config.positions * num_items * size
+    softmax = trained and config.normalize == "softmax"
+    cached = softmax and 2 * probabilities <= limits.cached_probabilities
+    of_step = probabilities * users // config.users
+    window = config.inner_steps if config.window_kind == "full" else config.window
+    stride = stride_of(window, theta + moving, limits.kept_states)
+    checkpoints = math.ceil(window / stride) - 1
+    last = window - checkpoints * stride
+    state, kept = 3 * (theta + moving), TENSORS_PER_STEP * moving
+    # the kernels keep scores only for the derivative by the table
+    scores = kept_score_bytes(users * rows, num_items, size) if trained else 0
+    graph = twin.step - TENSORS_PER_STEP * theta + scores
+    noted = 2 * window * table if cached else 0
+    waiting = min(noted, NOTED_LIMIT + table)
+
+    micro = min(limits.micro_batch, config.batch_size, len(split.train))
+    histories = min(config.batch_size, len(split.train)) * (twin.length + 2) * 8
+    scores = kept_score_bytes(micro, num_items, size) if trained else 0
+    real = int(twin.real[0] + twin.real[1] * micro) + scores
+
+    always = {
+        # a pool of one is the best checkpoint itself; a frozen table is there once, for all
+        POOL: table + theta + (pool if pool > 1 else 0) * (moving + theta),
+        TEACHER: (2 + pool) * theta,
+        FACTORS: 8 * numbers * size + 4 * soft,
+        OTHER: LIBRARIES + SCRATCH,
+    }
+    if config.semantics.carry_embeddings:
+        always[VALIDATION] = table
+    if config.semantics.reload_learner == "epoch":
+        always[LEARNER] = config.trajectories * (theta + moving)
+    standing = {PROBABILITIES: probabilities} if cached else {}
+    embedded = (1 if cached else 2) * moving  # of a table's gradient that came through X
+    step = {ADJOINT: twin.adjoint + (moving + embedded)}
+    held = {STATES: checkpoints * state + last * (TENSORS_PER_STEP * theta + kept), GRAPHS: last * graph}
+    again = {
+        STATES: max(checkpoints - 1, 0) * state + stride * (TENSORS_PER_STEP * theta + kept),
+        GRAPHS: stride * graph,
+    }
+    moments = {
+        # built with a table of its own before it takes the pretrained one, and before the kernels have any scratch
+        "where the learner is built": {TEACHER: max(table - SCRATCH, 0)},
+        "where the probabilities are made": {PROBABILITIES: 2 * probabilities if cached else 0},
+        "in the window": {**standing, LEARNER: state, **held, **step},
+        "in the outer loss": {
+            **standing,
+            LEARNER: state,
+            **held,
+            BATCH: histories + real + theta + 5 * moving,
+        },
+        "in the adjoint": {
+            **standing,
+            **(again if checkpoints else held),
+            LEARNER: 3 * (theta + moving),
+            ADJOINT: twin.adjoint + 2 * moving + embedded,
+            NOTED: waiting if checkpoints else 0,
+        },
+        "where cotangents meet the probabilities": {
+            PROBABILITIES: probabilities + 2 * of_step,
+            LEARNER: 3 * moving,
+            NOTED: waiting + waiting // math.ceil(config.users / users),
+        }
+        if cached
+        else {},
+        "in validation": {
+            **({PROBABILITIES: 2 * probabilities} if cached else {}),
+            LEARNER: moving + theta + state,
+            VALIDATION: twin.adjoint + moving + embedded,
+        },
+        "in ranking": {
+            LEARNER: moving + theta,
+            VALIDATION: int(twin.ranked[0] + twin.ranked[1] * min(RANKED_AT_ONCE, len(split.validation))),
+        },
+    }
+    blocks = dict.fromkeys((STATES, NOTED, ADJOINT, LEARNER, BATCH), moving)
+    blocks |= {PROBABILITIES: probabilities, TEACHER: table}
+    for parts in moments.values():
+        small = sum(n for name, n in parts.items() if blocks.get(name, 0) < LARGEST_BLOCK_OF_HEAP)
+        parts[HEAP] = int(LOST_IN_HEAP * small)
+    totals = {moment: sum(always.values()) + sum(parts.values()) for moment, parts in moments.items()}
+    moment = max(totals, key=lambda name: totals[name])
+    parts = {
+        name: always.get(name, 0) + moments[moment].get(name, 0) for name in {**always, **moments[moment]}
+    }
+    kept_words = "probabilities " + ("kept" if cached else "streamed")
+    if checkpoints:
+        kept_words += f", of {window} adjoint states every {stride}th kept"
+    kept_words += f", real examples by {micro:,}"
+    return MemoryPlan(parts=parts, moment=moment, limits=limits, kept=kept_words, moments=totals)
+
+
+def _measure(
+    split: Split, config: DistillConfig, name: str, learner_config: dict[str, Any], dtype: torch.dtype
+) -> _Twin:
+    teacher = build_learner(name, {**learner_config, "num_items": TWIN_ITEMS}, seed=0).to(dtype)
+    items = teacher.item_embeddings.detach()
+    flat = FlatParameters(teacher)
+    theta = flat.gather(teacher.state_dict())
+    step, adjoint = _measure_steps(config, teacher, items, theta)
+    real: list[float] = []
+    ranked: list[float] = []
+    for count in TWIN_EXAMPLES:
+        # the longest histories are the dearest
+        index = np.argsort(split.train.lengths, kind="stable")[-count:]
+        objective = OuterObjective(config, teacher, flat, split.train, index, seed=0, micro_batch=count)
+        ((_, part),) = objective.parts
+        short = Batch(part.histories % TWIN_ITEMS, part.lengths, part.targets % TWIN_ITEMS)
+        objective.parts = [
+            (0, short),
+            (1, short),
+        ]  # what is left of a pass is there while the next one begins
+        with LiveBytes() as live:
+            objective.gradient(flat, (theta,), items)
+        real.append(live.peak)
+        with LiveBytes() as live, torch.no_grad():
+            teacher(short.histories, short.lengths)
+        ranked.append(live.peak)
+    return _Twin(
+        width=items.shape[1],
+        parameters=theta.nbytes,
+        step=step,
+        adjoint=adjoint,
+        length=min(int(split.train.lengths.max(initial=1)), teacher.max_len),
+        real=_line(TWIN_EXAMPLES, real),
+        ranked=_line(TWIN_EXAMPLES, ranked),
+    )
+
+
+def _measure_steps(config: DistillConfig, teacher: Any, items: Tensor, theta: Tensor) -> tuple[int, int]:
+    loop = InnerLoop(
+        learner=teacher,
+        num_users=config.users,
+        num_positions=config.positions,
+        batch_size=config.users_per_step,
+        adam=AdamConfig(learning_rate=config.learner_lr, weight_decay=config.learner_weight_decay),
+        seed=0,
+        augmentation=config.augmentation,
+        separate_passes=config.semantics.separate_passes,
+    )
+    mixture = FixedEmbeddings(items.new_zeros(config.users, config.positions, items.shape[1]))
+    state = initial_state((theta,))
+    steps = 2
+    with LiveBytes() as live:
+        state, window = loop.run_window(state, items, mixture, until=steps)
+        kept = live.now
+        loop.pull_back(window, (torch.zeros_like(theta),), mixture)
+    return kept // steps, live.peak - kept
+
+
+def _line(at: tuple[int, int], values: list[float]) -> tuple[float, float]:
+    """Value at 0 and slope of the line through two points."""
+    slope = (values[1] - values[0]) / (at[1] - at[0])
+    return max(values[0] - slope * at[0], 0.0), slope

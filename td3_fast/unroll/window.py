@@ -1,0 +1,56 @@
+"""What is kept of the differentiated steps of an inner loop until their adjoint is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from td3_fast.unroll.adam import AdamState
+
+KEPT_STATES_LIMIT = 2**30  # bytes
+TENSORS_PER_STEP = 4  # as large as the parameters: they, two moments, and the gradient
+
+
+class Evaluation(NamedTuple):
+    """The loss of one step and its derivatives."""
+
+    loss: float
+    users: Tensor
+    gradients: tuple[Tensor, ...]  # of the state's parameters
+    first_order: tuple[Tensor, ...]  # what to differentiate again: the same with X held fixed, then that of X
+    sources: list[Tensor]  # what they can be differentiated by: the state's parameters and X
+
+
+class WindowStep(NamedTuple):
+    """What the adjoint of a step needs."""
+
+    state: AdamState
+    evaluation: Evaluation
+
+
+@dataclass(kw_only=True)
+class Window:
+    """A run of steps, to be pulled back from the last one to the first.
+
+    The last `steps` are whole. Of what lies before them one state in a few is kept, in `checkpoints`: from
+    each of them the steps up to what is already pulled back are taken again, with the same bits.
+    """
+
+    steps: list[WindowStep]
+    checkpoints: list[AdamState]
+    items: Tensor  # (n, d), the table where the states hold none
+
+    @property
+    def loss(self) -> float:
+        """Of the last step."""
+        return self.steps[-1].evaluation.loss
+
+
+def stride_of(steps: int, parameters: int, limit: int = KEPT_STATES_LIMIT) -> int:
+    """How many steps of a window are kept at once, at least 1, for so many bytes of parameters: all of them, or
+    ⌈√steps⌉ where all their states and gradients would take more than `limit` bytes."""
+    size = steps * TENSORS_PER_STEP * parameters
+    return max(steps if size <= limit else math.ceil(math.sqrt(steps)), 1)
