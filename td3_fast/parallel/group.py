@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,10 +117,14 @@ def join(
         ValueError: `item_shards` does not divide the number of processes.
     """
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
+    store, rank, size = next(rendezvous(init_method, rank, size, timeout=PATIENCE))
+    # torchrun keeps one store from restart to restart, and in it the addresses of processes that are gone
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if torch.device(device).type == "cuda" else "gloo",
-        init_method=init_method,
+        store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=PATIENCE,
