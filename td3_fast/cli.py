@@ -137,6 +137,13 @@ def distill(
     learner: LearnerName = None,
     size: Size = None,
     seed: Seed = 0,
+    improved: Annotated[
+        bool,
+        typer.Option(
+            "--improved",
+            help="Beyond the paper: frozen table, fresh starts, factors from sequences, choice on the full ranking.",
+        ),
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the real examples.")] = None,
     item_embedding: Annotated[
         Literal["frozen", "trained"] | None, typer.Option(help="Whether learners' item tables move.")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from td3_fast.cli import app
 from td3_fast.data import generate_interactions, write_interactions
-from td3_fast.recipes import RECIPES
+from td3_fast.recipes import IMPROVEMENTS, RECIPES
 from td3_fast.report import read_json_lines
 from td3_fast.summary import TuckerSummary
 
@@ -362,6 +362,16 @@ def test_the_authors_semantics_run_through(data: Path, tmp_path: Path, undrawn: 
     )
     assert evaluated.exit_code == 0, evaluated.output
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["ddof"] == 0
+
+
+def test_improvements_are_in_what_is_run(data: Path, tmp_path: Path, undrawn: None) -> None:
+    result = run("distill", data, *TINY, "--improved", "--validation-runs", "1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    summary = TuckerSummary.load(tmp_path / "summary.safetensors")
+    assert summary.metadata is not None
+    config = summary.metadata.settings["distill"]
+    expected = {**IMPROVEMENTS, "validation_runs": 1}
+    assert {name: config[name] for name in expected} == expected
 
 
 def test_evaluate_writes_every_row_and_does_no_run_twice(
