@@ -248,6 +248,8 @@ def distill(
 
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
+    if improved:
+        chosen = chosen.improved()
     changes: dict[str, Any] = {
         "item_dtype": item_dtype,
         "epochs": epochs,
