@@ -31,7 +31,7 @@ constexpr int64_t kGroup = 4;
 constexpr int64_t kPanelsPerTask = 32;
 constexpr int64_t kTasks = 64, kTasksOfRowSums = 32;
 // Elements of a tile of an item table; the derivatives hold several tiles of scores beside it.
-constexpr int64_t kForwardTile = 16384, kTile = 8192;
+constexpr int64_t kForwardTile = 32768, kTile = 8192;
 constexpr int64_t kSmallestChunk = 256;
 constexpr int64_t kLargestKeptChunk = 1024;
 // Scratch of one pass, and the probabilities kept between orders.
