@@ -64,10 +64,10 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(users), int(positions)
 
 
-# Beyond the paper; on ml-100k and magazine-2018 it raised NDCG (benchmarks/results). The item table frozen, since a short
-# training on few synthetic users harms it more than it helps the encoder; learners that start as those trained on the
-# finished summary do; factors that start at sequences of the log; a choice on the full ranking that no single lucky run
-# decides.
+# Beyond the paper; on ml-100k and magazine-2018 it raised NDCG (benchmarks/results). The item table frozen, since a
+# short training on few synthetic users harms it more than it helps the encoder; learners that start as those trained on
+# the finished summary do; factors that start at sequences of the log; a choice on the full ranking that no single lucky
+# run decides.
 IMPROVEMENTS: dict[str, Any] = {
     "item_embedding": "frozen",
     "start": "fresh",
