@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -15,6 +14,8 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+
+#include "dispatch.h"
 
 namespace td3_fast {
 
@@ -37,11 +38,6 @@ auto make_node(Args&&... args) {
   } else {
     return c10::make_intrusive<N>(std::forward<Args>(args)...);
   }
-}
-
-template <typename Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;

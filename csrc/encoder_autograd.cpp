@@ -1,6 +1,5 @@
 // Derivatives of the causal encoder: twice differentiable in its parameters and inputs; a third order raises.
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -8,21 +7,19 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
+
 namespace td3_fast {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 Tensor call_forward(const Tensor& parameters,
                     const Tensor& inputs,
                     const Tensor& positions,
                     at::TensorList words,
                     at::IntArrayRef sizes) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("td3_fast::causal_encoder_forward", "")
-                             .typed<decltype(call_forward)>();
+  static const auto op = find_operator<decltype(call_forward)>("td3_fast::causal_encoder_forward");
   return op.call(parameters, inputs, positions, words, sizes);
 }
 
@@ -33,9 +30,7 @@ std::tuple<Tensor, Tensor> call_backward(const Tensor& grad_outputs,
                                          at::TensorList words,
                                          at::IntArrayRef sizes,
                                          bool needs_inputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("td3_fast::causal_encoder_backward", "")
-                             .typed<decltype(call_backward)>();
+  static const auto op = find_operator<decltype(call_backward)>("td3_fast::causal_encoder_backward");
   return op.call(grad_outputs, parameters, inputs, positions, words, sizes, needs_inputs);
 }
 
@@ -48,15 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> call_double_backward(const std::optional<Tens
                                                         at::TensorList words,
                                                         at::IntArrayRef sizes,
                                                         bool needs_inputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("td3_fast::causal_encoder_double_backward", "")
-                             .typed<decltype(call_double_backward)>();
+  static const auto op =
+      find_operator<decltype(call_double_backward)>("td3_fast::causal_encoder_double_backward");
   return op.call(grad_grad_parameters, grad_grad_inputs, grad_outputs, parameters, inputs, positions, words,
                  sizes, needs_inputs);
-}
-
-std::optional<Tensor> if_defined(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
 // What all three orders carry besides their differentiable inputs.

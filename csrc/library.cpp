@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/tile.h"
+#include "dispatch.h"
 
 namespace py = pybind11;
 
@@ -24,9 +25,7 @@ std::tuple<at::Tensor, at::Tensor> soft_embedding(const at::Tensor& queries,
                                                   const at::Tensor& values) {
   using Signature =
       std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&);
-  static const auto forward = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("td3_fast::soft_embedding_forward", "")
-                                  .typed<Signature>();
+  static const auto forward = find_operator<Signature>("td3_fast::soft_embedding_forward");
   // Rows in half precision are worked on in float32: the derivatives take the embedding from the forward
   // pass, and rounded it would spoil them.
   const at::ScalarType type = queries.scalar_type();
@@ -39,18 +38,14 @@ std::tuple<at::Tensor, at::Tensor> soft_embedding(const at::Tensor& queries,
 at::Tensor item_logsumexp(const at::Tensor& hidden, const at::Tensor& items) {
   using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&,
                                                                                const at::Tensor&, bool, bool);
-  static const auto forward = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("td3_fast::item_logsumexp_forward", "")
-                                  .typed<Signature>();
+  static const auto forward = find_operator<Signature>("td3_fast::item_logsumexp_forward");
   return std::get<0>(forward.call(hidden, items, false, false));
 }
 
 at::Tensor class_cross_entropy(const at::Tensor& hidden, const at::Tensor& items, const at::Tensor& target) {
   using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
       const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, bool);
-  static const auto forward = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("td3_fast::class_cross_entropy_forward", "")
-                                  .typed<Signature>();
+  static const auto forward = find_operator<Signature>("td3_fast::class_cross_entropy_forward");
   return std::get<0>(forward.call(hidden, items, target, false, false));
 }
 

@@ -347,7 +347,7 @@ class Distiller:
             "seed": derive_seed(self.seed, "factors"),
             "normalize": config.normalize,
         }
-        ranks: dict[str, Any] = {"user_rank": config.user_rank, "position_rank": config.position_rank}
+        tucker: dict[str, Any] = {"user_rank": config.user_rank, "position_rank": config.position_rank}
         summary: Summary
         if config.summary == "farzi":
             summary = FarziSummary.initialise(rank=config.latent_rank, **sizes)
@@ -357,11 +357,11 @@ class Distiller:
             )
             embedded = self.tables.look_up(torch.from_numpy(sequences).to(self.items.device), self.items)
             summary = summary_of_sequences(
-                embedded, self.items, sharpness=config.sharpness, seed=sizes["seed"], **ranks
+                embedded, self.items, sharpness=config.sharpness, seed=sizes["seed"], **tucker
             )
             summary.normalize = config.normalize
         else:
-            summary = TuckerSummary.initialise(**sizes, **ranks)
+            summary = TuckerSummary.initialise(**sizes, **tucker)
         positions = self.teacher.position_embeddings
         summary.position_embeddings = None if positions is None else positions.detach()
         return summary
