@@ -15,6 +15,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 #include "panels.h"
@@ -525,9 +526,9 @@ void merge(const RowSums<T>& into, const RowSums<T>& from) {
   }
 }
 
-// u_mean and offset of every row, [2][panel][lane].
+// u_mean and offset of the rows of every panel, or of those where `wanted` is set: means is [2][panel][lane].
 template <typename T>
-Scratch<T> row_means(const Cotangents<T>& c) {
+void row_means(const Cotangents<T>& c, const std::vector<bool>& wanted, const Scratch<T>& means) {
   constexpr int64_t P = kPanel<T>;
   const Rows<T>& r = c.r;
   const Plan plan = make_plan<T>(r.panels(), r.items, kRowSums, false, r.items);
@@ -548,6 +549,7 @@ Scratch<T> row_means(const Cotangents<T>& c) {
       const int64_t count = std::min(step, end - begin);
       const TableTiles<T> tables(c, begin, count, step, cursor);
       for (int64_t panel = first; panel < last; ++panel) {
+        if (!wanted[panel]) continue;
         const T* p = r.probabilities(panel, begin, count, tables.key, p_slot);
         const T* w = r.value_grads(panel, count, tables.value, w_slot);
         c.u(panel, count, tables.key, tables.grad_grad_key, u_slot);
@@ -557,8 +559,8 @@ Scratch<T> row_means(const Cotangents<T>& c) {
       }
     }
   });
-  Scratch<T> means(2 * plan.panels * P);
   for (int64_t panel = 0; panel < plan.panels; ++panel) {
+    if (!wanted[panel]) continue;
     const RowSums<T> total = row_sums_in(sums.at(0, panel));
     for (int64_t chunk = 1; chunk < plan.chunks.count; ++chunk)
       merge(total, row_sums_in(sums.at(chunk, panel)));
@@ -570,13 +572,101 @@ Scratch<T> row_means(const Cotangents<T>& c) {
       offset[lane] = total.covariance[lane] - from_centre * total.w[lane] + total.s[lane];
     }
   }
+}
+
+template <typename T>
+Scratch<T> row_means(const Cotangents<T>& c) {
+  const int64_t panels = c.r.panels();
+  Scratch<T> means(2 * panels * kPanel<T>);
+  row_means(c, std::vector<bool>(panels, true), means);
   return means;
 }
 
-// `means` as row_means() gives them. Outputs are undefined where not asked for.
+// The expected row of grad_grad_keys, sum p grad_grad_key, and the largest p of every query row.
+template <typename T>
+struct ExpectedKeys {
+  static constexpr int64_t P = kPanel<T>;
+
+  ChunkSums<T> rows;  // its totals: [panel][column][lane] of the first chunk
+  Scratch<T> largest;
+
+  explicit ExpectedKeys(const Cotangents<T>& c) : largest(c.r.panels() * P) {
+    const Rows<T>& r = c.r;
+    const Tile<T>& t = tile<T>();
+    const Plan plan = make_plan<T>(r.panels(), r.items, r.rank, false, r.items);
+    const int64_t step = tile_items(r.rank, kForwardTile), slot = step * P;
+    rows = ChunkSums<T>(plan, r.rank);
+    const ChunkSums<T> largest_of_chunks(plan, 1);
+    const int64_t scratch_size = slot + c.scratch_size(step);
+    const int64_t workers = num_workers(plan.tasks(), r.rows * r.items * 2 * r.rank);
+    const Scratch<T> scratch(workers * scratch_size);
+    run_tasks(plan.tasks(), workers, [&](int64_t task, int64_t worker) {
+      const int64_t chunk = task / plan.ranges, range = task % plan.ranges;
+      const int64_t first = range * plan.panels_per_task,
+                    last = std::min(first + plan.panels_per_task, plan.panels);
+      Cursor<T> cursor{scratch.data() + worker * scratch_size};
+      T* p_slot = cursor.take(slot);
+      for (int64_t begin = plan.chunks.begin(chunk), end = plan.chunks.begin(chunk + 1); begin < end;
+           begin += step) {
+        const int64_t count = std::min(step, end - begin);
+        const TableTiles<T> tables(c, begin, count, step, cursor);
+        for (int64_t panel = first; panel < last; ++panel) {
+          const T* p = r.probabilities(panel, begin, count, tables.key, p_slot);
+          t.largest(p, count, largest_of_chunks.at(chunk, panel));
+          t.product(tables.grad_grad_key, r.rank, Walk::kColumns, r.rank, count, p, rows.at(chunk, panel),
+                    r.lanes(panel), true);
+        }
+      }
+    });
+    for (int64_t panel = 0; panel < plan.panels; ++panel) {
+      T* const of_panel = largest.data() + panel * P;
+      std::fill_n(of_panel, P, T(0));
+      for (int64_t chunk = 0; chunk < plan.chunks.count; ++chunk)
+        t.largest(largest_of_chunks.at(chunk, panel), 1, of_panel);
+      rows.total(panel);
+    }
+  }
+
+  const T* at(int64_t panel) const { return rows.at(0, panel); }
+};
+
+// u_mean of the rows of an item logsumexp, of which `mean` is the expected item. u is linear in the items, so
+// its mean is that of two expected rows. Where one item has most of the probability, the difference of u
+// there and its mean would be lost to rounding: such panels take the pass over u.
+template <typename T>
+Scratch<T> row_means_of_logsumexp(const Cotangents<T>& c,
+                                  const ExpectedKeys<T>& expected,
+                                  const Tensor& mean) {
+  constexpr int64_t P = kPanel<T>;
+  constexpr T kMost = T(0.5);
+  const Rows<T>& r = c.r;
+  Scratch<T> means(2 * r.panels() * P);
+  std::fill_n(means.data(), 2 * r.panels() * P, T(0));
+  const Scratch<T> mean_lanes = pack_lanes<T>(mean);
+  std::vector<bool> peaked(r.panels(), false);
+  bool any = false;
+  for (int64_t panel = 0; panel < r.panels(); ++panel) {
+    const int64_t first = panel * r.rank * P;
+    for (int64_t lane = 0; lane < r.lanes(panel); ++lane) {
+      double sum = 0;
+      for (int64_t at = lane; at < r.rank * P; at += P) {
+        sum += static_cast<double>(r.queries_lanes.data()[first + at]) * expected.at(panel)[at];
+        if (c.grad_grad_queries.defined())
+          sum += static_cast<double>(c.query_lanes.data()[first + at]) * mean_lanes.data()[first + at];
+      }
+      means.data()[panel * P + lane] = static_cast<T>(sum);
+      if (expected.largest.data()[panel * P + lane] > kMost) peaked[panel] = any = true;
+    }
+  }
+  if (any) row_means(c, peaked, means);
+  return means;
+}
+
+// `means` as row_means() gives them. Outputs are undefined where not asked for; `expected` may be null.
 template <typename T>
 void double_backward(const Cotangents<T>& c,
                      const Scratch<T>& means,
+                     const ExpectedKeys<T>* expected,
                      const Tensor& grad_queries,
                      const Tensor& grad_keys,
                      const Tensor& grad_values,
@@ -591,8 +681,9 @@ void double_backward(const Cotangents<T>& c,
   const ChunkSums<T> query_sums = grad_queries.defined() ? ChunkSums<T>(plan, r.rank) : ChunkSums<T>();
   const ChunkSums<T> grad_sums = grad_grad_embedding.defined() ? ChunkSums<T>(plan, r.width) : ChunkSums<T>();
   const bool needs_b = grad_queries.defined() || grad_keys.defined();
-  const bool needs_grad = (grad_queries.defined() && c.grad_grad_keys.present()) ||
-                          (grad_keys.defined() && c.grad_grad_queries.defined());
+  const bool adds_grad_grad_keys =
+      grad_queries.defined() && c.grad_grad_keys.present() && expected == nullptr;
+  const bool needs_grad = adds_grad_grad_keys || (grad_keys.defined() && c.grad_grad_queries.defined());
   const bool needs_centred = grad_values.defined() || grad_grad_embedding.defined();
   const Scratch<T> query_columns = grad_keys.defined() ? pack_columns<T>(r.queries) : Scratch<T>();
   const Scratch<T> grad_query_columns = grad_keys.defined() && c.grad_grad_queries.defined()
@@ -602,6 +693,12 @@ void double_backward(const Cotangents<T>& c,
 
   const int64_t padded = plan.panels * P;
   const T *u_mean = means.data(), *offset = u_mean + padded;
+  for (int64_t panel = 0; expected != nullptr && grad_queries.defined() && panel < plan.panels; ++panel) {
+    // sum p (w + shift) grad_grad_key, where there is no w
+    const T *from = expected->at(panel), *shift = r.shift.data() + panel * P;
+    T* sum = query_sums.at(0, panel);
+    for (int64_t i = 0; i < r.rank * P; ++i) sum[i] = shift[i % P] * from[i];
+  }
 
   const int64_t scratch_size = (3 * kGroup + 4) * slot + c.scratch_size(step) +
                                TileSums<T>::size(r.rank, step) + TileSums<T>::size(r.width, step) + 4 * P;
@@ -641,7 +738,7 @@ void double_backward(const Cotangents<T>& c,
           if (grad_queries.defined()) {
             T* sum = query_sums.at(chunk, panel);
             t.product(tables.key, r.rank, Walk::kColumns, r.rank, count, b, sum, lanes, true);
-            if (c.grad_grad_keys.present()) {
+            if (adds_grad_grad_keys) {
               t.product(tables.grad_grad_key, r.rank, Walk::kColumns, r.rank, count, grad, sum, lanes, true);
             }
           }
@@ -812,8 +909,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
       const Cotangents<T> cotangents(block, rows_of(grad_grad_q, begin, count), grad_grad_k, grad_grad_v);
       const Scratch<T> means = row_means(cotangents);
       if (out_grad_l.defined()) std::copy_n(means.data(), count, out_grad_l.mutable_data_ptr<T>() + begin);
-      double_backward(cotangents, means, rows_of(out_queries, begin, count), out_keys, out_values,
-                      rows_of(out_grad_x, begin, count), begin > 0);
+      double_backward<T>(cotangents, means, nullptr, rows_of(out_queries, begin, count), out_keys, out_values,
+                         rows_of(out_grad_x, begin, count), begin > 0);
     });
     if (needed[2] && !reaches_values) out_values = at::zeros({items, width}, options_of<T>());
     if (rows == 0 && out_keys.defined()) out_keys.zero_();
@@ -904,8 +1001,10 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
                           kept_from<T>(probabilities, begin, num_items));
       const Cotangents<T> cotangents(block, rows_of(grad_grad_h, begin, count), grad_grad_table, Table<T>());
       Scratch<T> means;
+      std::optional<ExpectedKeys<T>> expected;
       if (grad_grad_table.present()) {
-        means = row_means(cotangents);
+        expected.emplace(cotangents);
+        means = row_means_of_logsumexp(cotangents, *expected, rows_of(mean, begin, count));
       } else {
         // The mean of u = grad_grad_hidden . item is known: one pass suffices.
         const int64_t padded = block.panels() * kPanel<T>;
@@ -920,8 +1019,8 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
       if (out_grad.defined())
         std::copy_n(means.data(), count, out_grad.template mutable_data_ptr<T>() + begin);
       if (out_hidden.defined() || out_items.defined()) {
-        double_backward(cotangents, means, rows_of(out_hidden, begin, count), out_items, Tensor(), Tensor(),
-                        begin > 0);
+        double_backward<T>(cotangents, means, expected ? &*expected : nullptr,
+                           rows_of(out_hidden, begin, count), out_items, Tensor(), Tensor(), begin > 0);
       }
     });
     if (rows == 0 && out_items.defined()) out_items.zero_();

@@ -72,6 +72,9 @@ struct Tile {
   // p *= factor, with zero where the factor is zero, whatever p holds.
   void (*scale)(T* p, int64_t items, const T* factor);
 
+  // largest[lane] = the larger of itself and every p of that lane.
+  void (*largest)(const T* p, int64_t items, T* largest);
+
   // grad_scores = p (w + shift); w may be null, for zero.
   void (*grad_scores)(const T* p, const T* w, int64_t items, const T* shift, T* grad_scores);
 

@@ -6,7 +6,12 @@
 namespace td3_fast::cpu {
 namespace {
 
-constexpr int kMaxUnroll = kVectorBytes == 64 ? 14 : kVectorBytes == 32 ? 6 : 3;
+// Rows of a block of V vectors of lanes: as many sums as registers hold beside the operands.
+constexpr int max_unroll(int vectors) {
+  return kVectorBytes == 64   ? 14
+         : kVectorBytes == 32 ? (vectors == 1 ? 12 : 6)
+                              : (vectors == 4 ? 3 : 12 / vectors);
+}
 constexpr int kVectorsPerPanel = 64 / kVectorBytes;
 
 // One block of M rows of c by V vectors of lanes, held in registers while the depth runs.
@@ -90,6 +95,7 @@ void blocks(const T* a,
             const T* b,
             T* c,
             bool accumulate) {
+  constexpr int kMaxUnroll = max_unroll(V);
   const int64_t num_blocks = (count + kMaxUnroll - 1) / kMaxUnroll;
   if (num_blocks == 0) return;
   const int64_t small = count / num_blocks;
@@ -223,6 +229,18 @@ void scale(T* p, int64_t items, const T* factor) {
     for (int i = 0; i < kVectorsPerPanel; ++i) s.v[i] = by.v[i] == 0 ? Vector<T>{} : s.v[i] * by.v[i];
     s.store(p + item * P);
   }
+}
+
+template <typename T>
+void largest(const T* p, int64_t items, T* largest_of_lanes) {
+  constexpr int64_t P = kPanel<T>;
+  Lanes<T> peak(largest_of_lanes);
+  for (int64_t item = 0; item < items; ++item) {
+    const Lanes<T> s(p + item * P);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) peak.v[i] = s.v[i] > peak.v[i] ? s.v[i] : peak.v[i];
+  }
+  peak.store(largest_of_lanes);
 }
 
 template <typename T, bool kW>
@@ -383,6 +401,7 @@ constexpr Tile<T> kTile = {TD3_FAST_STRING(TD3_FAST_INSTRUCTION_SET),
                            online_softmax<T>,
                            probabilities<T>,
                            scale<T>,
+                           largest<T>,
                            grad_scores<T>,
                            row_means<T>,
                            second_order<T>,

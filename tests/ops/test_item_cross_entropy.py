@@ -65,6 +65,13 @@ def test_extreme_logits_match_the_reference(scale, n, device):
     assert_matches_reference([hidden * scale, items, target], scale=scale)
 
 
+def test_rows_that_one_item_has_beside_others_match_the_reference(device):
+    hidden, items, target = make_inputs((70, 300, 8), DTYPES["float32"], device)
+    hidden[3] *= 1e3  # one panel of rows with such a row, one without, and one where all are
+    hidden[40:] *= 1e3
+    assert_matches_reference([hidden, items, target], scale=1e3)
+
+
 def test_non_contiguous_inputs_match_the_reference(device):
     hidden, items, target = make_inputs((20, 300, 8), DTYPES["float64"], device)
     inputs = [hidden.T.contiguous().T, items.T.contiguous().T, target.repeat(1, 2)[:, ::2]]
