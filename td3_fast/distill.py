@@ -121,6 +121,8 @@ class DistillConfig:
     max_norm: float = 1.0
     alignment: float = 1.0  # weight of feature space alignment, 0 switches it off
     augmentation: bool = True
+    middle_positions: int = 1  # targets of augmentation, of each synthetic user in each inner step
+    inner_dropout: bool = True  # in training on the summary
     item_embedding: ItemEmbedding = "trained"
     item_dtype: ItemDtype = "float32"  # a frozen table can be kept in bfloat16, once for all its uses
     normalize: Literal["softmax", "none"] = "softmax"
@@ -138,7 +140,14 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         counts = ("users", "user_rank", "position_rank", "batch_size", "users_per_step", "epochs", "window")
-        more = ("inner_steps", "validation_runs", "micro_batch", "latent_rank", "trajectories")
+        more = (
+            "inner_steps",
+            "validation_runs",
+            "micro_batch",
+            "latent_rank",
+            "trajectories",
+            "middle_positions",
+        )
         for name in (*counts, *more):
             if getattr(self, name) < 1:
                 raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
@@ -513,6 +522,8 @@ class Distiller:
             adam=AdamConfig(learning_rate=config.learner_lr, weight_decay=config.learner_weight_decay),
             seed=derive_seed(trajectory.seed, "inner"),
             augmentation=config.augmentation,
+            middle_positions=config.middle_positions,
+            dropout=config.inner_dropout,
             separate_passes=config.semantics.separate_passes,
             restart_batches_at=trajectory.warm_up if config.semantics.restart_batches else None,
             tables=self.tables,
@@ -670,6 +681,8 @@ class Distiller:
             "batch_size": config.users_per_step,
             "item_embedding": config.item_embedding,
             "augmentation": config.augmentation,
+            "middle_positions": config.middle_positions,
+            "dropout": config.inner_dropout,
             "separate_passes": config.semantics.separate_passes,
         }
 

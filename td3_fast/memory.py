@@ -326,6 +326,8 @@ def _measure_steps(config: DistillConfig, teacher: Any, items: Tensor, theta: Te
         adam=AdamConfig(learning_rate=config.learner_lr, weight_decay=config.learner_weight_decay),
         seed=0,
         augmentation=config.augmentation,
+        middle_positions=config.middle_positions,
+        dropout=config.inner_dropout,
         separate_passes=config.semantics.separate_passes,
     )
     mixture = FixedEmbeddings(items.new_zeros(config.users, config.positions, items.shape[1]))

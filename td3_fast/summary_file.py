@@ -62,13 +62,15 @@ class TrainingRecipe:
     batch_size: int  # synthetic users per step
     item_embedding: Literal["frozen", "trained"]
     augmentation: bool = True
+    middle_positions: int = 1
+    dropout: bool = True
     separate_passes: bool = False
     optimiser: Literal["adam"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 5e-5
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "middle_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -82,8 +84,8 @@ class TrainingRecipe:
         """
         if self.betas != (0.9, 0.999):
             raise ValueError(f"training on a summary uses Adam with betas (0.9, 0.999), not {self.betas}")
-        numbers = ("steps", "learning_rate", "batch_size", "weight_decay")
-        choices = ("item_embedding", "augmentation", "separate_passes")
+        numbers = ("steps", "learning_rate", "batch_size", "weight_decay", "middle_positions")
+        choices = ("item_embedding", "augmentation", "dropout", "separate_passes")
         return {name: getattr(self, name) for name in (*numbers, *choices)}
 
 

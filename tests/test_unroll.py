@@ -14,6 +14,7 @@ from td3_fast.training import Pretrained
 from td3_fast.unroll import (
     AdamConfig,
     CachedMixture,
+    InnerLoop,
     LinearMixture,
     StreamedMixture,
     adam_adjoint_,
@@ -62,10 +63,27 @@ VARIANTS = {
         "semantics": Semantics(separate_passes=True, outer_dropout=True, restart_batches=True, shuffle=False)
     },
     "farzi": {"summary": "farzi", "latent_rank": 4},
+    "more middle positions, no dropout": {"middle_positions": 3, "inner_dropout": False},
 }
 
 
 CASES = [("SASRec", variant) for variant in VARIANTS] + [(name, "plain") for name in OTHERS]
+
+
+@pytest.mark.parametrize(("middle", "expected"), [(1, 1), (3, 3), (99, 14)])
+def test_middle_positions_of_a_user_differ_and_end_before_the_last(middle: int, expected: int) -> None:
+    learner = build_learner("SASRec", {"num_items": 9, "max_len": 19, "hidden": 4, "inner": 4}, seed=0)
+    loop = InnerLoop(
+        learner=learner, num_users=3, num_positions=20, batch_size=2, adam=AdamConfig(learning_rate=0.1), seed=0,
+        middle_positions=middle,
+    )  # fmt: skip
+    targets = loop.targets(0)
+    assert targets.shape == (2, 1 + expected)
+    assert (targets[:, 0] == 19).all()
+    for of_user in targets.tolist():
+        assert len(set(of_user)) == len(of_user)
+        assert all(5 <= position <= 18 for position in of_user[1:])
+    assert torch.equal(targets, loop.targets(0))
 
 
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])

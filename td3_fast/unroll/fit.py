@@ -51,6 +51,8 @@ def fit_on_summary(
     weight_decay: float = 5e-5,
     item_embedding: ItemEmbedding = "trained",
     augmentation: bool = True,
+    middle_positions: int = 1,
+    dropout: bool = True,
     separate_passes: bool = False,
     seed: int = 0,
     tables: ItemTables = WHOLE,
@@ -72,6 +74,8 @@ def fit_on_summary(
         adam=AdamConfig(learning_rate=learning_rate, weight_decay=weight_decay),
         seed=seed,
         augmentation=augmentation,
+        middle_positions=middle_positions,
+        dropout=dropout,
         separate_passes=separate_passes,
         tables=tables,
     )

@@ -40,7 +40,9 @@ class InnerLoop:
     batch_size: int
     adam: AdamConfig
     seed: int
-    augmentation: bool = True  # ALT: a middle position beside the last one
+    augmentation: bool = True  # ALT: middle positions beside the last one
+    middle_positions: int = 1  # of each user, as many of them as there are, all different
+    dropout: bool = True
     separate_passes: bool = (
         False  # an encoder pass with its own dropout for each of the two, as the authors do
     )
@@ -50,6 +52,8 @@ class InnerLoop:
     def __post_init__(self) -> None:
         if self.num_positions < 2:
             raise ValueError(f"a summary needs at least 2 positions to predict one, got {self.num_positions}")
+        if self.middle_positions < 1:
+            raise ValueError(f"middle_positions must be at least 1, got {self.middle_positions}")
         if self.num_positions - 1 > self.learner.max_len:
             raise ValueError(
                 f"a summary of {self.num_positions} positions needs a learner with max_len >= "
@@ -64,22 +68,27 @@ class InnerLoop:
         return torch.arange(step * size, (step + 1) * size) % self.num_users
 
     def targets(self, step: int) -> Tensor:
-        """The target positions of a step: (b, 1 or 2) int64, the last one first."""
+        """The target positions of a step: (b, 1 + middle positions) int64, the last one first."""
         users = min(self.batch_size, self.num_users)
         last = torch.full((users, 1), self.num_positions - 1)
         if not self.augmentation:
             return last
         high = max(self.num_positions - 1, 2)
         low = min(FIRST_MIDDLE_POSITION, high - 1)
-        middle = torch.randint(low, high, (users, 1), generator=seeded_generator(self.seed, "middle", step))
+        generator = seeded_generator(self.seed, "middle", step)
+        if self.middle_positions == 1:
+            middle = torch.randint(low, high, (users, 1), generator=generator)
+        else:
+            drawn = torch.rand(users, high - low, generator=generator).argsort(1)
+            middle = low + drawn[:, : self.middle_positions]
         return torch.cat([last, middle], dim=1)
 
-    def passes(self, step: int) -> list[tuple[Tensor, DropoutStream]]:
-        """The encoder passes of a step: their target positions (b, k), and their dropout."""
+    def passes(self, step: int) -> list[tuple[Tensor, DropoutStream | None]]:
+        """The encoder passes of a step: their target positions (b, k), and their dropout if there is any."""
         targets = self.targets(step)
         parts = targets.split(1, dim=1) if self.separate_passes else (targets,)
         return [
-            (part, DropoutStream(derive_seed(self.seed, "dropout", step, index)))
+            (part, DropoutStream(derive_seed(self.seed, "dropout", step, index)) if self.dropout else None)
             for index, part in enumerate(parts)
         ]
 
