@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -596,8 +596,8 @@ class Distiller:
         objective = self._objective(trajectory)
         parts: list[float] = [0.0, 0.0]
 
-        def probabilities(users: Tensor) -> Tensor:
-            queries, keys = self.form.queries_and_keys(tuple(factors), users)
+        def probabilities(users: Tensor, sources: Sequence[Tensor]) -> Tensor:
+            queries, keys = self.form.queries_and_keys(tuple(sources), users)
             scores = queries @ keys.T
             return scores.softmax(-1) if self.config.normalize == "softmax" else scores
 
