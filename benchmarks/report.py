@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Ratios to the fused op or the native engine, and to the same variant at a base point. Those that no row fills are left out.
+# Ratios are to the fused op or the native engine, and to the same variant at a base point. A column that no row fills
+# is left out.
 COLUMNS = ("median", "x fused", "x base", "GFLOP/s", "of mm", "peak MiB", "x base MiB")
 
 
