@@ -125,7 +125,7 @@ def test_growth(
         benchmark.pedantic(lambda: None)
         return
     benchmark.group = f"outer step as it grows, {item_embedding} items"
-    benchmark.pedantic(step, rounds=5 if engine == "native" else 3 if taken < 1 else 2)
+    benchmark.pedantic(step, rounds=5 if taken < 0.5 else 3 if taken < 1 else 2)
     median = benchmark.stats.stats.median
     base = at_base.setdefault((engine, item_embedding), {"median": median, "peak": peak or 0.0})
     figures = {
