@@ -46,7 +46,7 @@ class Point:
 
 
 BASE = Point()
-FACTORS = {"small": (4,), "acceptance": (2, 4), "full": (2, 4)}
+FACTORS = {"small": (2,), "acceptance": (2, 4), "full": (2, 4)}
 ENGINES = ("native", "higher")
 
 # Filled on the way: the first engine of a point gives what the second is compared with, the base point comes first.
