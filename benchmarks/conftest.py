@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sizes",
         choices=["small", "acceptance", "full"],
         default="small",
-        help="small: about three minutes on two cores; acceptance: those that targets are set for; full: all",
+        help="small: about five minutes on two cores; acceptance: those that targets are set for; full: all",
     )
     parser.addoption("--full", dest="sizes", action="store_const", const="full", help="--sizes full")
 

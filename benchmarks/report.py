@@ -14,24 +14,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-COLUMNS = ("median", "x fused", "GFLOP/s", "of mm", "peak MiB")
+# Ratios are to the fused op or the native engine, and to the same variant at a base point. A column that no row fills
+# is left out.
+COLUMNS = ("median", "x fused", "x base", "GFLOP/s", "of mm", "peak MiB", "x base MiB")
 
 
 class Row(NamedTuple):
     group: str
     variant: str
     median: float  # seconds
-    # What was measured of fused_median (in interleaved rounds), flops, matrix_rate (of products of dtype), peak_mib.
+    # What was measured of fused_median (in interleaved rounds), base_median, flops, matrix_rate (of products of dtype),
+    # peak_mib, base_peak_mib.
     extra: dict[str, Any]
 
 
 def cells(row: Row, matrix_rates: dict[str, float]) -> Iterator[str]:
-    fused, flops, peak = (row.extra.get(key) for key in ("fused_median", "flops", "peak_mib"))
+    fused, base, flops, peak, base_peak = (
+        row.extra.get(key) for key in ("fused_median", "base_median", "flops", "peak_mib", "base_peak_mib")
+    )
     yield f"{row.median * 1e3:.3f} ms"
     yield "" if fused is None else f"{row.median / fused:.2f}"
+    yield "" if base is None else f"{row.median / base:.2f}"
     yield "" if flops is None else f"{flops / row.median / 1e9:.1f}"
     yield "" if flops is None else f"{flops / row.median / matrix_rates[row.extra['dtype']]:.0%}"
     yield "" if peak is None else f"{peak:.0f}"
+    yield "" if not base_peak else f"{peak / base_peak:.2f}"
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -41,11 +48,13 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         matrix_rates[extra["dtype"]] = max(extra["matrix_rate"], matrix_rates.get(extra["dtype"], 0.0))
     for dtype, rate in matrix_rates.items():
         yield f"largest rate of mm, {dtype.removeprefix('torch.')}: {rate / 1e9:.1f} GFLOP/s"
-    yield f"{'':32}" + "".join(f"{column:>14}" for column in COLUMNS)
-    for group, members in itertools.groupby(rows, lambda row: row.group):
+    filled = [list(cells(row, matrix_rates)) for row in rows]
+    kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in filled)]
+    yield f"{'':32}" + "".join(f"{COLUMNS[i]:>14}" for i in kept)
+    for group, members in itertools.groupby(zip(rows, filled, strict=True), lambda member: member[0].group):
         yield group
-        for row in members:
-            yield f"  {row.variant:30}" + "".join(f"{cell:>14}" for cell in cells(row, matrix_rates))
+        for row, line in members:
+            yield f"  {row.variant:30}" + "".join(f"{line[i]:>14}" for i in kept)
 
 
 def rows_of(results: dict) -> list[Row]:

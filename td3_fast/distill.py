@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -313,8 +313,9 @@ class OuterObjective:
 class Distiller:
     """Algorithm 1 on given data. `run` does the whole; `outer_step` one step, for tests and benchmarks.
 
-    ranks: the processes that do it together, all by the same calls. They share out the real examples of an outer step,
-    or hold the item tables among them; `pretrained` then has this process's rows, as `Pretrained.cut` makes them.
+    ranks: the processes that do it together, all by the same calls. Those of `ranks.work` share out the trajectories of
+    an outer step where there are at least as many as processes, else the real examples of each. Those of `ranks.items`
+    hold the item tables among them; `pretrained` then has this process's rows, as `Pretrained.cut` makes them.
     """
 
     def __init__(
@@ -330,6 +331,11 @@ class Distiller:
         self.ranks = ranks
         self.tables = item_tables(ranks.items, split.interactions.num_items)
         _check_ranks(config, ranks)
+        # inner loops are most of an outer step, and only whole trajectories share them out
+        enough = config.trajectories >= ranks.work.size
+        self.sharing_trajectories, self.sharing_examples = (
+            (ranks.work, Group()) if enough else (Group(), ranks.work)
+        )
         self.split = split
         self.pretrained = pretrained
         self.config = config
@@ -468,9 +474,9 @@ class Distiller:
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """The gradient of one outer step with respect to the summary's factors, and its losses.
 
-        Both are means over the trajectories. These run one after another, so that the memory is that of one; on a
-        CPU no batching of theirs is as fast: a step of 16 learners of ml-100k's size takes 15 ms in a loop and 18
-        under `torch.vmap`, which cannot have the fused encoder, and its adjoint 38 ms against 67.
+        Both are means over the trajectories. Those of a process run one after another, so that the memory is that of
+        one; on a CPU no batching of theirs is as fast: a step of 16 learners of ml-100k's size takes 15 ms in a loop
+        and 18 under `torch.vmap`, which cannot have the fused encoder, and its adjoint 38 ms against 67.
 
         window: (warm-up, differentiated) steps instead of the drawn ones.
         """
@@ -478,19 +484,23 @@ class Distiller:
             return self._with_higher(state, window)
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
         made, mixture = self._mixture(factors)
-        cotangents, losses = [], []
-        carried: list[Tensor] = []
-        for index in range(self.config.trajectories):
+        count = self.config.trajectories
+        cotangents, losses, carried = [], [], []
+        for index in self.sharing_trajectories.turns(count):
             cotangent, loss, between = self._follow(self.draw(state, index, window=window), mixture)
             cotangents.append(cotangent)
             losses.append(loss)
-            carried += between
-        gradients = torch.autograd.grad(made, factors, torch.stack(cotangents).mean(0))
-        means = mean_of(losses)
-        gradients, fit, aligned = self._over_ranks(gradients, means["cross_entropy"], means["alignment"])
+            carried.append(between)
+        gradients = torch.autograd.grad(made, factors, torch.stack(cotangents).sum(0) / count)
+        names = ("cross_entropy", "alignment", "inner")
+        shares = {name: sum(loss[name] for loss in losses) / count for name in names}
+        # a process that takes a part of the examples has all of the inner loss
+        shares["inner"] /= self.sharing_examples.size
+        gradients, figures = self._over_ranks(gradients, shares)
         if self.config.semantics.reload_learner == "epoch":
-            state.carried = tuple(carried)
-        return gradients, {**means, "loss": fit + aligned, "cross_entropy": fit, "alignment": aligned}
+            every = self.sharing_trajectories.in_order(carried, count)
+            state.carried = tuple(tensor for learner in every for tensor in learner)
+        return gradients, {"loss": figures["cross_entropy"] + figures["alignment"], **figures}
 
     def _mixture(self, factors: list[Tensor]) -> tuple[Tensor, ItemMixture]:
         """The tensor that soft embeddings are made from, differentiable in the factors, and what makes them."""
@@ -539,7 +549,7 @@ class Distiller:
             seed=derive_seed(trajectory.seed, "real"),
             micro_batch=self.limits.micro_batch,
             tables=self.tables,
-            sharing=self.ranks.examples,
+            sharing=self.sharing_examples,
         )
 
     def _follow(
@@ -566,15 +576,14 @@ class Distiller:
         return loop.pull_back(window, cotangents, mixture), losses, between
 
     def _over_ranks(
-        self, gradients: tuple[Tensor, ...], fit: float, aligned: float
-    ) -> tuple[tuple[Tensor, ...], float, float]:
-        """Gradients and losses of all real examples, from those of each process's share; everywhere the same bits."""
+        self, gradients: tuple[Tensor, ...], figures: dict[str, float]
+    ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        """Gradients and figures of all processes, from those of each one's share; everywhere the same bits."""
         ranks = self.ranks
-        losses = torch.tensor([fit, aligned], dtype=torch.float64, device=self.items.device)
+        own = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.items.device)
         # the adjoint is linear in what it pulls back, so it is the small gradients of the factors that are added up
-        summed = [ranks.items.common(ranks.examples.total(part)) for part in (*gradients, losses)]
-        fit, aligned = summed.pop().tolist()
-        return tuple(summed), fit, aligned
+        *summed, every = [ranks.items.common(ranks.work.total(part)) for part in (*gradients, own)]
+        return tuple(summed), dict(zip(figures, every.tolist(), strict=True))
 
     def _with_higher(
         self, state: DistillState, window: tuple[int, int] | None
@@ -598,8 +607,8 @@ class Distiller:
         objective = self._objective(trajectory)
         parts: list[float] = [0.0, 0.0]
 
-        def probabilities(users: Tensor) -> Tensor:
-            queries, keys = self.form.queries_and_keys(tuple(factors), users)
+        def probabilities(users: Tensor, sources: Sequence[Tensor]) -> Tensor:
+            queries, keys = self.form.queries_and_keys(tuple(sources), users)
             scores = queries @ keys.T
             return scores.softmax(-1) if self.config.normalize == "softmax" else scores
 

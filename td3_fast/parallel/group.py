@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -40,6 +40,10 @@ class Group:
         """The rows of this process, of a table of `count` rows that is split evenly and in order."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def turns(self, count: int) -> range:
+        """Which of `count` tasks this process takes, where they are dealt out in turn."""
+        return range(self.rank, count, self.size)
+
     def stack(self, tensor: Tensor) -> Tensor:
         """Every process's `tensor`, in the order of their ranks: (size, *shape). Not differentiable."""
         tensor = tensor.detach().contiguous()
@@ -59,6 +63,18 @@ class Group:
     def common(self, tensor: Tensor) -> Tensor:
         """Process 0's `tensor`: where all have the same but for rounding, the same bits everywhere."""
         return tensor if self.handle is None else self.stack(tensor)[0]
+
+    def in_order(self, own: Sequence[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
+        """What each of `count` tasks has given, from what those of `turns(count)` have: tensors alike in shape.
+
+        Every process has at least one task.
+        """
+        given: list[tuple[Tensor, ...]] = []
+        for turn in range(-(-count // self.size)):
+            # in the last turn some have none left, and hand in one that nobody takes
+            stacked = [self.stack(tensor) for tensor in own[min(turn, len(own) - 1)]]
+            given += zip(*(tensors.unbind(0) for tensors in stacked), strict=True)
+        return given[:count]
 
     def first_of(self, values: Mapping[str, float]) -> dict[str, float]:
         """What process 0 has for `values`; all name the same."""
@@ -84,11 +100,11 @@ class Group:
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
     """The processes of a run as a grid: those of `items` hold one item table among them, each its rows; those of
-    `examples` hold the same rows, and share out the real examples."""
+    `work` hold the same rows, and share out the trajectories of an outer step, or its real examples."""
 
     everyone: Group = field(default_factory=Group)
     items: Group = field(default_factory=Group)
-    examples: Group = field(default_factory=Group)
+    work: Group = field(default_factory=Group)
 
     @property
     def first(self) -> bool:
@@ -162,5 +178,5 @@ def grid(item_shards: int = 1, *, device: str = "cpu") -> Ranks:
     return Ranks(
         everyone=own([list(range(size))]),
         items=own([list(range(start, start + item_shards)) for start in starts]),
-        examples=own([list(range(column, size, item_shards)) for column in range(item_shards)]),
+        work=own([list(range(column, size, item_shards)) for column in range(item_shards)]),
     )

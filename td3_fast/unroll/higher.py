@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,13 @@ from td3_fast.unroll.inner import InnerLoop
 # (encode, item table) -> outer loss
 Encode = Callable[[Tensor, Tensor, DropoutStream | None], Tensor]
 OuterLoss = Callable[[Encode, Tensor], Tensor]
+# (users (b,), sources) -> S (b, ζ, n)
+Probabilities = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
+    """A learner whose forward pass is `encode`."""
+
     def __init__(self, learner: Learner) -> None:
         super().__init__()
         self.learner = learner
@@ -26,10 +30,28 @@ class _Encoder(nn.Module):
         return self.learner.encode(inputs_embeds, positions, dropout=dropout)
 
 
+def dense_inner_loss(
+    loop: InnerLoop,
+    encode: Encode,
+    items: Tensor,  # (n, d)
+    rows: Tensor,  # (b, ζ, n), S of the step's users
+    step: int,
+) -> Tensor:
+    """The inner loss of a step, entropy of the summary included, by the paper's formula."""
+    inputs = rows[:, :-1] @ items
+    losses = []
+    for targets, dropout in loop.passes(step):
+        hidden = encode(inputs, targets - 1, dropout)
+        truth = rows.gather(1, targets.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        predicted = torch.log_softmax(hidden @ items.T, dim=-1)
+        losses.append((truth * (truth.log() - predicted)).sum(-1))
+    return torch.cat(losses, dim=1).mean()
+
+
 def pull_back_with_higher(
     loop: InnerLoop,
     learner: Learner,
-    probabilities: Callable[[Tensor], Tensor],
+    probabilities: Probabilities,
     outer_loss: OuterLoss,
     sources: list[Tensor],
     *,
@@ -39,12 +61,12 @@ def pull_back_with_higher(
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Outer loss after `warm_up + window` inner steps from `learner`, and its gradients through the last `window`.
 
-    probabilities: users (b,) -> S (b, ζ, n), differentiable in `sources`; trained: whether the item table moves.
+    probabilities: differentiable in `sources`; trained: whether the item table moves.
     Memory grows with window × batch × positions × items. Needs the package `higher`.
     """
     import higher  # an extra of the package; it carries no types
 
-    encoder = _Encoder(copy.deepcopy(learner))
+    encoder = Encoder(copy.deepcopy(learner))
     encoder.learner.item_embeddings.requires_grad_(trained)
     adam = loop.adam
     optimiser = torch.optim.Adam(
@@ -55,17 +77,9 @@ def pull_back_with_higher(
         weight_decay=adam.weight_decay,
     )
 
-    def inner_loss(model: _Encoder, step: int) -> Tensor:
-        rows = probabilities(loop.batch(step))
-        items = model.learner.item_embeddings
-        inputs = rows[:, :-1] @ items
-        losses = []
-        for targets, dropout in loop.passes(step):
-            hidden = model(inputs, targets - 1, dropout)
-            truth = rows.gather(1, targets.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-            predicted = torch.log_softmax(hidden @ items.T, dim=-1)
-            losses.append((truth * (truth.log() - predicted)).sum(-1))
-        return torch.cat(losses, dim=1).mean()
+    def inner_loss(model: Encoder, step: int) -> Tensor:
+        rows = probabilities(loop.batch(step), sources)
+        return dense_inner_loss(loop, model, model.learner.item_embeddings, rows, step)
 
     with higher.innerloop_ctx(encoder, optimiser, track_higher_grads=False) as (model, differentiable):
         for step in range(warm_up):

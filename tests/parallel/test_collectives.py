@@ -21,6 +21,10 @@ def values(group: Group) -> dict[str, Any]:
         "any": (group.any(group.rank == 1), group.any(False)),
         "first": group.first_of({"a": group.rank + 0.5, "b": 3.0}),
         "rows": group.rows(11),
+        "turns": group.turns(11),
+        "in order": group.in_order(
+            [(torch.tensor(task), torch.ones(2) * task) for task in group.turns(11)], 11
+        ),
     }
 
 
@@ -35,7 +39,13 @@ def test_what_collectives_give(processes: Any) -> None:
         assert torch.equal(result["copied"], common)
         assert result["any"] == (True, False)
         assert result["first"] == {"a": 0.5, "b": 3.0}
+        assert [int(number) for number, _ in result["in order"]] == list(range(11))
+        assert [pair.tolist() for _, pair in result["in order"]] == [[task] * 2 for task in range(11)]
     assert [i for result in results for i in range(11)[result["rows"]]] == list(range(11))
+    assert sorted(i for result in results for i in result["turns"]) == list(range(11))
+    assert [len(result["turns"]) for result in results] == sorted(
+        (len(result["turns"]) for result in results), reverse=True
+    )
 
 
 def derivatives(group: Group) -> tuple[Tensor, ...]:
@@ -72,3 +82,4 @@ def test_alone_collectives_are_the_identity() -> None:
     assert torch.equal(gather(tensor, Group()), tensor.unsqueeze(0))
     assert Group().any(True)
     assert Group().rows(7) == slice(0, 7)
+    assert Group().turns(7) == range(7)

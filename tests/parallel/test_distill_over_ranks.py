@@ -85,6 +85,16 @@ VARIANTS: dict[str, tuple[bool, int | None, dict[str, Any]]] = {
         None,
         {"semantics": Semantics(outer_dropout=True, alignment_dropout=True, separate_passes=True)},
     ),
+    # trajectories: of as many processes or fewer each takes some, in turn; else all take examples of each
+    "two trajectories": (False, None, {"trajectories": 2}),
+    "three trajectories, frozen": (False, None, {"trajectories": 3, "item_embedding": "frozen"}),
+    "four trajectories": (False, None, {"trajectories": 4}),
+    "five trajectories, dropout everywhere": (
+        False,
+        None,
+        {"trajectories": 5, "semantics": Semantics(outer_dropout=True, alignment_dropout=True)},
+    ),
+    "three trajectories, items": (True, None, {"trajectories": 3}),
     "items, frozen": (True, None, {"item_embedding": "frozen"}),
     "items, trained, cached": (True, None, {}),
     "items, trained, streamed": (True, 0, {}),
@@ -105,6 +115,60 @@ def test_meta_gradient_is_that_of_one_process(variant: str, processes: Any) -> N
         for a, b, first in zip(gradients, expected, results[0][0], strict=True):
             assert torch.linalg.vector_norm(a - b) <= TOLERANCE * torch.linalg.vector_norm(b)
             assert torch.equal(a, first)
+
+
+def followed(group: Group, count: int) -> list[tuple[int, int, int]]:
+    """Of each trajectory that this process follows: its number, its real examples, and those that are taken here."""
+    distiller, state = small(ranks_of(1), trajectories=count)
+    draw, make_objective = distiller.draw, distiller._objective
+    drawn: list[int] = []
+    noted: list[tuple[int, int, int]] = []
+
+    def note_draw(state: DistillState, trajectory: int, **options: Any) -> Any:
+        drawn.append(trajectory)
+        return draw(state, trajectory, **options)
+
+    def note_objective(trajectory: Any) -> Any:
+        objective = make_objective(trajectory)
+        taken = sum(len(part.targets) for _, part in objective.parts)
+        noted.append((drawn[-1], len(trajectory.examples), taken))
+        return objective
+
+    distiller.draw, distiller._objective = note_draw, note_objective  # type: ignore[method-assign]
+    distiller.meta_gradient(state, window=(3, 5))
+    return noted
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_trajectories_are_dealt_out_where_they_suffice_for_all(count: int, processes: Any) -> None:
+    results = processes(followed, count)
+    dealt = count >= processes.size
+    for rank, noted in enumerate(results):
+        own = range(rank, count, processes.size) if dealt else range(count)
+        assert [number for number, _, _ in noted] == list(own)
+        assert all((taken == examples) == dealt for _, examples, taken in noted)
+    for number in range(count):
+        entries = [entry for noted in results for entry in noted if entry[0] == number]
+        assert sum(taken for _, _, taken in entries) == entries[0][1]
+
+
+def carried_learners(group: Group | None, count: int) -> list[Tensor]:
+    """Those of all trajectories after three outer steps, the last of which starts from what the others left."""
+    semantics = Semantics(reload_learner="epoch")
+    distiller, state = small(ALONE if group is None else ranks_of(1), trajectories=count, semantics=semantics)
+    for _ in range(3):
+        distiller.outer_step(state)
+    assert state.carried is not None
+    return [*state.carried, *state.factors.parameters]
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_learners_that_are_carried_over_are_known_to_all(count: int, processes: Any) -> None:
+    expected = carried_learners(None, count)
+    for result in processes(carried_learners, count):
+        assert len(result) == len(expected)
+        for a, b in zip(result, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 def whole_run(group: Group | None, item_shards: int, changes: dict[str, Any]) -> dict[str, Any]:

@@ -25,9 +25,10 @@ TINY = [
     "--batch-size", "20", "--max-epochs", "2",
 ]  # fmt: skip
 SECONDS = 600
-# "examples" shares the real examples out, "items" splits the item table, which is trained
+# "examples" and "trajectories" share these out, "items" splits the item table, which is trained
 MODES = {
     "examples": ["--item-embedding", "frozen"],
+    "trajectories": ["--item-embedding", "frozen", "--trajectories", "3"],
     "items": ["--item-embedding", "trained", "--item-shards", "2"],
 }
 
