@@ -186,6 +186,7 @@ class Run:
             checkpoint = load_checkpoint(path)
             check_settings(path, checkpoint.settings, self._settings)
             state = checkpoint.state
+            self._clock.seconds = dict(checkpoint.seconds)
         with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
             pretrained, _ = self._pretrained(state, log, overwrite)
         path.unlink(missing_ok=True)
