@@ -18,6 +18,7 @@ from td3_fast.evaluate import teacher_of
 from td3_fast.learners import build_learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
+from td3_fast.own_process import in_own_process
 from td3_fast.recipes import Recipe
 from td3_fast.report import JsonLines, read_json_lines, read_results
 from td3_fast.reproduce_page import document, html_table
@@ -38,7 +39,6 @@ FIELDS = (
     "table", "dataset", "operation", "size", "seconds_mean", "seconds_sd", "peak_memory_mib", "over", "threads",
     "paper_seconds", "paper_memory_mb",
 )  # fmt: skip
-CLEAR_REFS = Path("/proc/self/clear_refs")
 Step = tuple[str, int, int]  # operation, seed, number of the learner
 
 
@@ -51,6 +51,75 @@ class Measured:
         float | None
     )  # resident, of the whole process; None where the system does not count it anew
     threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One step, done and measured in the process that calls it."""
+
+    operation: str
+    seed: int
+    number: int
+    folder: Path  # of the distillation from this seed
+    split: Split
+    source: str
+    recipe: Recipe
+    filters: dict[str, Any]
+
+    def __call__(self, watcher: Watcher) -> Measured:
+        run = Run(
+            folder=self.folder,
+            split=self.split,
+            source=self.source,
+            recipe=self.recipe,
+            filters=self.filters,
+            seed=self.seed,
+            evaluation_seeds=1,
+            watcher=watcher,
+        )
+        # of what is there already and not yet measured the memory was another process's
+        known = True
+        if self.operation == PRETRAINING:
+            known = not (self.folder / PRETRAINED).exists()
+            run.pretrained()
+            past = [entry for entry in read_json_lines(self.folder / LOG) if entry["event"] == "pretrain"]
+            seconds = past[-1]["seconds"]
+        elif self.operation == DISTILLATION:
+            known = not (self.folder / RESULTS).exists()
+            run.distill(resume=True)
+            seconds = read_results(self.folder / RESULTS)["distillation"]["seconds"]["distill"]
+        elif self.operation == ON_SUMMARY:
+            seconds = self._on_summary(watcher)
+        else:
+            seconds = self._on_full(watcher)
+        return Measured(
+            seconds=round(seconds, 3),
+            peak_memory_mib=peak_memory_mib() if known else None,
+            threads=torch.get_num_threads(),
+        )
+
+    def _on_summary(self, watcher: Watcher) -> float:
+        """Seconds of training a learner on the summary, as step 3 of the method does."""
+        summary = load_summary(self.folder / SUMMARY)
+        seed = derive_seed(self.seed, "run", self.number)
+        frozen = self.recipe.distill.item_embedding == "frozen"
+        learner = fresh_like(teacher_of(summary), seed=seed, share_items=frozen)
+        begun = time.perf_counter()
+        summary.fit(learner, seed=seed, progress=watcher.interruptible)
+        return time.perf_counter() - begun
+
+    def _on_full(self, watcher: Watcher) -> float:
+        """Seconds of training a learner from nothing on all of the training part, with early stopping."""
+        seed = derive_seed(self.seed, "run", self.number)
+        config = {**self.recipe.learner, "num_items": self.split.interactions.num_items}
+        learner = build_learner(self.recipe.learner_name, config, seed=seed)
+        fit = self.recipe.pretrain.fit
+        begun = time.perf_counter()
+        ranker = Ranker(
+            self.split.validation, seed=derive_seed(self.seed, "validation"), protocols=(fit.selection,)
+        )
+        fit_examples(learner, self.split.train, ranker, fit, seed=seed, progress=watcher.interruptible)
+        return time.perf_counter() - begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +139,10 @@ class Cost:
 class CostTable:
     """Pretraining and distilling from each of `distillations` seeds, and training learners on the results.
 
-    Each step is measured in this process when it is done, and kept: a table that was stopped goes on, a distillation
-    from its checkpoint. Time is wall-clock time; choosing on the validation part is included, scoring on the test part
-    is not. Memory is the largest resident size while the step went on, with the interpreter, libraries and data, and
-    what allocators have kept from steps before: an upper bound.
+    Each step is done in a process of its own, measured there, and kept: a table that was stopped goes on, and a
+    distillation from its checkpoint. Time is wall-clock time; choosing on the validation part is included; starting
+    the process, reading the data and scoring on the test part are not. Memory is the largest resident size of the
+    process, with interpreter, libraries and data; of an interrupted step, since it was taken up again.
     """
 
     folder: Path
@@ -109,7 +178,7 @@ class CostTable:
             for step in steps:
                 if step not in measured:
                     on_step(step)
-                    measured[step] = self._measure(step)
+                    measured[step] = in_own_process(self._work(step), self.watcher)
                     operation, seed, run = step
                     entry = {"settings": key, "operation": operation, "seed": seed, "run": run}
                     lines.write({**entry, "measured": asdict(measured[step])})
@@ -124,69 +193,24 @@ class CostTable:
             yield from ((ON_SUMMARY, seed, run) for run in range(self.seeds))
             yield from ((ON_FULL, seed, run) for run in range(-(-self.seeds // self.distillations)))
 
-    def _key(self) -> str:
-        """Of all that a step depends on besides its seed."""
-        settings = {"data": self.split.interactions.fingerprint, "recipe": asdict(self.recipe)}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _measure(self, step: Step) -> Measured:
+    def _work(self, step: Step) -> _Work:
         operation, seed, number = step
-        run = Run(
-            folder=self._folder(seed),
+        config = self.recipe.distill
+        return _Work(
+            operation=operation,
+            seed=seed,
+            number=number,
+            folder=self.folder / "cells" / f"{config.users}x{config.positions}-{seed}",
             split=self.split,
             source=self.source,
             recipe=self.recipe,
             filters=self.filters,
-            seed=seed,
-            evaluation_seeds=1,
-            watcher=self.watcher,
-        )
-        counted = count_peak_anew()
-        if operation == PRETRAINING:
-            # a learner that is there already was made in a process whose memory is not known
-            counted = counted and not (run.folder / PRETRAINED).exists()
-            run.pretrained()
-            past = [entry for entry in read_json_lines(run.folder / LOG) if entry["event"] == "pretrain"]
-            seconds = past[-1]["seconds"]
-        elif operation == DISTILLATION:
-            counted = counted and not (run.folder / RESULTS).exists()
-            run.distill(resume=True)
-            seconds = read_results(run.folder / RESULTS)["distillation"]["seconds"]["distill"]
-        else:
-            train = self._on_summary if operation == ON_SUMMARY else self._on_full
-            seconds = train(seed, derive_seed(seed, "run", number))
-        return Measured(
-            seconds=round(seconds, 3),
-            peak_memory_mib=peak_memory_mib() if counted else None,
-            threads=torch.get_num_threads(),
         )
 
-    def _folder(self, seed: int) -> Path:
-        config = self.recipe.distill
-        return self.folder / "cells" / f"{config.users}x{config.positions}-{seed}"
-
-    def _on_summary(self, seed: int, learner_seed: int) -> float:
-        """Seconds of training a learner on the summary of `seed`, as step 3 of the method does."""
-        summary = load_summary(self._folder(seed) / SUMMARY)
-        frozen = self.recipe.distill.item_embedding == "frozen"
-        learner = fresh_like(teacher_of(summary), seed=learner_seed, share_items=frozen)
-        begun = time.perf_counter()
-        summary.fit(learner, seed=learner_seed, progress=self.watcher.interruptible)
-        return time.perf_counter() - begun
-
-    def _on_full(self, seed: int, learner_seed: int) -> float:
-        """Seconds of training a learner from nothing on all of the training part, with early stopping."""
-        config = {**self.recipe.learner, "num_items": self.split.interactions.num_items}
-        learner = build_learner(self.recipe.learner_name, config, seed=learner_seed)
-        fit = self.recipe.pretrain.fit
-        begun = time.perf_counter()
-        ranker = Ranker(
-            self.split.validation, seed=derive_seed(seed, "validation"), protocols=(fit.selection,)
-        )
-        fit_examples(
-            learner, self.split.train, ranker, fit, seed=learner_seed, progress=self.watcher.interruptible
-        )
-        return time.perf_counter() - begun
+    def _key(self) -> str:
+        """Of all that a step depends on besides its seed."""
+        settings = {"data": self.split.interactions.fingerprint, "recipe": asdict(self.recipe)}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def _costs(self, measured: Mapping[Step, Measured]) -> list[Cost]:
         costs = []
@@ -229,15 +253,6 @@ class CostTable:
         return dict(zip(FIELDS, values, strict=True))
 
 
-def count_peak_anew() -> bool:
-    """Let the process's largest resident size count from now; whether the system can."""
-    try:
-        CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
 def speed_up(costs: Sequence[Cost]) -> float | None:
     """How many times faster a learner is trained on the summary than on the full data; None until both are there."""
     seconds = {cost.operation: cost.seconds for cost in costs}
@@ -269,9 +284,9 @@ def _parts(costs: Sequence[Cost]) -> list[str]:
         parts.append(f"<p>A learner is trained {faster:.1f} times faster on the summary.</p>")
     parts.append(
         "<p>Wall-clock time, mean ± standard deviation where it was done more than once; an interruption is not "
-        "counted. Peak memory: the largest resident size of the process meanwhile, interpreter, libraries and data "
-        "included, and what allocators kept from the steps before. Choosing on the validation part is included, the "
-        "score on the test part is not. Times hold for a machine that did nothing else.</p>"
+        "counted. Choosing on the validation part is included, the score on the test part is not. Peak memory: the "
+        "largest resident size of a process that does this step alone, interpreter, libraries and data included. "
+        "Times hold for a machine that did nothing else.</p>"
     )
     if compared:
         parts.append(

@@ -17,7 +17,7 @@ LAYERS = (
     {"cli_export", "cli_reproduce", "cli_search"},
     {"cli_options"},
     {"cli_data", "cost", "reproduce", "search_run"},
-    {"table_files"},
+    {"own_process", "table_files"},
     {"run", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
     {"faults", "figures", "recipes", "search"},
