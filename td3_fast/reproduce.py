@@ -131,7 +131,9 @@ class Reproduction:
 
     def _write(self, figures: Sequence[Figure], *, finished: int) -> None:
         first = self.cells[0]
-        name = f"Table {first.table} of TD3" if first.table.isdecimal() else f"TD3's {first.table}"
+        name = f"Table {first.table} of TD3"
+        if not first.table.isdecimal():
+            name = f"TD3's released program: {first.table}"
         about = (
             f"{finished} of {len(self.cells)} cells; recipe {self.recipe.name}, {self.distillations} distillation(s), "
             f"{self.seeds} learners each, seed {self.seed}; data {self.source}"

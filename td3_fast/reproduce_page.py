@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,9 @@ from td3_fast.report import BLUE, GREY
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
-    "th,td{padding:.25rem .7rem;text-align:right;white-space:nowrap;"
-    "border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}"
+    "th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}"
+    "th{vertical-align:bottom;line-height:1.2}td{white-space:nowrap}"
+    "th:first-child,td:first-child{text-align:left}"
     ".paper{color:#777}.below{color:#a33}.above{color:#175}img{max-width:100%}"
 )
 PROTOCOLS = {
@@ -23,6 +25,7 @@ PROTOCOLS = {
     "full": "full: the target among all items",
 }
 SIGNIFICANT = 0.05
+HEADLINE = ("HR@10", "NDCG@10")
 Line = Mapping[str, Any]
 
 
@@ -35,17 +38,22 @@ def page(lines: Sequence[Line], *, title: str, about: str, notes: Sequence[str] 
     for protocol, heading in PROTOCOLS.items():
         chosen = [line for line in lines if line["protocol"] == protocol]
         if chosen:
-            parts.append(f"<h2>{escape(heading)}</h2>{_table(chosen)}")
+            parts.append(
+                f"<h2>{escape(heading)}</h2>{_comparison(chosen)}<h3>All metrics</h3>{_table(chosen)}"
+            )
     said = [
         "Percent, mean ± standard deviation over distillations, or over learners where there is one distillation."
     ]
     if any(line["paper_mean_percent"] is not None for line in lines):
         said.append("In brackets the paper's figure, ours red where it is below and green where it is not.")
     if any(line["recovery_percent"] is not None for line in lines):
-        said.append("Recovery: the share of the way from the zero-step control to the full data.")
+        said.append(
+            "Recovery: the share of the way from the zero-step control to the full data, where these are above it."
+        )
     if any(line["p_value"] is not None for line in lines):
         said.append(_about_tests(lines))
-    parts.append("".join(f"<p>{escape(text)}</p>" for text in (" ".join(said), *notes)))
+    parts.append(f"<p>{escape(' '.join(said))}</p>")
+    parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else "")
     parts.append(_picture([line for line in lines if line["protocol"] == "uni100"]))
     return document(title, about, parts)
 
@@ -82,37 +90,55 @@ def label(line: Line) -> str:
     return " ".join(filter(None, (line["method"], line["size"], other)))
 
 
+def _by_label(lines: Sequence[Line]) -> dict[str, dict[str, Line]]:
+    """Row -> metric -> line."""
+    rows: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        rows.setdefault(label(line), {})[line["metric"]] = line
+    return rows
+
+
+def _comparison(lines: Sequence[Line]) -> str:
+    """What each row is worth beside the others, by the metrics that are looked at first."""
+    columns: dict[str, Callable[[Mapping[str, Line]], str]] = {}
+    for metric in HEADLINE:
+        columns[metric] = functools.partial(_shown, metric, _cell)
+        columns[f"of full, {metric}"] = functools.partial(_shown, metric, _percent("of_full_percent"))
+        columns[f"recovery, {metric}"] = functools.partial(_shown, metric, _percent("recovery_percent"))
+        columns[f"difference, {metric}"] = functools.partial(_shown, metric, _difference)
+    columns["to"] = functools.partial(_shown, HEADLINE[0], _against)
+    found = _by_label(lines)
+    cells = {title: [shown(row) for row in found.values()] for title, shown in columns.items()}
+    cells = {title: column for title, column in cells.items() if any(column)}
+    rows = [[escape(name), *row] for name, row in zip(found, zip(*cells.values(), strict=True), strict=True)]
+    return html_table(["", *cells], rows)
+
+
+def _shown(metric: str, show: Callable[[Line], str], row: Mapping[str, Line]) -> str:
+    return show(row[metric]) if metric in row else ""
+
+
+def _percent(name: str) -> Callable[[Line], str]:
+    return lambda line: "" if line[name] is None else f"{line[name]:.1f} %"
+
+
+def _difference(line: Line) -> str:
+    if line["difference_percent"] is None:
+        return ""
+    return f"{line['difference_percent']:+.2f}{_star(line)} (p = {line['p_value']:.2g})"
+
+
+def _against(line: Line) -> str:
+    return "" if line["difference_percent"] is None else escape(line["against"])
+
+
 def _table(lines: Sequence[Line]) -> str:
     metrics = list(dict.fromkeys(line["metric"] for line in lines))
-    by_label: dict[str, dict[str, Line]] = {}
-    for line in lines:
-        by_label.setdefault(label(line), {})[line["metric"]] = line
-    columns: dict[str, Callable[[Mapping[str, Line]], str]] = {
-        "recovery NDCG@10": lambda found: _percent(found, "recovery_percent"),
-        "of full NDCG@10": lambda found: _percent(found, "of_full_percent"),
-        "difference NDCG@10": _difference,
-    }
     rows = [
-        [
-            escape(name),
-            *(_cell(found[metric]) for metric in metrics),
-            *(column(found) for column in columns.values()),
-        ]
-        for name, found in by_label.items()
+        [escape(name), *(_cell(found[metric]) for metric in metrics)]
+        for name, found in _by_label(lines).items()
     ]
-    return html_table(["", *metrics, *columns], rows)
-
-
-def _percent(found: Mapping[str, Line], name: str) -> str:
-    value = found.get("NDCG@10", {}).get(name)
-    return "" if value is None else f"{value:.1f} %"
-
-
-def _difference(found: Mapping[str, Line]) -> str:
-    line = found.get("NDCG@10", {})
-    if line.get("difference_percent") is None:
-        return ""
-    return f"{line['difference_percent']:+.2f}{_star(line)} to {escape(line['against'])} (p = {line['p_value']:.2g})"
+    return html_table(["", *metrics], rows)
 
 
 def _star(line: Line) -> str:
@@ -143,14 +169,15 @@ def _picture(lines: Sequence[Line]) -> str:
         chosen = [line for line in lines if line["metric"] == metric]
         places = {label(line): place for place, line in enumerate(chosen)}
         published = [line for line in chosen if line["paper_mean_percent"] is not None]
+        aside, thick = (0.2, 0.38) if compared else (0.0, 0.7)
         axis.barh(
-            [place - 0.2 for place in places.values()], [line["mean_percent"] for line in chosen], 0.38,
+            [place - aside for place in places.values()], [line["mean_percent"] for line in chosen], thick,
             xerr=[line["sd_percent"] for line in chosen], color=BLUE, label="here",
         )  # fmt: skip
         if published:
             axis.barh(
-                [places[label(line)] + 0.2 for line in published],
-                [line["paper_mean_percent"] for line in published], 0.38,
+                [places[label(line)] + aside for line in published],
+                [line["paper_mean_percent"] for line in published], thick,
                 xerr=[line["paper_sd_percent"] or 0.0 for line in published], color=GREY, label="paper",
             )  # fmt: skip
         axis.set_yticks(list(places.values()), list(places))
@@ -162,4 +189,4 @@ def _picture(lines: Sequence[Line]) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="Figures here beside the paper\'s" src="data:image/png;base64,{encoded}">'
+    return f'<img alt="The figures as bars" src="data:image/png;base64,{encoded}">'

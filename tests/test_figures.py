@@ -53,6 +53,12 @@ def test_a_summary_stands_beside_the_control_and_the_full_data() -> None:
     assert whole.paper == (70.0, None)
 
 
+def test_there_is_no_recovery_where_the_full_data_are_not_above_the_control() -> None:
+    summary = [*row("summary", 0.5, 0.6), *row("zero-step", 0.8, 0.8)]
+    made = [Made(cell=SUMMARY, repeats=[summary]), Made(cell=FULL, repeats=[row("full", 0.7, 0.8)])]
+    assert found(made)["TD3 6x6"].recovery is None
+
+
 def test_distillations_are_the_units_where_there_are_several() -> None:
     repeats = [row("summary", 0.5, 0.7), row("summary", 0.6, 0.8)]
     baseline = [row("full", 0.5), row("full", 0.7)]
