@@ -104,13 +104,16 @@ def test_a_step_that_is_done_is_not_done_again(split: Split, recipe: Recipe, tmp
 def test_pretraining_counts_the_time_before_an_interruption(
     split: Split, recipe: Recipe, tmp_path: Path
 ) -> None:
-    checks = iter([False] * 2 + [True])
     with pytest.raises(Stopped):
-        make(tmp_path, split, recipe, watcher=Watcher(stop=lambda: next(checks))).run()
-    folder = tmp_path / "cells" / "6x6-0"
-    before = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+        make(tmp_path, split, recipe, watcher=Watcher(stop=lambda: True)).run()
+    log = tmp_path / "cells" / "6x6-0" / "log.jsonl"
+    (first,) = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (first["event"], first["epoch"]) == ("pretrain", 1)
     costs = make(tmp_path, split, recipe).run()
-    assert costs[0].seconds > before
+    # were it not counted, the second epoch would be all there is
+    epochs = [json.loads(line) for line in log.read_text().splitlines() if '"pretrain"' in line]
+    assert epochs[0] == first
+    assert costs[0].seconds == epochs[1]["seconds"] > first["seconds"]
 
 
 @pytest.mark.usefixtures("at_once")
