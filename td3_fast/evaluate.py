@@ -68,6 +68,12 @@ class Row:
     protocol: Protocol
     metrics: dict[str, dict[str, float]]  # metric -> {"mean", "sd"}, fractions
     recovery: dict[str, float | None]  # metric -> (this - zero-step) / (full - zero-step)
+    runs: dict[str, list[float]] = field(default_factory=dict)  # metric -> fraction of each learner, in order
+
+    @property
+    def learners(self) -> int:
+        """How many have figures of their own in `runs`."""
+        return max(map(len, self.runs.values()), default=0)
 
 
 def evaluate(
@@ -200,7 +206,8 @@ def _row(name: str, protocol: Protocol, runs: dict[str, list[Scores]], *, ddof: 
     if "zero-step" in means and "full" in means:
         plain = {row: {metric: v["mean"] for metric, v in means[row].items()} for row in means}
         recovered = recovery(plain[name], plain["zero-step"], plain["full"])
-    return Row(name=name, protocol=protocol, metrics=means[name], recovery=recovered)
+    each = {metric: [scores[protocol][metric] for scores in runs[name]] for metric in means[name]}
+    return Row(name=name, protocol=protocol, metrics=means[name], recovery=recovered, runs=each)
 
 
 class _Evaluation:

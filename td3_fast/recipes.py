@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from td3_fast.distill import DistillConfig
@@ -40,6 +40,17 @@ class Recipe:
             "window": -(-distill.inner_steps // 2),
         }
         return replace(self, distill=replace(distill, **sizes, **IMPROVEMENTS))
+
+    def as_published(self) -> Recipe:
+        """The same by the paper's method: without what `improved` brings, which some recipes have to begin with."""
+        plain: dict[str, Any] = {
+            entry.name: entry.default for entry in fields(DistillConfig) if entry.name in IMPROVEMENTS
+        }
+        return replace(
+            self,
+            distill=replace(self.distill, **plain),
+            pretrain=replace(self.pretrain, pool_items=True),  # where its learners start
+        )
 
     def sized(self, size: str) -> Recipe:
         """The same for a summary of `size` ("50x50": users × positions), with positions enough in the learner."""

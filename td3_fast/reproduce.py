@@ -1,9 +1,7 @@
-"""A table of the paper, made anew cell by cell in one folder, beside the paper's figures."""
+"""A table of figures made anew cell by cell in one folder, beside the paper's."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,43 +9,13 @@ from typing import Any
 
 from td3_fast.data import Split
 from td3_fast.evaluate import Row
-from td3_fast.files import write_text
-from td3_fast.metrics import mean_and_sd, recovery
-from td3_fast.paper import METHODS, Cell
+from td3_fast.figures import CONTROL, FIELDS, Figure, Made, figures_of
+from td3_fast.paper import Cell
 from td3_fast.recipes import Recipe
 from td3_fast.reproduce_page import page
-from td3_fast.run import PRETRAINED, Run, RunError, Watcher
-from td3_fast.training import PROTOCOLS
-
-CONTROL = "zero-step"
-FIELDS = (
-    "table", "dataset", "method", "size", "protocol", "metric", "mean_percent", "sd_percent", "over",
-    "recovery_percent", "paper_mean_percent", "paper_sd_percent",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One number of a cell, in percent; sd over distillations, or over learners where there is but one."""
-
-    cell: Cell
-    protocol: str
-    metric: str
-    mean: float
-    sd: float
-    over: str  # "3 distillations", "3 learners"
-    recovery: float | None  # in percent; None until the full data and the control are there
-    paper: tuple[float, float | None] | None  # mean and sd, for the paper's protocol and metrics
-
-    def line(self) -> dict[str, Any]:
-        """The number as a line of the CSV file."""
-        paper = self.paper or (None, None)
-        values = (
-            self.cell.table, self.cell.dataset, self.cell.method, self.cell.size or "", self.protocol, self.metric,
-            round(self.mean, 3), round(self.sd, 3), self.over,
-            None if self.recovery is None else round(self.recovery, 1), *paper,
-        )  # fmt: skip
-        return dict(zip(FIELDS, values, strict=True))
+from td3_fast.run import PRETRAINED, SUMMARY, EvaluateRun, Run, Watcher
+from td3_fast.summary import load_summary
+from td3_fast.table_files import check_place, write_table
 
 
 @dataclass(kw_only=True)
@@ -55,7 +23,8 @@ class Reproduction:
     """The cells of one table on one data set.
 
     Every cell has a folder in `folder` and goes on where it was; a pretrained learner is shared by the cells that have
-    histories of one length. After each cell `table.csv` and `table.html` are written anew.
+    histories of one length, a distillation by those that differ in what is trained on it. After each cell `table.csv`
+    and `table.html` are written anew.
     """
 
     folder: Path
@@ -63,9 +32,11 @@ class Reproduction:
     source: str  # what the user called the data
     cells: Sequence[Cell]
     recipe: Recipe  # of sizes other than the cells'
+    filters: dict[str, Any] = field(default_factory=dict)  # what was left out of the data
     distillations: int = 1  # from the seeds `seed`, `seed + 1` and so on
-    seeds: int = 3  # learners of each row
+    seeds: int = 3  # learners of each summary; of a row without one, in all
     seed: int = 0
+    notes: Sequence[str] = ()  # sentences below the tables of the page
     watcher: Watcher = field(default_factory=Watcher)
 
     def run(self, on_cell: Callable[[Cell], None] = lambda cell: None) -> list[Figure]:
@@ -76,102 +47,101 @@ class Reproduction:
             Stopped: the watcher asked for it; what is done is kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_place()
-        rows: dict[int, list[list[Row]]] = {}
+        check_place(self.folder, table=self.cells[0].table, dataset=self.cells[0].dataset)
+        scored: dict[Path, list[Row]] = {}
+        made: list[Made] = []
         figures: list[Figure] = []
-        for place, cell in enumerate(self.cells):
+        for cell in self.cells:
             on_cell(cell)
-            rows[place] = self._rows(cell)
-            figures = self._figures(rows)
-            self._write(figures, finished=len(rows))
+            made.append(self._make(cell, scored))
+            figures = figures_of(made)
+            self._write(figures, finished=len(made))
         return figures
 
-    def _check_place(self) -> None:
-        path = self.folder / "table.csv"
-        if not path.exists():
-            return
-        first = next(csv.DictReader(path.read_text(encoding="utf-8").splitlines()), {})
-        own = {"table": str(self.cells[0].table), "dataset": self.cells[0].dataset}
-        if {name: first.get(name) for name in own} != own:
-            raise RunError(f"{path} is of another table or other data: choose another folder")
-
-    def _rows(self, cell: Cell) -> list[list[Row]]:
-        """The evaluated rows of a cell, one list per distillation."""
-        row, changes = METHODS[cell.method]
+    def _make(self, cell: Cell, scored: dict[Path, list[Row]]) -> Made:
+        """A cell's rows for each seed; `scored` are those of folders that this run has looked into."""
         recipe = self.recipe if cell.size is None else self.recipe.sized(cell.size)
-        name = "-".join([cell.method.replace(" ", "-"), *([cell.size] if cell.size else [])])
-        common: dict[str, Any] = {"split": self.split, "source": self.source, "watcher": self.watcher}
-        if row != "summary":
-            run = Run(folder=self.folder / "cells" / name, recipe=recipe, seed=self.seed, **common)
-            return [run.baselines(rows=(row,), seeds=self.seeds)]
-        recipe = replace(recipe, distill=replace(recipe.distill, **changes))
-        made = []
+        recipe = replace(recipe, distill=replace(recipe.distill, **cell.changes))
+        repeats = []
         for seed in range(self.seed, self.seed + self.distillations):
-            learner = self.folder / f"pretrained-{recipe.learner['max_len']}-{seed}"
-            Run(folder=learner, recipe=recipe, seed=seed, **common).pretrained()
-            run = Run(
-                folder=self.folder / "cells" / f"{name}-{seed}",
-                recipe=recipe,
-                seed=seed,
-                pretrained_from=learner / PRETRAINED,
-                evaluation_seeds=self.seeds,
-                **common,
-            )
-            made.append(run.distill(resume=True))
-        return made
+            if cell.row not in ("summary", CONTROL):
+                repeats.append(self._baseline(cell, recipe, seed))
+                continue
+            folder = self._folder(cell, seed, learner=cell.learner != recipe.learner_name)
+            if folder not in scored:
+                scored[folder] = self._on_summary(cell, recipe, seed, folder)
+            repeats.append(scored[folder])
+        ddof = recipe.distill.semantics.ddof if cell.ddof is None else cell.ddof
+        return Made(cell=cell, repeats=repeats, ddof=ddof)
 
-    def _figures(self, rows: dict[int, list[list[Row]]]) -> list[Figure]:
-        full = next((rows[place] for place in rows if METHODS[self.cells[place].method][0] == "full"), None)
-        figures = []
-        for place, made in rows.items():
-            cell = self.cells[place]
-            name = METHODS[cell.method][0]
-            for protocol in PROTOCOLS:
-                means = _means(made, name, protocol)
-                recovered: dict[str, float | None] = {}
-                control = _means(made, CONTROL, protocol)
-                if control and full is not None:
-                    recovered = recovery(
-                        *(
-                            {metric: value["mean"] for metric, value in source.items()}
-                            for source in (means, control, _means(full, "full", protocol))
-                        )
-                    )
-                for metric, value in means.items():
-                    share = recovered.get(metric)
-                    figures.append(
-                        Figure(
-                            cell=cell,
-                            protocol=protocol,
-                            metric=metric,
-                            mean=100 * value["mean"],
-                            sd=100 * value["sd"],
-                            over=f"{len(made)} distillations" if len(made) > 1 else f"{self.seeds} learners",
-                            recovery=None if share is None else 100 * share,
-                            paper=cell.published.get(metric) if protocol == "uni100" else None,
-                        )
-                    )
-        return figures
+    def _folder(self, cell: Cell, seed: int, *, learner: bool) -> Path:
+        """Where a row of a cell is made; the control is scored beside the summary."""
+        method = "TD3" if cell.row == CONTROL else cell.same_run_as or cell.method
+        parts = [method.replace(" ", "-"), cell.size, cell.learner if learner else None, str(seed)]
+        return self.folder / "cells" / "-".join(filter(None, parts))
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "split": self.split,
+            "source": self.source,
+            "filters": self.filters,
+            "watcher": self.watcher,
+        }
+
+    def _baseline(self, cell: Cell, recipe: Recipe, seed: int) -> list[Row]:
+        """A row that asks for no summary; its learners are shared out over the seeds."""
+        other = cell.learner != recipe.learner_name
+        run = Run(
+            folder=self._folder(cell, seed, learner=other),
+            recipe=recipe.with_learner(cell.learner),
+            seed=seed,
+            **self._common(),
+        )
+        return run.baselines(rows=(cell.row,), seeds=-(-self.seeds // self.distillations))
+
+    def _on_summary(self, cell: Cell, recipe: Recipe, seed: int, folder: Path) -> list[Row]:
+        """The summary and the control, of the learner that it is distilled for or, in `folder`, of another."""
+        learner = self.folder / f"pretrained-{recipe.learner['max_len']}-{seed}"
+        Run(folder=learner, recipe=recipe, seed=seed, **self._common()).pretrained()
+        distilled = self._folder(cell, seed, learner=False)
+        run = Run(
+            folder=distilled,
+            recipe=recipe,
+            seed=seed,
+            pretrained_from=learner / PRETRAINED,
+            evaluation_seeds=self.seeds,
+            **self._common(),
+        )
+        rows = run.distill(resume=True)
+        # a finished run may have fewer learners than are asked for now, or keep no figures of each
+        if folder == distilled and all(row.learners == self.seeds for row in rows):
+            return rows
+        evaluation = EvaluateRun(
+            folder=folder,
+            summary=load_summary(distilled / SUMMARY),
+            split=self.split,
+            source=self.source,
+            seed=seed,
+            rows=("summary", CONTROL),
+            seeds=self.seeds,
+            learner=None if folder == distilled else cell.learner,
+            watcher=self.watcher,
+        )
+        return evaluation.evaluate()
 
     def _write(self, figures: Sequence[Figure], *, finished: int) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        lines = [figure.line() for figure in figures]
-        writer.writerows(lines)
-        write_text(self.folder / "table.csv", text.getvalue())
         first = self.cells[0]
-        title = f"Table {first.table} of TD3 on {first.dataset}"
+        name = f"Table {first.table} of TD3"
+        if not first.table.isdecimal():
+            name = f"TD3's released program: {first.table}"
         about = (
             f"{finished} of {len(self.cells)} cells; recipe {self.recipe.name}, {self.distillations} distillation(s), "
             f"{self.seeds} learners each, seed {self.seed}; data {self.source}"
         )
-        write_text(self.folder / "table.html", page(lines, title=title, about=about))
-
-
-def _means(made: Sequence[Sequence[Row]], name: str, protocol: str) -> dict[str, dict[str, float]]:
-    """Mean and sd over distillations of the row `name`; of one distillation, over its learners. {} without the row."""
-    found = [row.metrics for rows in made for row in rows if (row.name, row.protocol) == (name, protocol)]
-    if len(found) < 2:
-        return dict(found[0]) if found else {}
-    return mean_and_sd([{metric: value["mean"] for metric, value in row.items()} for row in found])
+        lines = [figure.line() for figure in figures]
+        write_table(
+            self.folder,
+            FIELDS,
+            lines,
+            page(lines, title=f"{name} on {first.dataset}", about=about, notes=self.notes),
+        )

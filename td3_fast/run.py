@@ -186,6 +186,7 @@ class Run:
             checkpoint = load_checkpoint(path)
             check_settings(path, checkpoint.settings, self._settings)
             state = checkpoint.state
+            self._clock.seconds = dict(checkpoint.seconds)
         with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
             pretrained, _ = self._pretrained(state, log, overwrite)
         path.unlink(missing_ok=True)
@@ -666,6 +667,12 @@ def environment() -> dict[str, Any]:
 
 def peak_memory_mib() -> float | None:
     """The largest resident size of this process so far; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # `getrusage` would count what the process that started this one had
+        found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if found:
+            return round(int(found[0].split()[1]) / 2**10, 1)
     try:
         import resource
     except ImportError:

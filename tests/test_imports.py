@@ -16,10 +16,11 @@ LAYERS = (
     {"cli"},
     {"cli_export", "cli_reproduce", "cli_search"},
     {"cli_options"},
-    {"cli_data", "reproduce", "search_run"},
+    {"cli_data", "cost", "reproduce", "search_run"},
+    {"own_process", "table_files"},
     {"run", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
-    {"recipes", "search"},
+    {"faults", "figures", "recipes", "search"},
     {"memory"},
     {"distill", "pretrain", "evaluate"},
     {"training", "export", "initial"},
@@ -29,7 +30,7 @@ LAYERS = (
     {"summary_base"},
     {"summary_file", "distilled_data"},
     {"parallel"},
-    {"artefact", "metrics", "learners", "data"},
+    {"artefact", "metrics", "learners", "data", "significance"},
     {"progress", "files", "live_bytes", "ops", "paper"},
 )
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -69,7 +69,7 @@ def test_results_have_the_form_that_is_promised(tmp_path: Path) -> None:
     write_results(path, both("summary", 0.6), settings={"seed": 0})
     content = json.loads(path.read_text())
     assert set(content) == {"rows", "settings", "versions"}
-    assert set(content["rows"][0]) == {"name", "protocol", "metrics", "recovery"}
+    assert set(content["rows"][0]) == {"name", "protocol", "metrics", "recovery", "runs"}
     assert content["rows"][1]["metrics"]["HR@10"] == {"mean": 0.6, "sd": 0.01}
     assert content["versions"]["torch"]
     assert read_results(path)["rows"] == both("summary", 0.6)

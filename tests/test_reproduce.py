@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from td3_fast.cli import app
-from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.paper import METHODS, Cell, cells_of, tables
+from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
+from td3_fast.distill import Semantics
+from td3_fast.faults import FROZEN, MEANINGS, fault_cells
+from td3_fast.figures import Figure
+from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables
 from td3_fast.recipes import Recipe, recipe_named
-from td3_fast.reproduce import Figure, Reproduction
+from td3_fast.reproduce import Reproduction
 from td3_fast.run import RunError, Stopped, Watcher
 
 
@@ -43,11 +46,18 @@ def recipe() -> Recipe:
     return replace(tiny, pretrain=replace(tiny.pretrain, fit=fit), distill=config)
 
 
+def toy(method: str, size: str | None = "6x6", **changes: Any) -> Cell:
+    row, config = METHODS[method]
+    against = {"TD3": "full", "full": None}.get(method, "TD3")
+    named = {"table": "3", "dataset": "toy", "row": row, "changes": config, "against": against}
+    return Cell(method=method, size=size, **{**named, **changes})
+
+
 CELLS = [
-    Cell(table=3, dataset="toy", method="farzi", size="6x6", published={"HR@10": (50.0, 1.0)}),
-    Cell(table=3, dataset="toy", method="TD3", size="6x6", published={"HR@10": (60.0, None)}),
-    Cell(table=3, dataset="toy", method="random", size="6x6", published={}),
-    Cell(table=3, dataset="toy", method="full", size=None, published={"HR@10": (99.0, 0.5)}),
+    toy("farzi", published={"HR@10": (50.0, 1.0)}),
+    toy("TD3", published={"HR@10": (60.0, None)}),
+    toy("random"),
+    toy("full", None, published={"HR@10": (99.0, 0.5)}),
 ]
 
 
@@ -65,20 +75,20 @@ def finished(
 
 
 def test_the_tables_name_known_methods_and_every_metric_once() -> None:
-    assert set(tables()) == {2, 3, 6}
+    assert set(tables()) == {"2", "3", "6"}
     for table, datasets in tables().items():
         for dataset in datasets:
             cells = cells_of(table, dataset)
             assert {cell.method for cell in cells} <= set(METHODS)
             assert all(0 < mean < 100 for cell in cells for mean, _ in cell.published.values())
-    by_size = {cell.size: cell for cell in cells_of(2, "ml-100k")}
+    by_size = {cell.size: cell for cell in cells_of("2", "ml-100k")}
     assert set(by_size) == {"25x150", "30x50", "50x50", None}
     assert by_size["50x50"].published["NDCG@10"] == (40.62, 0.16)
     assert len(by_size["50x50"].published) == 9
 
 
-@pytest.mark.parametrize(("table", "dataset"), [(5, "ml-100k"), (2, "magazine")])
-def test_other_tables_are_refused(table: int, dataset: str) -> None:
+@pytest.mark.parametrize(("table", "dataset"), [("5", "ml-100k"), ("2", "magazine")])
+def test_other_tables_are_refused(table: str, dataset: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be reproduced: there are table 2 on ml-100k, ml-1m"):
         cells_of(table, dataset)
 
@@ -92,10 +102,16 @@ def test_every_cell_has_its_figures_beside_the_papers(finished: tuple[Path, list
     ours = by_place["TD3", "uni100", "HR@10"]
     assert (ours["size"], ours["paper_mean_percent"], ours["paper_sd_percent"]) == ("6x6", "60.0", "")
     assert ours["over"] == "2 learners"
-    assert ours["recovery_percent"] != ""
     assert by_place["TD3", "full", "HR@10"]["paper_mean_percent"] == ""
     assert by_place["full", "uni100", "HR@10"]["recovery_percent"] == ""
     assert by_place["farzi", "uni100", "NDCG@10"] != by_place["TD3", "uni100", "NDCG@10"]
+    assert (ours["against"], ours["pairs"]) == ("full", "2")
+    assert 0 <= float(ours["p_value"]) <= 1
+    full = by_place["full", "uni100", "HR@10"]
+    share = 100 * float(ours["mean_percent"]) / float(full["mean_percent"])
+    assert float(ours["of_full_percent"]) == pytest.approx(share, abs=0.1)
+    assert by_place["random", "full", "HR@10"]["against"] == "TD3 6x6"
+    assert (full["against"], full["p_value"], full["of_full_percent"]) == ("", "", "")
 
 
 def test_the_page_needs_no_network(finished: tuple[Path, list[Figure]]) -> None:
@@ -139,15 +155,134 @@ def test_distillations_are_averaged(split: Split, recipe: Recipe, tmp_path: Path
         assert mean.over == "2 distillations"
 
 
+def test_more_learners_are_trained_where_more_are_asked_for(
+    split: Split, recipe: Recipe, tmp_path: Path
+) -> None:
+    make(tmp_path, split, recipe, cells=CELLS[1:2]).run()
+    stages: list[str] = []
+    watcher = Watcher(progress=lambda stage, *rest: stages.append(stage))
+    more = make(tmp_path, split, recipe, cells=CELLS[1:2], seeds=3, watcher=watcher).run()
+    assert {figure.over for figure in more} == {"3 learners"}
+    assert "distill" not in stages
+
+
+def test_one_summary_serves_every_learner(split: Split, recipe: Recipe, tmp_path: Path) -> None:
+    cells = [
+        toy(method, None if method == "full" else "6x6", table="4", learner=learner)
+        for learner in ("SASRec", "GRU4Rec")
+        for method in ("TD3", "zero-step", "full")
+    ]
+    figures = make(tmp_path, split, recipe, cells=cells).run()
+    distilled = [path.parent.name for path in tmp_path.glob("cells/*/summary.safetensors")]
+    assert distilled == ["TD3-6x6-0"]
+    by_cell = {
+        (figure.cell.learner, figure.cell.method): figure
+        for figure in figures
+        if (figure.protocol, figure.metric) == ("uni100", "NDCG@10")
+    }
+    assert len(by_cell) == 6
+    ours, whole = by_cell["GRU4Rec", "TD3"], by_cell["GRU4Rec", "full"]
+    assert ours.of_full == pytest.approx(100 * ours.mean / whole.mean)
+    assert ours.mean != by_cell["SASRec", "TD3"].mean
+    assert by_cell["GRU4Rec", "zero-step"].mean != by_cell["SASRec", "zero-step"].mean
+    assert by_cell["GRU4Rec", "zero-step"].against == "TD3 6x6 GRU4Rec"
+    text = (tmp_path / "table.html").read_text(encoding="utf-8")
+    assert "TD3 6x6 GRU4Rec" in text
+
+
+def test_table_4_is_of_any_data_and_has_the_papers_figures_for_its_own() -> None:
+    size = published_size("epinions")
+    assert (size, published_size("ml-100k")) == ("50x20", None)
+    assert size is not None
+    own = {(cell.learner, cell.method): cell for cell in cross_cells("epinions", size)}
+    learners = {"SASRec", "GRU4Rec", "NARM", "BERT4Rec"}
+    assert set(own) == {(learner, method) for learner in learners for method in ("TD3", "zero-step", "full")}
+    assert own["NARM", "TD3"].published["NDCG@10"] == (10.67, None)
+    other = cross_cells("ml-100k", "50x50")
+    assert [cell.published for cell in other] == [{}] * 12
+    assert [cell.published for cell in cross_cells("epinions", "9x9") if cell.method == "TD3"] == [{}] * 4
+    assert published_shares()["SASRec"] == pytest.approx(100 * 10.61 / 10.45)
+
+
+def test_every_fault_is_one_switch_beside_the_papers_semantics(recipe: Recipe) -> None:
+    cells = {cell.method: cell for cell in fault_cells("toy", "6x6")}
+    assert set(cells) == {"paper", "full", *MEANINGS}
+    plain = recipe.as_published()
+    configs = {name: replace(plain.distill, **cell.changes) for name, cell in cells.items()}
+    switched = {
+        name: {
+            entry.name
+            for entry in fields(Semantics)
+            if getattr(config.semantics, entry.name) != getattr(Semantics(), entry.name)
+        }
+        for name, config in configs.items()
+    }
+    assert switched.pop("authors") == {entry.name for entry in fields(Semantics)}
+    assert (
+        switched.pop("paper") == switched.pop("full") == switched.pop(FROZEN) == switched.pop("ddof") == set()
+    )
+    assert all(value == {name} for name, value in switched.items())
+    assert {name for name, config in configs.items() if config.item_embedding == "frozen"} == {FROZEN}
+    assert cells["ddof"].ddof == 0
+
+
+def test_what_a_fault_is_worth(split: Split, recipe: Recipe, tmp_path: Path) -> None:
+    chosen = ("paper", "carry_embeddings", "ddof", FROZEN)
+    cells = [cell for cell in fault_cells("toy", "6x6") if cell.method in chosen]
+    figures = make(tmp_path, split, recipe.as_published(), cells=cells).run()
+    by_method = {
+        figure.cell.method: figure
+        for figure in figures
+        if (figure.protocol, figure.metric) == ("full", "NDCG@10")
+    }
+    plain, ddof = by_method["paper"], by_method["ddof"]
+    assert (ddof.mean, ddof.sd) == (plain.mean, pytest.approx(plain.sd / 2**0.5))
+    assert not (tmp_path / "cells" / "ddof-6x6-0").exists()
+    for name in ("carry_embeddings", FROZEN):
+        test = by_method[name].test
+        assert by_method[name].against == "paper 6x6"
+        assert test is not None
+        assert test.difference == pytest.approx(by_method[name].mean - plain.mean)
+
+
+def test_a_recipe_as_published_has_nothing_beyond_the_paper() -> None:
+    magazine = recipe_named("magazine").as_published()
+    assert magazine.distill.item_embedding == "trained"
+    assert (magazine.distill.start, magazine.distill.initial) == ("pool", "noise")
+    assert recipe_named("ml-100k").as_published() == recipe_named("ml-100k")
+    assert recipe_named("ciao").as_published().pretrain.pool_items
+
+
 def test_another_table_is_not_written_over(
     finished: tuple[Path, list[Figure]], split: Split, recipe: Recipe
 ) -> None:
-    cells = [replace(CELLS[1], table=2)]
+    cells = [replace(CELLS[1], table="2")]
     with pytest.raises(RunError, match="another table"):
         make(finished[0], split, recipe, cells=cells).run()
 
 
-def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["reproduce", "2", "synthetic", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["2", "synthetic"], "cannot be reproduced"),
+        (["2", "ml-100k", "--size", "5x5"], "leave --size out"),
+        (["faults", "synthetic", "--improved"], "leave --improved"),
+        (["4", "unheard-of"], "unknown recipe"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(words: list[str], refusal: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["reproduce", *words, "--out", str(tmp_path)])
     assert result.exit_code == 2
-    assert "cannot be reproduced" in result.stderr
+    assert refusal in result.stderr
+
+
+def test_the_command_prints_the_share_of_the_full_data(split: Split, tmp_path: Path) -> None:
+    data = tmp_path / "synthetic.inter"
+    write_interactions(split.interactions, data)
+    options = "--size 6x6 --seeds 2 --epochs 1 --max-epochs 1"
+    words = ["reproduce", "4", str(data), *options.split()]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    for learner in ("SASRec", "GRU4Rec", "NARM", "BERT4Rec"):
+        assert re.search(rf"TD3 6x6 {learner} +NDCG@10 .* % of full", result.stdout)
+    assert "on Epinions: SASRec 101.5 %" in result.stdout
