@@ -181,6 +181,13 @@ def distill(
     no_augmentation: Annotated[
         bool, typer.Option("--no-augmentation", help="No middle position in the inner loss.")
     ] = False,
+    middle_positions: Annotated[
+        int | None, typer.Option(min=1, help="Middle positions of a user in the inner loss of a step.")
+    ] = None,
+    no_inner_dropout: Annotated[
+        bool,
+        typer.Option("--no-inner-dropout", help="No dropout in training on the summary, then and later."),
+    ] = False,
     normalize: Annotated[
         Literal["softmax", "none"] | None, typer.Option(help="How the summary becomes a distribution.")
     ] = None,
@@ -263,6 +270,8 @@ def distill(
         "validation_runs": validation_runs,
         "alignment": 0.0 if no_alignment else None,
         "augmentation": False if no_augmentation else None,
+        "middle_positions": middle_positions,
+        "inner_dropout": False if no_inner_dropout else None,
         "normalize": normalize,
         "summary": summary,
         **dict.fromkeys(("latent_rank",) if summary == "farzi" else ("user_rank", "position_rank"), rank),
