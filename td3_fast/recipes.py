@@ -34,12 +34,14 @@ class Recipe:
     def improved(self) -> Recipe:
         """The same with what this project found to raise recovery beyond the paper's method."""
         distill = self.distill
-        sizes = {
-            "user_rank": min(distill.users, LARGEST_RANK),
-            "position_rank": min(distill.positions, LARGEST_RANK),
-            "window": -(-distill.inner_steps // 2),
-        }
-        return replace(self, distill=replace(distill, **sizes, **IMPROVEMENTS))
+        improved = replace(
+            distill,
+            user_rank=min(distill.users, LARGEST_RANK),
+            position_rank=min(distill.positions, LARGEST_RANK),
+            window=-(-distill.inner_steps // 2),
+            **IMPROVEMENTS,
+        )
+        return replace(self, distill=improved)
 
     def as_published(self) -> Recipe:
         """The same by the paper's method: without what `improved` brings, which some recipes have to begin with."""
