@@ -59,14 +59,14 @@ def data_fetch(
 @guarded
 def data_check(data: Data, format: Format = None, columns: Columns = None) -> None:
     """Read DATA, and count; a malformed line is named by file, line and column."""
-    from td3_fast.data import check_interactions, fetch, find_dataset, resolve
+    from td3_fast.data import absent, check_interactions, fetch, find_dataset, resolve
 
     source = Path(data)
     if not source.exists():
         try:
             entry = find_dataset(data)
         except LookupError as error:
-            raise FileNotFoundError(f"no file {data!r}, and {error}") from None
+            raise absent(data, error) from None
         if entry.url is None and entry.name == "synthetic":
             say(repr(resolve(data)))
             return

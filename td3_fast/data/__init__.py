@@ -1,7 +1,7 @@
 """Interaction data: reading, splitting, batching, generating."""
 
 from td3_fast.data.batches import Batch, cut_batch, history_csr, sample_negatives, shuffled
-from td3_fast.data.catalogue import DATASETS, Dataset, FetchError, fetch, find_dataset, resolve
+from td3_fast.data.catalogue import DATASETS, Dataset, FetchError, absent, fetch, find_dataset, resolve
 from td3_fast.data.generator import generate_interactions
 from td3_fast.data.interactions import (
     Interactions,
@@ -26,6 +26,7 @@ __all__ = [
     "Interactions",
     "Report",
     "Split",
+    "absent",
     "check_interactions",
     "cut_batch",
     "every_prefix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib
 import re
@@ -147,6 +148,14 @@ def find_dataset(name: str) -> Dataset:
     raise LookupError(f"no data set {name!r}; known are {', '.join(DATASETS)} and amazon-2023-CATEGORY")
 
 
+def absent(name_or_path: str, error: LookupError) -> FileNotFoundError:
+    """What to raise where neither a path nor a data set has this name; `error` is of `find_dataset`."""
+    path = Path(name_or_path)
+    longer = sorted(str(other) for other in path.parent.glob(f"{glob.escape(path.name)}.*"))
+    hint = f"; there is {' and '.join(longer)}" if longer else ""
+    return FileNotFoundError(f"no file {name_or_path!r}, and {error}{hint}")
+
+
 def resolve(
     name_or_path: str | Path,
     *,
@@ -170,7 +179,7 @@ def resolve(
     try:
         entry = find_dataset(str(name_or_path))
     except LookupError as error:
-        raise FileNotFoundError(f"no file {str(name_or_path)!r}, and {error}") from None
+        raise absent(str(name_or_path), error) from None
     if entry.name == "synthetic":
         filters = {key: value for key, value in options.items() if key not in ("format", "columns")}
         return filter_interactions(generate_interactions(seed=SYNTHETIC_SEED), **filters)

@@ -158,6 +158,12 @@ def test_unknown_names_list_the_known_ones() -> None:
         resolve("ml-2k")
 
 
+def test_a_name_that_lacks_an_ending_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "log.inter.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"there is .*log\.inter\.gz"):
+        resolve(tmp_path / "log.inter")
+
+
 def test_any_amazon_category_has_an_entry() -> None:
     entry = find_dataset("amazon-2023-Video_Games")
     assert entry.url is not None
