@@ -36,11 +36,11 @@ def flops(size: tuple[int, int, int], order: int, trained: bool) -> float:
 
     The forward pass: scores, and once differentiated the expected item row, which is the gradient towards
     hidden. Trained items: scores and their gradient. Second order: scores, u and the gradient towards hidden;
-    trained, the row means (3), as much again, and four gradients.
+    trained, scores and the expected cotangent (2), scores and the two parts of u (3), and three gradients.
     """
     rows, n, d = size
     first = 2 + 2 * trained
-    return 2 * rows * n * d * (1, first, first + (10 if trained else 3))[order]
+    return 2 * rows * n * d * (1, first, first + (8 if trained else 3))[order]
 
 
 def make_run(function, size, target, order, dtype, device, *, compute=None):
