@@ -22,7 +22,8 @@ from report import Row
 from torch import Tensor
 
 from td3_fast.data import Split, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller, Semantics
+from td3_fast.distill import DistillConfig, Distiller, Engine, Semantics
+from td3_fast.unroll.inner import ItemEmbedding
 
 TOLERANCE = 1e-3  # relative, of each factor's gradient
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def real_examples(num_items: int) -> Split:
     return leave_one_out(log_of(num_items))
 
 
-def distiller_at(point: Point, engine: str, item_embedding: str) -> Distiller:
+def distiller_at(point: Point, engine: Engine, item_embedding: ItemEmbedding) -> Distiller:
     config = DistillConfig(
         users=point.μ,
         positions=point.ζ,
@@ -84,8 +85,8 @@ def distiller_at(point: Point, engine: str, item_embedding: str) -> Distiller:
         inner_steps=point.M,
         window=point.W,
         trajectories=point.K,
-        engine=engine,  # type: ignore[arg-type]
-        item_embedding=item_embedding,  # type: ignore[arg-type]
+        engine=engine,
+        item_embedding=item_embedding,
         semantics=Semantics(separate_passes=True),
     )
     longest = BASE.ζ * max(max(factors) for factors in FACTORS.values())
@@ -97,7 +98,7 @@ def meta_gradient(distiller: Distiller, window: tuple[int, int]) -> tuple[Tensor
 
 
 @functools.cache
-def warm_up(engine: str, item_embedding: str) -> None:
+def warm_up(engine: Engine, item_embedding: ItemEmbedding) -> None:
     """What libraries set up on their first call belongs to no point."""
     meta_gradient(distiller_at(BASE, engine, item_embedding), (1, 1))
 
@@ -107,9 +108,12 @@ def assert_same_gradient(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -
         assert torch.linalg.vector_norm(a - b) <= TOLERANCE * torch.linalg.vector_norm(b)
 
 
-@pytest.mark.filterwarnings("ignore")  # `higher` warns of its own affairs
 def test_growth(
-    benchmark: Any, point: Point, engine: str, item_embedding: str, add_row: Callable[[Row], None]
+    benchmark: Any,
+    point: Point,
+    engine: Engine,
+    item_embedding: ItemEmbedding,
+    add_row: Callable[[Row], None],
 ) -> None:
     distiller = distiller_at(point, engine, item_embedding)
     warm_up(engine, item_embedding)

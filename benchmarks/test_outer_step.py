@@ -93,7 +93,6 @@ def assert_same_gradient(distiller: Distiller, other: Distiller, window: tuple[i
         assert torch.linalg.vector_norm(a - b) <= TOLERANCE[b.dtype] * torch.linalg.vector_norm(b)
 
 
-@pytest.mark.filterwarnings("ignore")  # peers warn of their own affairs
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_peers_give_the_meta_gradient_of_the_native_engine(
@@ -117,7 +116,6 @@ def test_peers_give_the_meta_gradient_of_the_native_engine(
     assert_same_gradient(native, other, (3, 5))
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_outer_step(

@@ -256,7 +256,7 @@ def distill(
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     if improved:
-        chosen = chosen.improved()
+        chosen = chosen.improved(inner_steps=inner_steps)
     changes: dict[str, Any] = {
         "item_dtype": item_dtype,
         "epochs": epochs,

@@ -88,5 +88,5 @@ def _serve(work: Callable[[Watcher], Any], threads: int, messages: Any, stop: An
     watcher = Watcher(progress=progress, say=lambda text: messages.put(("say", text)), stop=stopped)
     try:
         messages.put(("result", work(watcher)))
-    except Exception as error:
+    except Exception as error:  # whatever it is, the first process raises it again
         messages.put(("error", error))

@@ -31,14 +31,19 @@ class Recipe:
         sizes = {key: self.learner[key] for key in ("max_len", "hidden")}
         return replace(self, learner_name=name, learner=sizes)
 
-    def improved(self) -> Recipe:
-        """The same with what this project found to raise recovery beyond the paper's method."""
+    def improved(self, *, inner_steps: int | None = None) -> Recipe:
+        """The same with what this project found to raise recovery beyond the paper's method.
+
+        inner_steps: instead of the recipe's; half of them are differentiated.
+        """
         distill = self.distill
+        steps = distill.inner_steps if inner_steps is None else inner_steps
         improved = replace(
             distill,
+            inner_steps=steps,
             user_rank=min(distill.users, LARGEST_RANK),
             position_rank=min(distill.positions, LARGEST_RANK),
-            window=-(-distill.inner_steps // 2),
+            window=-(-steps // 2),
             **IMPROVEMENTS,
         )
         return replace(self, distill=improved)

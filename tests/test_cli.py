@@ -364,6 +364,12 @@ def test_the_authors_semantics_run_through(data: Path, tmp_path: Path, undrawn: 
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["ddof"] == 0
 
 
+def test_improvements_differentiate_half_of_the_inner_steps_asked_for() -> None:
+    for steps, window in ((None, 100), (7, 4), (500, 250)):
+        config = RECIPES["ml-100k"].improved(inner_steps=steps).distill
+        assert (config.inner_steps, config.window) == (steps or 200, window)
+
+
 def test_improvements_are_in_what_is_run(data: Path, tmp_path: Path, undrawn: None) -> None:
     result = run("distill", data, *TINY, "--improved", "--validation-runs", "1", "--out", tmp_path)
     assert result.exit_code == 0, result.output

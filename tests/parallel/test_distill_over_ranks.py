@@ -134,7 +134,7 @@ def followed(group: Group, count: int) -> list[tuple[int, int, int]]:
         noted.append((drawn[-1], len(trajectory.examples), taken))
         return objective
 
-    distiller.draw, distiller._objective = note_draw, note_objective  # type: ignore[method-assign]
+    vars(distiller).update(draw=note_draw, _objective=note_objective)
     distiller.meta_gradient(state, window=(3, 5))
     return noted
 
