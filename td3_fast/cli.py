@@ -163,6 +163,10 @@ def distill(
     ] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Differentiated inner steps.")] = None,
     inner_steps: Annotated[int | None, typer.Option(min=1, help="Inner steps at most.")] = None,
+    growth_limit: Annotated[
+        float | None,
+        typer.Option(help="Cuts a window short where the gradient has grown so many times on its way back."),
+    ] = None,
     start: Annotated[
         Literal["pool", "fresh"] | None,
         typer.Option(help="Learners of the outer steps: checkpoints of pretraining, or encoders drawn anew."),
@@ -264,6 +268,7 @@ def distill(
         "window_kind": window_kind,
         "window": window,
         "inner_steps": inner_steps,
+        "growth_limit": growth_limit,
         "start": start,
         "initial": initial,
         "selection": selection,

@@ -56,6 +56,8 @@ Initial = Literal["noise", "sequences"]
 ItemDtype = Literal["float32", "bfloat16"]
 Kind = Literal["tucker", "farzi"]
 
+FIGURES = ("cross_entropy", "alignment", "inner", "window")  # of an outer step, means over its trajectories
+
 
 @dataclass(frozen=True, kw_only=True)
 class Semantics:
@@ -113,6 +115,7 @@ class DistillConfig:
     inner_steps: int = 200  # N
     window: int = 40  # W
     window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
+    growth_limit: float | None = None  # of the adjoint: the window is cut short where its norm has grown so many times
     start: Start = "pool"  # checkpoints of pretraining; "fresh": new encoders, as the summary is used
     initial: Initial = "noise"  # factors to start from; "sequences": of items of real users
     sharpness: float = 2.0  # of these: what an item scores on its own query, in nats
@@ -153,6 +156,10 @@ class DistillConfig:
                 raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.initial == "sequences" and self.summary == "farzi":
             raise ValueError('a Farzi summary starts from noise: use initial="noise"')
+        if self.growth_limit is not None and not self.growth_limit > 1:
+            raise ValueError(f"DistillConfig.growth_limit must be above 1, got {self.growth_limit}")
+        if self.growth_limit is not None and self.engine == "higher":
+            raise ValueError('growth_limit asks for engine="native": "higher" goes back through the whole window')
         if not self.sharpness > 0:
             raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
         if self.positions < 2:
@@ -492,10 +499,10 @@ class Distiller:
             losses.append(loss)
             carried.append(between)
         gradients = torch.autograd.grad(made, factors, torch.stack(cotangents).sum(0) / count)
-        names = ("cross_entropy", "alignment", "inner")
-        shares = {name: sum(loss[name] for loss in losses) / count for name in names}
-        # a process that takes a part of the examples has all of the inner loss
+        shares = {name: sum(loss[name] for loss in losses) / count for name in FIGURES}
+        # a process that takes a part of the examples has all of the inner loop
         shares["inner"] /= self.sharing_examples.size
+        shares["window"] /= self.sharing_examples.size
         gradients, figures = self._over_ranks(gradients, shares)
         if self.config.semantics.reload_learner == "epoch":
             every = self.sharing_trajectories.in_order(carried, count)
@@ -572,8 +579,14 @@ class Distiller:
             self.flat, learner.parameters, self.items
         )
         del learner  # as large as three item tables
-        losses = {"loss": fit + aligned, "cross_entropy": fit, "alignment": aligned, "inner": inner}
-        return loop.pull_back(window, cotangents, mixture), losses, between
+        limit = self.config.growth_limit
+        if limit is not None and self.sharing_examples.size > 1:
+            # all processes go back as far as one would, each with the mean of their cotangents
+            size = self.sharing_examples.size
+            cotangents = tuple(self.sharing_examples.total(c) / size for c in cotangents)
+        gradient = loop.pull_back(window, cotangents, mixture, growth_limit=limit)
+        losses = {"cross_entropy": fit, "alignment": aligned, "inner": inner, "window": float(window.pulled_back)}
+        return gradient, losses, between
 
     def _over_ranks(
         self, gradients: tuple[Tensor, ...], figures: dict[str, float]

@@ -370,6 +370,12 @@ def test_improvements_differentiate_half_of_the_inner_steps_asked_for() -> None:
         assert (config.inner_steps, config.window) == (steps or 200, window)
 
 
+def test_improvements_leave_a_smaller_rate_alone() -> None:
+    recipe = RECIPES["ml-100k"]
+    small = replace(recipe, distill=replace(recipe.distill, summary_lr=0.002))
+    assert (recipe.improved().distill.summary_lr, small.improved().distill.summary_lr) == (0.01, 0.002)
+
+
 def test_improvements_are_in_what_is_run(data: Path, tmp_path: Path, undrawn: None) -> None:
     result = run("distill", data, *TINY, "--improved", "--validation-runs", "1", "--out", tmp_path)
     assert result.exit_code == 0, result.output

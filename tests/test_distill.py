@@ -166,6 +166,8 @@ def test_divergence_is_an_error(split: Split, pretrained: Pretrained) -> None:
         ({"positions": 1}, "at least 2 positions"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"item_embedding": "frozen", "semantics": SEMANTICS["authors"]}, "carry_embeddings"),
+        ({"growth_limit": 1.0}, "growth_limit must be above 1, got 1.0"),
+        ({"growth_limit": 3.0, "engine": "higher"}, 'engine="native"'),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:

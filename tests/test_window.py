@@ -46,6 +46,35 @@ def test_a_checkpointed_window_has_the_bits_of_one_kept_whole(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kept_limit", [2**30, 0])
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_a_window_whose_adjoint_grows_is_cut_short(item_embedding: str, kept_limit: int) -> None:
+    distiller, state = small_distiller(item_embedding=item_embedding, learner_lr=0.1)
+    trajectory = distiller.draw(state, window=(WARM_UP, WINDOW))
+    loop = distiller._inner_loop(trajectory)
+    end = WARM_UP + WINDOW
+
+    def gradient(length: int, growth_limit: float | None = None) -> tuple[Tensor, int]:
+        """Of the last steps, so many; and how many were pulled back."""
+        _, made_of = distiller._mixture([f.detach() for f in state.factors.parameters])
+        learner, _ = loop.run(initial_state(trajectory.start), distiller.items, made_of, until=end - length)
+        learner, window = loop.run_window(learner, distiller.items, made_of, until=end, kept_limit=kept_limit)
+        cotangents = tuple(p.sin() for p in learner.parameters)
+        pulled = loop.pull_back(window, cotangents, made_of, growth_limit=growth_limit)
+        assert not window.steps
+        assert not window.checkpoints
+        return pulled, window.pulled_back
+
+    lengths = set()
+    for limit in (1.5, 4.0, 16.0, 1e9):
+        cut, length = gradient(WINDOW, limit)
+        short, taken = gradient(length)
+        assert taken == length
+        torch.testing.assert_close(cut, short, rtol=1e-12, atol=0)
+        lengths.add(length)
+    assert min(lengths) < max(lengths) == WINDOW
+
+
 @pytest.mark.parametrize(
     ("steps", "limit", "stride"),
     [(40, 40 * 4 * 12, 40), (40, 40 * 4 * 12 - 1, 7), (9, 0, 3), (10, 0, 4), (1, 0, 1), (0, 0, 1)],

@@ -7,6 +7,7 @@ last to first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,17 +195,32 @@ class InnerLoop:
             gradients[1].add_(mixture.embed_transposed(users, first_order[2].detach()))
         return Evaluation(float(loss.detach()), users, tuple(gradients), first_order, sources)
 
-    def pull_back(self, window: Window, cotangents: tuple[Tensor, ...], mixture: ItemMixture) -> Tensor:
+    def pull_back(
+        self,
+        window: Window,
+        cotangents: tuple[Tensor, ...],
+        mixture: ItemMixture,
+        *,
+        growth_limit: float | None = None,
+    ) -> Tensor:
         """The gradient of the tensor that `mixture` was made from, pulled back through a window of steps.
 
-        window: as `run_window` returns it, emptied on the way; cotangents: of the parameters after the last step,
-        overwritten.
+        window: as `run_window` returns it, emptied on the way and told how many steps were pulled back; cotangents: of
+        the parameters after the last step, overwritten.
+        growth_limit: the window is cut short at the step before which the cotangent of the encoder's parameters has
+        more than so many times the norm that it has after the last one. None: never.
         """
         adjoint = [(c, torch.zeros_like(c), torch.zeros_like(c)) for c in cotangents]
+        theta = cotangents[0]
+        limit = math.inf if growth_limit is None else growth_limit * float(torch.linalg.vector_norm(theta))
         while window.steps:
             first = window.steps[0].state.step
             while window.steps:
                 self._pull_back_step(window.steps.pop(), adjoint, mixture)
+                window.pulled_back += 1
+                if growth_limit is not None and not float(torch.linalg.vector_norm(theta)) <= limit:
+                    window.steps.clear()
+                    window.checkpoints.clear()
             if window.checkpoints:
                 state = window.checkpoints.pop()
                 _, window.steps = self._keep_steps(state, window.items, mixture, until=first)

@@ -42,6 +42,7 @@ class Window:
     steps: list[WindowStep]
     checkpoints: list[AdamState]
     items: Tensor  # (n, d), the table where the states hold none
+    pulled_back: int = 0  # steps, so far
 
     @property
     def loss(self) -> float:

@@ -85,6 +85,7 @@ VARIANTS: dict[str, tuple[bool, int | None, dict[str, Any]]] = {
         None,
         {"semantics": Semantics(outer_dropout=True, alignment_dropout=True, separate_passes=True)},
     ),
+    "examples, cut short": (False, None, {"growth_limit": 1.2, "learner_lr": 0.1}),
     # trajectories: of as many processes or fewer each takes some, in turn; else all take examples of each
     "two trajectories": (False, None, {"trajectories": 2}),
     "three trajectories, frozen": (False, None, {"trajectories": 3, "item_embedding": "frozen"}),
@@ -98,6 +99,7 @@ VARIANTS: dict[str, tuple[bool, int | None, dict[str, Any]]] = {
     "items, frozen": (True, None, {"item_embedding": "frozen"}),
     "items, trained, cached": (True, None, {}),
     "items, trained, streamed": (True, 0, {}),
+    "items, cut short": (True, None, {"growth_limit": 1.2, "learner_lr": 0.1}),
     "items, bare product": (True, None, {"normalize": "none"}),
     "items, frozen, bare product": (True, None, {"normalize": "none", "item_embedding": "frozen"}),
     "items, bias of items": (True, None, {"name": "BERT4Rec"}),
