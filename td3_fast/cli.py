@@ -260,7 +260,7 @@ def distill(
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     if improved:
-        chosen = chosen.improved(inner_steps=inner_steps)
+        chosen = chosen.improved(inner_steps=inner_steps, batch_size=batch_size)
     changes: dict[str, Any] = {
         "item_dtype": item_dtype,
         "epochs": epochs,

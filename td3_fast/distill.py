@@ -115,7 +115,9 @@ class DistillConfig:
     inner_steps: int = 200  # N
     window: int = 40  # W
     window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
-    growth_limit: float | None = None  # of the adjoint: the window is cut short where its norm has grown so many times
+    growth_limit: float | None = (
+        None  # of the adjoint: the window is cut short where its norm has grown so many times
+    )
     start: Start = "pool"  # checkpoints of pretraining; "fresh": new encoders, as the summary is used
     initial: Initial = "noise"  # factors to start from; "sequences": of items of real users
     sharpness: float = 2.0  # of these: what an item scores on its own query, in nats
@@ -159,7 +161,9 @@ class DistillConfig:
         if self.growth_limit is not None and not self.growth_limit > 1:
             raise ValueError(f"DistillConfig.growth_limit must be above 1, got {self.growth_limit}")
         if self.growth_limit is not None and self.engine == "higher":
-            raise ValueError('growth_limit asks for engine="native": "higher" goes back through the whole window')
+            raise ValueError(
+                'growth_limit asks for engine="native": "higher" goes back through the whole window'
+            )
         if not self.sharpness > 0:
             raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
         if self.positions < 2:
@@ -585,7 +589,12 @@ class Distiller:
             size = self.sharing_examples.size
             cotangents = tuple(self.sharing_examples.total(c) / size for c in cotangents)
         gradient = loop.pull_back(window, cotangents, mixture, growth_limit=limit)
-        losses = {"cross_entropy": fit, "alignment": aligned, "inner": inner, "window": float(window.pulled_back)}
+        losses = {
+            "cross_entropy": fit,
+            "alignment": aligned,
+            "inner": inner,
+            "window": float(window.pulled_back),
+        }
         return gradient, losses, between
 
     def _over_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -31,20 +32,23 @@ class Recipe:
         sizes = {key: self.learner[key] for key in ("max_len", "hidden")}
         return replace(self, learner_name=name, learner=sizes)
 
-    def improved(self, *, inner_steps: int | None = None) -> Recipe:
+    def improved(self, *, inner_steps: int | None = None, batch_size: int | None = None) -> Recipe:
         """The same with what this project found to raise recovery beyond the paper's method.
 
-        inner_steps: instead of the recipe's; half of them are differentiated.
+        Instead of the recipe's: inner_steps, of which half are differentiated; batch_size, which decides the outer rate
+        where it is small.
         """
         distill = self.distill
         steps = distill.inner_steps if inner_steps is None else inner_steps
+        batch = distill.batch_size if batch_size is None else batch_size
         improved = replace(
             distill,
             inner_steps=steps,
+            batch_size=batch,
             user_rank=min(distill.users, LARGEST_RANK),
             position_rank=min(distill.positions, LARGEST_RANK),
             window=-(-steps // 2),
-            summary_lr=min(distill.summary_lr, LARGEST_RATE),
+            summary_lr=distill.summary_lr * min(1.0, math.sqrt(batch / LARGE_BATCH)),
             **IMPROVEMENTS,
         )
         return replace(self, distill=improved)
@@ -92,11 +96,11 @@ def parse_size(size: str) -> tuple[int, int]:
 # Beyond the paper; it raised NDCG on ml-100k (benchmarks/results). The item table frozen, since a short training on few
 # synthetic users harms it more than it helps the encoder; learners that start and end as those trained on the finished
 # summary do, half of their steps differentiated and none with the noise of dropout; factors that start at sequences of
-# the log; a choice on the full ranking that no single lucky run decides. Ranks as large as the paper tries. Where data
-# are few, the gradient of so long a window explodes in the first epochs, and at rates above this one the summary then
-# goes on to where it always does.
+# the log; a choice on the full ranking that no single lucky run decides. Ranks as large as the paper tries. Where real
+# batches are small, the gradient of so long a window is noisy, and explodes in the first epochs: it is cut short there,
+# and the outer rate falls with the root of the batch, as Adam's should (Malladi et al., 2022, arXiv:2205.10287).
 LARGEST_RANK = 64
-LARGEST_RATE = 0.01
+LARGE_BATCH = 1024
 IMPROVEMENTS: dict[str, Any] = {
     "growth_limit": 3.0,
     "item_embedding": "frozen",

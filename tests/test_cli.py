@@ -370,10 +370,12 @@ def test_improvements_differentiate_half_of_the_inner_steps_asked_for() -> None:
         assert (config.inner_steps, config.window) == (steps or 200, window)
 
 
-def test_improvements_leave_a_smaller_rate_alone() -> None:
+def test_improvements_lower_the_rate_where_real_batches_are_small() -> None:
     recipe = RECIPES["ml-100k"]
-    small = replace(recipe, distill=replace(recipe.distill, summary_lr=0.002))
-    assert (recipe.improved().distill.summary_lr, small.improved().distill.summary_lr) == (0.01, 0.002)
+    for batch_size, share in ((4096, 1.0), (1024, 1.0), (256, 0.5)):
+        improved = recipe.improved(batch_size=batch_size)
+        assert improved == replace(recipe, distill=replace(recipe.distill, batch_size=batch_size)).improved()
+        assert improved.distill.summary_lr == pytest.approx(share * recipe.distill.summary_lr)
 
 
 def test_improvements_are_in_what_is_run(data: Path, tmp_path: Path, undrawn: None) -> None:
