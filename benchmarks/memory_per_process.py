@@ -18,7 +18,8 @@ import torch
 from measuring import MIB, forget_peak, resident
 
 from td3_fast.data import Interactions, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller
+from td3_fast.distill import Distiller
+from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import build_learner
 from td3_fast.parallel import ALONE, Ranks, is_launched, join
 from td3_fast.training import Pretrained

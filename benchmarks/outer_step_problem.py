@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from td3_fast.data import Split
-from td3_fast.distill import DistillConfig, Distiller, DistillState
+from td3_fast.distill import Distiller, DistillState
+from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.training import Pretrained
 

@@ -22,7 +22,8 @@ from report import Row
 from torch import Tensor
 
 from td3_fast.data import Split, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller, Engine, Semantics
+from td3_fast.distill import Distiller
+from td3_fast.distill_config import DistillConfig, Engine, Semantics
 from td3_fast.unroll.inner import ItemEmbedding
 
 TOLERANCE = 1e-3  # relative, of each factor's gradient

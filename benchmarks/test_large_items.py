@@ -17,7 +17,8 @@ from report import Row
 from torch import Tensor
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller
+from td3_fast.distill import Distiller
+from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.training import Pretrained
 

@@ -25,7 +25,8 @@ from report import Row
 from torch import Tensor
 
 from td3_fast.data import generate_interactions, leave_one_out
-from td3_fast.distill import Distiller, Semantics
+from td3_fast.distill import Distiller
+from td3_fast.distill_config import Semantics
 from td3_fast.learners import SASRec
 from td3_fast.ops import DropoutStream
 from td3_fast.recipes import recipe_named

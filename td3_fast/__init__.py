@@ -1,7 +1,7 @@
 """Dataset distillation for sequential recommendation by Tucker decomposition, fast.
 
 The functions `distill`, `evaluate`, `pretrain` and `search` bear the names of the modules they live in and stand before
-them: what else those modules hold is imported from them by name, as in `from td3_fast.distill import DistillConfig`.
+them: what else those modules hold is imported from them by name, as in `from td3_fast.distill import Distiller`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from td3_fast import data, ops
     from td3_fast.data import Interactions, generate_interactions, leave_one_out, load_interactions
-    from td3_fast.distill import DistillConfig, distill
+    from td3_fast.distill import distill
+    from td3_fast.distill_config import DistillConfig
     from td3_fast.evaluate import EvaluateConfig, evaluate, teacher_of
     from td3_fast.learners import (
         NARM,
@@ -75,7 +76,8 @@ __all__ = [
 
 _NAMES = {
     "data": ("Interactions", "generate_interactions", "leave_one_out", "load_interactions"),
-    "distill": ("DistillConfig", "distill"),
+    "distill": ("distill",),
+    "distill_config": ("DistillConfig",),
     "evaluate": ("EvaluateConfig", "evaluate", "teacher_of"),
     "learners": (
         "BERT4Rec",

@@ -34,7 +34,7 @@ from td3_fast.terminal import Interrupted, Interrupts, console, fail, guarded, s
 
 if TYPE_CHECKING:
     from td3_fast.data import Split
-    from td3_fast.distill import DistillConfig
+    from td3_fast.distill_config import DistillConfig
     from td3_fast.evaluate import Row
     from td3_fast.parallel import Ranks
     from td3_fast.recipes import Recipe
@@ -254,7 +254,7 @@ def distill(
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume, overwrite = True, False
     set_threads(threads)
-    from td3_fast.distill import with_semantics
+    from td3_fast.distill_config import with_semantics
     from td3_fast.run import SUMMARY, Run, check_free
 
     chosen = _recipe(recipe, data, size, max_epochs, learner, pretrained)

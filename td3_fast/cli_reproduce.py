@@ -123,7 +123,7 @@ def _cells(table: Table, dataset: str, size: str | None) -> Sequence[Cell]:
 def _recipe(
     recipe: Recipe, table: Table, size: str | None, semantics: Literal["paper", "authors"], improved: bool
 ) -> Recipe:
-    from td3_fast.distill import with_semantics
+    from td3_fast.distill_config import with_semantics
 
     if size is not None:
         recipe = recipe.sized(size)

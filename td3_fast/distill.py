@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from td3_fast.data import Batch, Examples, Split, cut_batch, shuffled
+from td3_fast.data import Split, shuffled
+from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.initial import summary_of_sequences, training_sequences
-from td3_fast.learners import FlatParameters, Learner
+from td3_fast.learners import FlatParameters
+from td3_fast.objective import OuterObjective
 from td3_fast.ops import (
-    DropoutStream,
     derive_seed,
     seeded_generator,
 )
-from td3_fast.parallel import ALONE, WHOLE, Group, ItemTables, Ranks, item_tables
+from td3_fast.parallel import ALONE, Group, Ranks, item_tables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import (
     FarziSummary,
@@ -31,15 +31,12 @@ from td3_fast.summary import (
     TrainingRecipe,
     TuckerSummary,
 )
-from td3_fast.training import SELECTION_METRIC, Pretrained, Protocol, Ranker, fresh_like
+from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker, fresh_like
 from td3_fast.unroll import (
-    CACHED_PROBABILITIES_LIMIT,
-    KEPT_STATES_LIMIT,
     AdamConfig,
     AdamState,
     FixedEmbeddings,
     InnerLoop,
-    ItemEmbedding,
     ItemMixture,
     adam_step_,
     fit_on_summary,
@@ -49,162 +46,7 @@ from td3_fast.unroll import (
     pull_back_with_higher,
 )
 
-Window = Literal["random", "fixed", "full"]
-Engine = Literal["native", "higher"]
-Start = Literal["pool", "fresh"]
-Initial = Literal["noise", "sequences"]
-ItemDtype = Literal["float32", "bfloat16"]
-Kind = Literal["tucker", "farzi"]
-
 FIGURES = ("cross_entropy", "alignment", "inner", "window")  # of an outer step, means over its trajectories
-
-
-@dataclass(frozen=True, kw_only=True)
-class Semantics:
-    """Where the released program departs from the paper, one switch each; the defaults follow the paper.
-
-    Two are approximations of the program. Its alignment features are those of pretraining's own passes, at weights
-    that differ from batch to batch; here they are passes of the finished model with dropout. And `carry_embeddings`
-    hands the item table from run to run, but not from the learner of the distillation to the first run.
-    """
-
-    reload_learner: Literal["step", "epoch"] = (
-        "step"  # "epoch": the warm-up steps of one outer step carry to the next
-    )
-    alignment_dropout: bool = False  # features of the pretrained model from passes with dropout
-    outer_dropout: bool = False  # dropout in the pass over real examples
-    validation_dropout: bool = False  # dropout on while the epochs' summaries are compared
-    redraw_negatives: bool = False  # at each evaluation
-    shuffle: bool = True  # a new order of the real examples in each epoch
-    restart_batches: bool = False  # the cycle of synthetic users starts over at the window
-    separate_passes: bool = False  # an encoder pass for each inner target, with its own dropout
-    carry_embeddings: bool = False  # evaluation runs start from the item table that the last one left
-    ddof: int = 1  # of reported standard deviations
-
-
-SEMANTICS = {
-    "paper": Semantics(),
-    "authors": Semantics(
-        reload_learner="epoch",
-        alignment_dropout=True,
-        outer_dropout=True,
-        validation_dropout=True,
-        redraw_negatives=True,
-        shuffle=False,
-        restart_batches=True,
-        separate_passes=True,
-        carry_embeddings=True,
-        ddof=0,
-    ),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Everything that a distillation depends on, besides the data, the pretrained model and the seed."""
-
-    users: int  # synthetic users, μ
-    positions: int  # of each, ζ
-    user_rank: int  # d1
-    position_rank: int  # d2
-    batch_size: int  # real examples per outer step
-    users_per_step: int  # synthetic users per inner step
-    summary_lr: float  # α
-    learner_lr: float  # η
-    epochs: int = 30
-    inner_steps: int = 200  # N
-    window: int = 40  # W
-    window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
-    growth_limit: float | None = (
-        None  # of the adjoint: the window is cut short where its norm has grown so many times
-    )
-    start: Start = "pool"  # checkpoints of pretraining; "fresh": new encoders, as the summary is used
-    initial: Initial = "noise"  # factors to start from; "sequences": of items of real users
-    sharpness: float = 2.0  # of these: what an item scores on its own query, in nats
-    summary_weight_decay: float = 1e-4
-    learner_weight_decay: float = 5e-5
-    max_norm: float = 1.0
-    alignment: float = 1.0  # weight of feature space alignment, 0 switches it off
-    augmentation: bool = True
-    middle_positions: int = 1  # targets of augmentation, of each synthetic user in each inner step
-    inner_dropout: bool = True  # in training on the summary
-    item_embedding: ItemEmbedding = "trained"
-    item_dtype: ItemDtype = "float32"  # a frozen table can be kept in bfloat16, once for all its uses
-    normalize: Literal["softmax", "none"] = "softmax"
-    engine: Engine = "native"
-    semantics: Semantics = field(default_factory=Semantics)
-    selection: Protocol = "uni100"
-    validation_runs: int = 1
-    micro_batch: int = 1024  # real examples per pass, shortest histories first
-    summary: Kind = "tucker"
-    latent_rank: int = 32  # of a Farzi summary, which has no other rank
-    trajectories: int = 1  # learners per outer step, whose meta-gradients are averaged
-    memory_limit: int | None = (
-        None  # bytes above data and libraries; decides on `Limits`, see `td3_fast.memory`
-    )
-
-    def __post_init__(self) -> None:
-        counts = ("users", "user_rank", "position_rank", "batch_size", "users_per_step", "epochs", "window")
-        more = (
-            "inner_steps",
-            "validation_runs",
-            "micro_batch",
-            "latent_rank",
-            "trajectories",
-            "middle_positions",
-        )
-        for name in (*counts, *more):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if self.initial == "sequences" and self.summary == "farzi":
-            raise ValueError('a Farzi summary starts from noise: use initial="noise"')
-        if self.growth_limit is not None and not self.growth_limit > 1:
-            raise ValueError(f"DistillConfig.growth_limit must be above 1, got {self.growth_limit}")
-        if self.growth_limit is not None and self.engine == "higher":
-            raise ValueError(
-                'growth_limit asks for engine="native": "higher" goes back through the whole window'
-            )
-        if not self.sharpness > 0:
-            raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
-        if self.positions < 2:
-            raise ValueError(f"a summary needs at least 2 positions to predict one, got {self.positions}")
-        if self.window > self.inner_steps and self.window_kind != "full":
-            raise ValueError(
-                f"the window ({self.window}) cannot be longer than the inner loop ({self.inner_steps}): "
-                "shorten `window` or raise `inner_steps`"
-            )
-        if self.semantics.carry_embeddings and self.item_embedding == "frozen":
-            raise ValueError(
-                'carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry'
-            )
-        if self.item_dtype == "bfloat16" and (self.item_embedding, self.engine) != ("frozen", "native"):
-            raise ValueError(
-                'item_dtype="bfloat16" asks for item_embedding="frozen" and engine="native": a table that is trained '
-                "needs more digits"
-            )
-
-        if self.memory_limit is not None and self.engine == "higher":
-            raise ValueError(
-                'memory_limit asks for engine="native": "higher" keeps what it differentiates whole'
-            )
-
-    def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
-        """(warm-up steps, differentiated steps) of one outer step."""
-        if self.window_kind == "full":
-            return 0, self.inner_steps
-        latest = self.inner_steps - self.window
-        if self.window_kind == "fixed":
-            return latest, self.window
-        return int(torch.randint(latest + 1, (), generator=generator)), self.window
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Of what may be kept or taken at once; what lies beyond is recomputed, or taken in parts."""
-
-    micro_batch: int  # real examples per pass
-    kept_states: int = KEPT_STATES_LIMIT  # bytes of the states and gradients of a window
-    cached_probabilities: int = CACHED_PROBABILITIES_LIMIT  # bytes, their gradient included
 
 
 @dataclass(kw_only=True)
@@ -233,92 +75,6 @@ class Trajectory:
     differentiated: int
     examples: np.ndarray  # (batch,) indices
     seed: int
-
-
-class OuterObjective:
-    """Cross-entropy of the next item plus alignment of features, on one batch of real examples.
-
-    Of a group of processes each takes its share of the micro-batches: losses and gradients add up to those of all.
-    """
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        teacher: Learner,
-        flat: FlatParameters,
-        examples: Examples,
-        index: np.ndarray,
-        *,
-        seed: int,
-        micro_batch: int,
-        tables: ItemTables = WHOLE,
-        sharing: Group | None = None,
-    ) -> None:
-        self._config = config
-        self._tables = tables
-        self._flat = flat
-        self._teacher_parameters = flat.gather(teacher.state_dict())
-        self._teacher_items = teacher.item_embeddings.detach()
-        self._count = len(index)
-        by_length = index[np.argsort(examples.lengths[index], kind="stable")]
-        sharing = sharing or Group()
-        size = micro_batch
-        # masks are drawn by micro-batch, so where there are some, micro-batches stay as they are in one process
-        if not (config.semantics.outer_dropout or config.semantics.alignment_dropout):
-            size = min(size, -(-len(index) // sharing.size))
-        firsts = list(enumerate(range(0, len(index), size)))
-        self.parts = [
-            (i, cut_batch(examples, by_length[first : first + size], teacher.max_len))
-            for i, first in firsts[sharing.rank :: sharing.size]
-        ]
-        self._seed = seed
-
-    def _dropout(self, switch: bool, *path: int | str) -> DropoutStream | None:
-        return DropoutStream(derive_seed(self._seed, *path)) if switch else None
-
-    def losses(self, encode: Callable[..., Tensor], items: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each micro-batch of this process its share of the cross-entropy and of the alignment."""
-        semantics = self._config.semantics
-        for i, part in self.parts:
-            batch = Batch(*(t.to(items.device) for t in part))
-            positions = (batch.lengths - 1).unsqueeze(1)
-            embeds = self._tables.look_up(batch.histories, items)
-            hidden = encode(
-                embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)
-            ).squeeze(1)
-            share = len(batch.targets) / self._count
-            fit = self._tables.item_cross_entropy(hidden, items, batch.targets).mean() * share
-            aligned = hidden.new_zeros(())
-            if self._config.alignment:
-                with torch.no_grad():
-                    dropout = self._dropout(semantics.alignment_dropout, "teacher", i)
-                    known = self._tables.look_up(batch.histories, self._teacher_items)
-                    features = self._flat.encode(
-                        self._teacher_parameters, known, positions, dropout=dropout
-                    ).squeeze(1)
-                aligned = F.mse_loss(hidden, features) * (share * self._config.alignment)
-            yield fit, aligned
-
-    def gradient(
-        self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor
-    ) -> tuple[float, float, tuple[Tensor, ...]]:
-        """Cross-entropy, alignment, and the gradient of their sum with respect to the parameters."""
-        leaves = [p.detach().requires_grad_() for p in parameters]
-        table = leaves[1] if len(leaves) > 1 else items
-        total = [torch.zeros_like(p) for p in parameters]
-        fit = aligned = 0.0
-
-        def encode(embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None) -> Tensor:
-            return flat.encode(leaves[0], embeds, positions, dropout=dropout)
-
-        for part_fit, part_aligned in self.losses(encode, table):
-            for sum_, gradient in zip(
-                total, torch.autograd.grad(part_fit + part_aligned, leaves), strict=True
-            ):
-                sum_ += gradient
-            fit += float(part_fit.detach())
-            aligned += float(part_aligned.detach())
-        return fit, aligned, tuple(total)
 
 
 class Distiller:
@@ -817,11 +573,3 @@ def for_item_embedding(pretrained: Pretrained, config: DistillConfig) -> Pretrai
             'pretrain with pool_items=True, or take item_embedding="frozen" or start="fresh"'
         )
     return pretrained
-
-
-def with_semantics(config: DistillConfig, name: Literal["paper", "authors"]) -> DistillConfig:
-    """`config` under the paper's or the released program's semantics; the latter trains the item table."""
-    changes: dict[str, Any] = {"semantics": SEMANTICS[name]}
-    if name == "authors":
-        changes["item_embedding"] = "trained"
-    return replace(config, **changes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from td3_fast.distill import SEMANTICS, Semantics
+from td3_fast.distill_config import SEMANTICS, Semantics
 from td3_fast.paper import Cell
 
 FAULTS = "faults"

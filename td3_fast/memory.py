@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from td3_fast.data import Batch, Split
-from td3_fast.distill import DistillConfig, Limits, OuterObjective
+from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.learners import FlatParameters, build_learner
 from td3_fast.live_bytes import LiveBytes
+from td3_fast.objective import OuterObjective
 from td3_fast.ops import kept_score_bytes
 from td3_fast.training import RANKED_AT_ONCE
 from td3_fast.unroll import (

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from td3_fast.distill import DistillConfig
+from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import learner_named
 from td3_fast.pretrain import PretrainConfig
 from td3_fast.training import FitConfig

@@ -26,7 +26,8 @@ from td3_fast.checkpoint import (
     save_pretrained,
 )
 from td3_fast.data import Split
-from td3_fast.distill import DistillState, Semantics, distill, for_item_embedding
+from td3_fast.distill import DistillState, distill, for_item_embedding
+from td3_fast.distill_config import Semantics
 from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teacher_of
 from td3_fast.learners import Learner, build_learner
 from td3_fast.metrics import mean_and_sd

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import SEMANTICS, DistillConfig, Distiller, Semantics, distill, with_semantics
+from td3_fast.distill import Distiller, distill
+from td3_fast.distill_config import SEMANTICS, DistillConfig, Semantics, with_semantics
 from td3_fast.evaluate import teacher_of
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.pretrain import PretrainConfig, pretrain

@@ -23,6 +23,8 @@ LAYERS = (
     {"faults", "figures", "recipes", "search"},
     {"memory"},
     {"distill", "pretrain", "evaluate"},
+    {"objective"},
+    {"distill_config"},
     {"training", "export", "initial"},
     {"unroll", "sampled_softmax"},
     {"summary"},

@@ -11,7 +11,8 @@ import torch
 
 from td3_fast.checkpoint import Checkpoint, load_checkpoint, load_pretrained, save_checkpoint, save_pretrained
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller, distill, for_item_embedding
+from td3_fast.distill import Distiller, distill, for_item_embedding
+from td3_fast.distill_config import DistillConfig
 from td3_fast.evaluate import EvaluateConfig, evaluate, teacher_of
 from td3_fast.learners import LEARNERS, build_learner
 from td3_fast.pretrain import PretrainConfig, PretrainState, pretrain

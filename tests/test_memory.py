@@ -14,7 +14,7 @@ from test_unroll import small_distiller
 
 from td3_fast.cli_data import parse_bytes
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import DistillConfig
+from td3_fast.distill_config import DistillConfig
 from td3_fast.live_bytes import LiveBytes
 from td3_fast.memory import MIB, MemoryLimitError, MemoryPlan, plan_memory
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from td3_fast.cli import app
 from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
-from td3_fast.distill import Semantics
+from td3_fast.distill_config import Semantics
 from td3_fast.faults import FROZEN, MEANINGS, fault_cells
 from td3_fast.figures import Figure
 from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables

@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_unroll import small_distiller
 
-from td3_fast.distill import Distiller, DistillState, Semantics, Trajectory
+from td3_fast.distill import Distiller, DistillState, Trajectory
+from td3_fast.distill_config import Semantics
 
 COUNT = 3
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from td3_fast.data import generate_interactions, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller, DistillState, Semantics
+from td3_fast.distill import Distiller, DistillState
+from td3_fast.distill_config import DistillConfig, Semantics
 from td3_fast.learners import LEARNERS, build_learner
 from td3_fast.training import Pretrained
 from td3_fast.unroll import (

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import DistillConfig, Distiller
+from td3_fast.distill import Distiller
+from td3_fast.distill_config import DistillConfig
 from td3_fast.evaluate import popularity_scores
 from td3_fast.learners import LEARNERS, FlatParameters, Learner, build_learner
 from td3_fast.ops import DropoutStream
