@@ -178,6 +178,10 @@ def distill(
     selection: Annotated[
         Literal["full", "uni100"] | None, typer.Option(help="Protocol that chooses the best summary.")
     ] = None,
+    criterion: Annotated[
+        Literal["MRR@10", "cross_entropy"] | None,
+        typer.Option(help="Validation figure that chooses it; cross-entropy is the less noisy one."),
+    ] = None,
     validation_runs: Annotated[
         int | None, typer.Option(min=1, help="Learners trained and averaged for that choice.")
     ] = None,
@@ -272,6 +276,7 @@ def distill(
         "start": start,
         "initial": initial,
         "selection": selection,
+        "criterion": criterion,
         "validation_runs": validation_runs,
         "alignment": 0.0 if no_alignment else None,
         "augmentation": False if no_augmentation else None,

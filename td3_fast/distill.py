@@ -46,6 +46,7 @@ from td3_fast.unroll import (
     pull_back_with_higher,
 )
 
+VALIDATION_LOSS = "validation_cross_entropy"
 FIGURES = ("cross_entropy", "alignment", "inner", "window")  # of an outer step, means over its trajectories
 
 
@@ -455,7 +456,10 @@ class Distiller:
             dropout_seed = (
                 derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
             )
-            runs.append(ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection])
+            metrics = ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection]
+            if config.criterion == "cross_entropy":
+                metrics[VALIDATION_LOSS] = ranker.cross_entropy(learner, dropout_seed=dropout_seed)
+            runs.append(metrics)
         return self.ranks.everyone.first_of(mean_of(runs))
 
     def fit_options(self) -> dict[str, Any]:
@@ -503,8 +507,10 @@ class Distiller:
         epoch = state.step // self.steps_per_epoch
         state.history.append({"epoch": epoch, **mean_of(state.losses), **metrics})
         state.losses.clear()
-        if metrics[SELECTION_METRIC] > state.best_score:
-            state.best_score, state.best_epoch = metrics[SELECTION_METRIC], epoch
+        by_loss = self.config.criterion == "cross_entropy"
+        score = -metrics[VALIDATION_LOSS] if by_loss else metrics[SELECTION_METRIC]
+        if score > state.best_score:
+            state.best_score, state.best_epoch = score, epoch
             state.best = tuple(p.clone() for p in state.factors.parameters)
 
 
@@ -545,8 +551,9 @@ def distill(
 ) -> tuple[Summary, DistillState]:
     """Distil the training part of `split` into a summary of `config.users` × `config.positions`.
 
-    Returns the summary of the epoch with the best validation MRR@10, with all that it needs to be saved and evaluated,
-    and the final state with the history. `state` continues an interrupted run, with the bits of an unbroken one.
+    Returns the summary of the epoch that is the best by `config.criterion` on the validation part, with all that it
+    needs to be saved and evaluated, and the final state with the history. `state` continues an interrupted run, with
+    the bits of an unbroken one.
     ranks: as for `Distiller`; where item tables are split, the summary has this process's rows of its item factors.
     Source: TD3 (WWW '25), Algorithm 1.
     """

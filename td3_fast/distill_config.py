@@ -16,6 +16,7 @@ Start = Literal["pool", "fresh"]
 Initial = Literal["noise", "sequences"]
 ItemDtype = Literal["float32", "bfloat16"]
 Kind = Literal["tucker", "farzi"]
+Criterion = Literal["MRR@10", "cross_entropy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,9 @@ class DistillConfig:
     engine: Engine = "native"
     semantics: Semantics = field(default_factory=Semantics)
     selection: Protocol = "uni100"
+    criterion: Criterion = (
+        "MRR@10"  # of the learners whose mean chooses the best epoch, on the validation part
+    )
     validation_runs: int = 1
     micro_batch: int = 1024  # real examples per pass, shortest histories first
     summary: Kind = "tucker"

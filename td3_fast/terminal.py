@@ -36,6 +36,7 @@ FIGURES = {
     "gradient_norm": "gradient norm",
     "NDCG@10": "validation NDCG@10",
     "MRR@10": "MRR@10",
+    "validation_cross_entropy": "validation cross-entropy",
 }
 
 

@@ -328,6 +328,7 @@ def test_every_switch_reaches_the_summary(data: Path, tmp_path: Path, undrawn: N
         "--item-embedding", "frozen", "--window-kind", "fixed", "--no-alignment", "--no-augmentation",
         "--users-per-step", "2", "--summary-lr", "0.02", "--learner-lr", "0.004", "--normalize", "none",
         "--engine", "higher", "--start", "fresh", "--selection", "full", "--validation-runs", "2",
+        "--criterion", "cross_entropy",
         "--threads", "1", "--seed", "7",
     ]  # fmt: skip
     result = run("distill", data, *TINY, "--epochs", "1", *switches, "--out", tmp_path)
@@ -343,6 +344,7 @@ def test_every_switch_reaches_the_summary(data: Path, tmp_path: Path, undrawn: N
         "start": "fresh",
         "selection": "full",
         "validation_runs": 2,
+        "criterion": "cross_entropy",
         "alignment": 0.0,
         "augmentation": False,
         "users_per_step": 2,

@@ -131,6 +131,14 @@ def test_outer_loss_falls(split: Split, pretrained: Pretrained) -> None:
     assert state.best_score == state.history[best]["MRR@10"]
 
 
+def test_cross_entropy_may_choose_the_best_epoch(split: Split, pretrained: Pretrained) -> None:
+    config = replace(CONFIG, epochs=6, item_embedding="frozen", criterion="cross_entropy", validation_runs=2)
+    _, state = distill(split, pretrained, config, seed=0)
+    losses = [entry["validation_cross_entropy"] for entry in state.history]
+    assert state.best_epoch == 1 + losses.index(min(losses))
+    assert state.best_score == -min(losses)
+
+
 @pytest.mark.parametrize(
     "switch",
     [

@@ -173,6 +173,20 @@ def test_training_stops_when_validation_does_and_keeps_the_best_epoch(split: Spl
     assert ranker.metrics(model)["uni100"]["MRR@10"] == pytest.approx(state.best_score)
 
 
+@pytest.mark.parametrize("batch_size", [7, 4096])
+def test_the_cross_entropy_of_examples(split: Split, batch_size: int) -> None:
+    model = learner(split)
+    examples = split.validation
+    index = np.arange(len(examples))
+    histories, lengths, targets = cut_batch(examples, index, model.max_len)
+    with torch.no_grad():
+        hidden = model.encode(model.item_embeddings[histories], (lengths - 1).unsqueeze(1)).squeeze(1)
+        scores = hidden @ model.item_embeddings.T
+    expected = torch.nn.functional.cross_entropy(scores, targets)
+    actual = Ranker(examples, seed=0, protocols=()).cross_entropy(model, batch_size=batch_size)
+    assert actual == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_fresh_learner_shares_tables_only(split: Split) -> None:
     model = learner(split)
     fresh = fresh_like(model, seed=9)
