@@ -96,10 +96,9 @@ def parse_size(size: str) -> tuple[int, int]:
 # Beyond the paper; it raised NDCG on ml-100k (benchmarks/results). The item table frozen, since a short training on few
 # synthetic users harms it more than it helps the encoder; learners that start and end as those trained on the finished
 # summary do, half of their steps differentiated and none with the noise of dropout; factors that start at sequences of
-# the log; a choice by cross-entropy over all items, where one by ranks took early epochs that were lucky. Ranks up to
-# the paper's largest. Where real batches are small, the gradient of so long a window is noisy, and explodes in the first
-# epochs: it is cut short there, and the outer rate falls with the root of the batch, as Adam's should (Malladi et al.,
-# 2022, arXiv:2205.10287).
+# the log; a choice on the full ranking that no single lucky run decides. Ranks as large as the paper tries. Where real
+# batches are small, the gradient of so long a window is noisy, and explodes in the first epochs: it is cut short there,
+# and the outer rate falls with the root of the batch, as Adam's should (Malladi et al., 2022, arXiv:2205.10287).
 LARGEST_RANK = 64
 LARGE_BATCH = 1024
 IMPROVEMENTS: dict[str, Any] = {
@@ -110,7 +109,6 @@ IMPROVEMENTS: dict[str, Any] = {
     "inner_dropout": False,
     "initial": "sequences",
     "selection": "full",
-    "criterion": "cross_entropy",
     "validation_runs": 5,
 }
 
