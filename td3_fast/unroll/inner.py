@@ -7,7 +7,6 @@ last to first.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -212,13 +211,13 @@ class InnerLoop:
         """
         adjoint = [(c, torch.zeros_like(c), torch.zeros_like(c)) for c in cotangents]
         theta = cotangents[0]
-        limit = math.inf if growth_limit is None else growth_limit * float(torch.linalg.vector_norm(theta))
+        limit = None if growth_limit is None else growth_limit * float(torch.linalg.vector_norm(theta))
         while window.steps:
             first = window.steps[0].state.step
             while window.steps:
                 self._pull_back_step(window.steps.pop(), adjoint, mixture)
                 window.pulled_back += 1
-                if growth_limit is not None and not float(torch.linalg.vector_norm(theta)) <= limit:
+                if limit is not None and not float(torch.linalg.vector_norm(theta)) <= limit:
                     window.steps.clear()
                     window.checkpoints.clear()
             if window.checkpoints:
