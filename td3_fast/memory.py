@@ -200,14 +200,14 @@ def _plan(
     last = window - checkpoints * stride
     state, kept = 3 * (theta + moving), TENSORS_PER_STEP * moving
     # the kernels keep scores only for the derivative by the table
-    scores = kept_score_bytes(users * rows, num_items, size) if trained else 0
+    scores = kept_score_bytes(users * rows, num_items, twin.width, size) if trained else 0
     graph = twin.step - TENSORS_PER_STEP * theta + scores
     noted = 2 * window * table if cached else 0
     waiting = min(noted, NOTED_LIMIT + table)
 
     micro = min(limits.micro_batch, config.batch_size, len(split.train))
     histories = min(config.batch_size, len(split.train)) * (twin.length + 2) * 8
-    scores = kept_score_bytes(micro, num_items, size) if trained else 0
+    scores = kept_score_bytes(micro, num_items, twin.width, size) if trained else 0
     real = int(twin.real[0] + twin.real[1] * micro) + scores
 
     always = {

@@ -13,10 +13,13 @@ void backward(const Rows<T>& r,
   constexpr int64_t P = kPanel<T>;
   const Tile<T>& t = tile<T>();
   const bool sums_rows = grad_keys.defined() || grad_values.defined();
-  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank, sums_rows, r.items);
+  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank, sums_rows);
   const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> query_sums = grad_queries.defined() ? ChunkSums<T>(plan, r.rank) : ChunkSums<T>();
-  const Scratch<T> query_columns = grad_keys.defined() ? pack_columns<T>(r.queries) : Scratch<T>();
+  // Without values grad_scores = p shift: the query rows take the shift, and p is summed as it is.
+  const bool needs_grad = r.values.present() || grad_queries.defined();
+  const Scratch<T> query_columns =
+      grad_keys.defined() ? pack_columns<T>(r.queries, needs_grad ? nullptr : r.shift.data()) : Scratch<T>();
   const Scratch<T> grad_columns = grad_values.defined() ? pack_columns<T>(r.grad_embedding) : Scratch<T>();
 
   const int64_t scratch_size = (2 * kGroup + 1) * slot + r.keys.scratch_size(step) +
@@ -41,14 +44,14 @@ void backward(const Rows<T>& r,
       const int64_t count = std::min(step, end - begin);
       const T* key = r.keys.tile(begin, count, key_scratch);
       const T* value = r.values.tile(begin, count, value_scratch);
-      TileSums<T> to_keys(key_sums, grad_keys.defined() ? r.rank : 0, count);
-      TileSums<T> to_values(value_sums, grad_values.defined() ? r.width : 0, count);
+      TileSums<T> to_keys = r.sums_of_tile(grad_keys, begin, count, key_sums, accumulate_tables);
+      TileSums<T> to_values = r.sums_of_tile(grad_values, begin, count, value_sums, accumulate_tables);
       for (int64_t group = first; group < last; group += kGroup) {
         const int64_t group_end = std::min(group + kGroup, last);
-        const T* p_first = nullptr;
         for (int64_t panel = group; panel < group_end; ++panel) {
-          const T* p = r.probabilities(panel, begin, count, key, p_slots + (panel - group) * slot);
-          if (panel == group) p_first = p;
+          T* p = p_slots + (panel - group) * slot;
+          r.probabilities(panel, begin, count, key, p);
+          if (!needs_grad) continue;
           T* grad = grad_slots + (panel - group) * slot;
           t.grad_scores(p, r.value_grads(panel, count, value, w_slot), count, r.shift.data() + panel * P,
                         grad);
@@ -58,15 +61,13 @@ void backward(const Rows<T>& r,
           }
         }
         const int64_t group_rows = std::min(group_end * P, r.rows) - group * P;
-        if (grad_keys.defined()) to_keys.add(grad_slots, slot, group * P, group_rows, query_columns, r.rows);
-        if (grad_values.defined()) {
-          to_values.add(p_first, r.probabilities_panel(step), group * P, group_rows, grad_columns, r.rows);
+        if (grad_keys.defined()) {
+          to_keys.add(needs_grad ? grad_slots : p_slots, slot, group * P, group_rows, query_columns, r.rows);
         }
+        if (grad_values.defined()) to_values.add(p_slots, slot, group * P, group_rows, grad_columns, r.rows);
       }
-      if (grad_keys.defined())
-        to_keys.write(grad_keys.mutable_data_ptr<T>() + begin * r.rank, accumulate_tables);
-      if (grad_values.defined())
-        to_values.write(grad_values.mutable_data_ptr<T>() + begin * r.width, accumulate_tables);
+      to_keys.finish();
+      to_values.finish();
     }
   });
   if (grad_queries.defined()) query_sums.write(grad_queries);

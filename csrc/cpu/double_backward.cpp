@@ -51,7 +51,7 @@ template <typename T>
 void row_means(const Cotangents<T>& c, const std::vector<bool>& wanted, const Scratch<T>& means) {
   constexpr int64_t P = kPanel<T>;
   const Rows<T>& r = c.r;
-  const Plan plan = make_plan<T>(r.panels(), r.items, kRowSums, false, r.items);
+  const Plan plan = make_plan<T>(r.panels(), r.items, kRowSums, false);
   const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> sums(plan, kRowSums);
   const int64_t scratch_size = 4 * slot + c.scratch_size(step);
@@ -62,7 +62,7 @@ void row_means(const Cotangents<T>& c, const std::vector<bool>& wanted, const Sc
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     Cursor<T> cursor{scratch.data() + worker * scratch_size};
-    T *p_slot = cursor.take(slot), *w_slot = cursor.take(slot);
+    T *p = cursor.take(slot), *w_slot = cursor.take(slot);
     T *u_slot = cursor.take(slot), *s_slot = cursor.take(slot);
     for (int64_t begin = plan.chunks.begin(chunk), end = plan.chunks.begin(chunk + 1); begin < end;
          begin += step) {
@@ -70,7 +70,7 @@ void row_means(const Cotangents<T>& c, const std::vector<bool>& wanted, const Sc
       const TableTiles<T> tables(c, begin, count, step, cursor);
       for (int64_t panel = first; panel < last; ++panel) {
         if (!wanted[panel]) continue;
-        const T* p = r.probabilities(panel, begin, count, tables.key, p_slot);
+        r.probabilities(panel, begin, count, tables.key, p);
         const T* w = r.value_grads(panel, count, tables.value, w_slot);
         c.u(panel, count, tables.key, tables.grad_grad_key, u_slot);
         const T* s = c.s(panel, count, tables.grad_grad_value, s_slot);
@@ -108,7 +108,7 @@ template <typename T>
 ExpectedKeys<T>::ExpectedKeys(const Cotangents<T>& c) : largest(c.r.panels() * P) {
   const Rows<T>& r = c.r;
   const Tile<T>& t = tile<T>();
-  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank, false, r.items);
+  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank, false);
   const int64_t step = tile_items(r.rank, kForwardTile), slot = step * P;
   rows = ChunkSums<T>(plan, r.rank);
   const ChunkSums<T> largest_of_chunks(plan, 1);
@@ -120,13 +120,13 @@ ExpectedKeys<T>::ExpectedKeys(const Cotangents<T>& c) : largest(c.r.panels() * P
     const int64_t first = range * plan.panels_per_task,
                   last = std::min(first + plan.panels_per_task, plan.panels);
     Cursor<T> cursor{scratch.data() + worker * scratch_size};
-    T* p_slot = cursor.take(slot);
+    T* p = cursor.take(slot);
     for (int64_t begin = plan.chunks.begin(chunk), end = plan.chunks.begin(chunk + 1); begin < end;
          begin += step) {
       const int64_t count = std::min(step, end - begin);
       const TableTiles<T> tables(c, begin, count, step, cursor);
       for (int64_t panel = first; panel < last; ++panel) {
-        const T* p = r.probabilities(panel, begin, count, tables.key, p_slot);
+        r.probabilities(panel, begin, count, tables.key, p);
         t.largest(p, count, largest_of_chunks.at(chunk, panel));
         t.product(tables.grad_grad_key, r.rank, Walk::kColumns, r.rank, count, p, rows.at(chunk, panel),
                   r.lanes(panel), true);
@@ -184,19 +184,22 @@ void double_backward(const Cotangents<T>& c,
   const Tile<T>& t = tile<T>();
   const Rows<T>& r = c.r;
   const bool sums_rows = grad_keys.defined() || grad_values.defined();
-  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank + r.width, sums_rows, r.items);
+  const Plan plan = make_plan<T>(r.panels(), r.items, r.rank + r.width, sums_rows);
   const int64_t step = tile_items(std::max(r.rank, r.width), kTile), slot = step * P;
   const ChunkSums<T> query_sums = grad_queries.defined() ? ChunkSums<T>(plan, r.rank) : ChunkSums<T>();
   const ChunkSums<T> grad_sums = grad_grad_embedding.defined() ? ChunkSums<T>(plan, r.width) : ChunkSums<T>();
   const bool needs_b = grad_queries.defined() || grad_keys.defined();
   const bool adds_grad_grad_keys =
       grad_queries.defined() && c.grad_grad_keys.present() && expected == nullptr;
-  const bool needs_grad = adds_grad_grad_keys || (grad_keys.defined() && c.grad_grad_queries.defined());
+  const bool grad_to_keys = grad_keys.defined() && c.grad_grad_queries.defined();
+  // Without values grad_scores = p shift: the rows of grad_grad_queries take the shift, and p is summed as it
+  // is.
+  const bool sums_p = grad_to_keys && !adds_grad_grad_keys && !r.values.present();
+  const bool needs_grad = adds_grad_grad_keys || (grad_to_keys && !sums_p);
   const bool needs_centred = grad_values.defined() || grad_grad_embedding.defined();
   const Scratch<T> query_columns = grad_keys.defined() ? pack_columns<T>(r.queries) : Scratch<T>();
-  const Scratch<T> grad_query_columns = grad_keys.defined() && c.grad_grad_queries.defined()
-                                            ? pack_columns<T>(c.grad_grad_queries)
-                                            : Scratch<T>();
+  const Scratch<T> grad_query_columns =
+      grad_to_keys ? pack_columns<T>(c.grad_grad_queries, sums_p ? r.shift.data() : nullptr) : Scratch<T>();
   const Scratch<T> grad_columns = grad_values.defined() ? pack_columns<T>(r.grad_embedding) : Scratch<T>();
 
   const int64_t padded = plan.panels * P;
@@ -228,8 +231,8 @@ void double_backward(const Cotangents<T>& c,
          begin += step) {
       const int64_t count = std::min(step, end - begin);
       const TableTiles<T> tables(c, begin, count, step, cursor);
-      TileSums<T> to_keys(key_sums, grad_keys.defined() ? r.rank : 0, count);
-      TileSums<T> to_values(value_sums, grad_values.defined() ? r.width : 0, count);
+      TileSums<T> to_keys = r.sums_of_tile(grad_keys, begin, count, key_sums, accumulate_tables);
+      TileSums<T> to_values = r.sums_of_tile(grad_values, begin, count, value_sums, accumulate_tables);
       for (int64_t group = first; group < last; group += kGroup) {
         const int64_t group_end = std::min(group + kGroup, last);
         for (int64_t panel = group; panel < group_end; ++panel) {
@@ -237,7 +240,8 @@ void double_backward(const Cotangents<T>& c,
           T* b = needs_b ? b_slots + at : nullptr;
           T* grad = needs_grad ? grad_slots + at : nullptr;
           T* centred = needs_centred ? centred_slots + at : nullptr;
-          const T* p = r.probabilities(panel, begin, count, tables.key, p_slot);
+          T* p = sums_p ? grad_slots + at : p_slot;
+          r.probabilities(panel, begin, count, tables.key, p);
           c.u(panel, count, tables.key, tables.grad_grad_key, u_slot);
           t.second_order(p, r.value_grads(panel, count, tables.value, w_slot), u_slot,
                          c.s(panel, count, tables.grad_grad_value, s_slot), count,
@@ -261,16 +265,12 @@ void double_backward(const Cotangents<T>& c,
         const int64_t row = group * P, group_rows = std::min(group_end * P, r.rows) - row;
         if (grad_keys.defined()) {
           to_keys.add(b_slots, slot, row, group_rows, query_columns, r.rows);
-          if (needs_grad && c.grad_grad_queries.defined()) {
-            to_keys.add(grad_slots, slot, row, group_rows, grad_query_columns, r.rows);
-          }
+          if (grad_to_keys) to_keys.add(grad_slots, slot, row, group_rows, grad_query_columns, r.rows);
         }
         if (grad_values.defined()) to_values.add(centred_slots, slot, row, group_rows, grad_columns, r.rows);
       }
-      if (grad_keys.defined())
-        to_keys.write(grad_keys.mutable_data_ptr<T>() + begin * r.rank, accumulate_tables);
-      if (grad_values.defined())
-        to_values.write(grad_values.mutable_data_ptr<T>() + begin * r.width, accumulate_tables);
+      to_keys.finish();
+      to_values.finish();
     }
   });
   if (grad_queries.defined()) query_sums.write(grad_queries);

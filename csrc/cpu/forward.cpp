@@ -14,22 +14,23 @@ void forward(const Tensor& queries,  // (rows, rank)
              const Tensor& embedding,  // (rows, d)
              const Tensor& logsumexp,  // (rows,)
              const Tensor& remainder,  // (rows,)
-             T* kept) {
+             const Kept<T>& kept) {
   constexpr int64_t P = kPanel<T>;
   const Tile<T>& t = tile<T>();
   const int64_t rows = queries.size(0), rank = keys.columns();
   const int64_t width = embedding.defined() ? embedding.size(1) : 0;
-  const Plan plan =
-      make_plan<T>(ceil_div(rows, P), items, width, false, kept != nullptr ? kLargestKeptChunk : items);
-  // Kept probabilities are relative to one maximum per chunk until the merge, so the tile is the chunk.
-  const int64_t step =
-      kept != nullptr ? plan.chunks.largest() : tile_items(std::max(rank, width), kForwardTile);
+  Plan plan = make_plan<T>(ceil_div(rows, P), items, width, false);
+  int64_t step = tile_items(std::max(rank, width), kForwardTile);
+  if (kept.present()) {
+    plan.chunks = kept.chunks;
+    step = plan.chunks.largest();  // what is kept of a chunk is relative to one maximum
+  }
 
   const Scratch<T> packed = pack_lanes<T>(queries);
   const ChunkSums<T> weighted(plan, width), sums(plan, 1), maxima(plan, 1);
   std::fill_n(maxima.at(0, 0), plan.chunks.count * plan.panels * P, -std::numeric_limits<T>::infinity());
   const int64_t key_size = keys.scratch_size(step), value_size = values.scratch_size(step);
-  const int64_t score_size = kept != nullptr ? 0 : step * P;
+  const int64_t score_size = kept.present() ? 0 : step * P;
   const int64_t scratch_size = ceil_div(score_size + key_size + value_size, P) * P;
   const int64_t workers = num_workers(plan.tasks(), rows * items * (rank + width));
   const Scratch<T> scratch(workers * scratch_size);
@@ -48,7 +49,7 @@ void forward(const Tensor& queries,  // (rows, rank)
       const T* value = values.present() ? values.tile(begin, count, value_scratch) : key;
       for (int64_t panel = first; panel < last; ++panel) {
         const int64_t lanes = lanes_of<T>(rows, panel);
-        T* scores = kept != nullptr ? kept + (panel * items + begin) * P : score_scratch;
+        T* scores = kept.present() ? kept.tile(panel, begin) : score_scratch;
         T* sum = weighted.at(chunk, panel);
         t.product(key, rank, Walk::kRows, count, rank, packed.data() + panel * rank * P, scores, lanes,
                   false);
@@ -95,21 +96,13 @@ void forward(const Tensor& queries,  // (rows, rank)
         }
         total[lane] = inverse;
       }
-      // In the place of the sums: what turns each chunk's kept tile into probabilities, zero beyond the last
-      // row.
-      for (int64_t chunk = 0; kept != nullptr && chunk < plan.chunks.count; ++chunk) {
+      for (int64_t chunk = 0; kept.present() && chunk < plan.chunks.count; ++chunk) {
         std::copy_n(maxima.at(chunk, panel), P, factor);
         t.probabilities(factor, 1, peak, nullptr);
+        T* to_probabilities = kept.factor(panel, chunk);
         for (int64_t lane = 0; lane < P; ++lane)
-          sums.at(chunk, panel)[lane] = lane < lanes ? factor[lane] * total[lane] : T(0);
+          to_probabilities[lane] = lane < lanes ? factor[lane] * total[lane] : T(0);
       }
-    }
-  });
-  if (kept == nullptr) return;
-  run_tasks(plan.chunks.count, workers, [&](int64_t chunk, int64_t) {
-    const int64_t begin = plan.chunks.begin(chunk), count = plan.chunks.begin(chunk + 1) - begin;
-    for (int64_t panel = 0; panel < plan.panels; ++panel) {
-      t.scale(kept + (panel * items + begin) * P, count, sums.at(chunk, panel));
     }
   });
 }
@@ -121,7 +114,7 @@ template void forward<float>(const Tensor&,
                              const Tensor&,
                              const Tensor&,
                              const Tensor&,
-                             float*);
+                             const Kept<float>&);
 template void forward<double>(const Tensor&,
                               const Table<double>&,
                               const Table<double>&,
@@ -129,6 +122,6 @@ template void forward<double>(const Tensor&,
                               const Tensor&,
                               const Tensor&,
                               const Tensor&,
-                              double*);
+                              const Kept<double>&);
 
 }  // namespace td3_fast::cpu

@@ -11,23 +11,8 @@
 namespace td3_fast::cpu {
 namespace {
 
-// Probabilities that are kept between orders, at most.
-constexpr int64_t kKeptBytes = int64_t{8} << 20;
-
-template <typename T>
-int64_t kept_size(int64_t rows, int64_t items) {
-  const int64_t size = ceil_div(rows, kPanel<T>) * kPanel<T> * items;
-  return size * static_cast<int64_t>(sizeof(T)) <= kKeptBytes ? size : 0;
-}
-
-// The part of kept probabilities that belongs to the rows from `begin`, a multiple of the panel.
-template <typename T>
-T* kept_from(const Tensor& probabilities, int64_t begin, int64_t items) {
-  return probabilities.numel() > 0 ? probabilities.mutable_data_ptr<T>() + begin * items : nullptr;
-}
-
-// With `save`, also softmax(hidden items^T) items; with `keep`, while it is small, softmax(hidden items^T) in
-// panels.
+// With `save`, also softmax(hidden items^T) items; with `keep`, while it is small, softmax(hidden items^T) as
+// kept.h has it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& hidden,
                                                                   const Tensor& items,
                                                                   bool save,
@@ -39,12 +24,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& 
     const Tensor rows_in = as<T>(hidden);
     const Tensor logsumexp = output<T>(true, {rows}), remainder = output<T>(true, {rows});
     const Tensor mean = output<T>(save, {rows, width});
-    const Tensor probabilities = output<T>(true, {save && keep ? kept_size<T>(rows, num_items) : 0});
+    const Tensor probabilities = pooled(save && keep ? kept_size<T>(rows, items) : 0, options_of<T>());
+    const Kept<T> kept = kept_in<T>(probabilities, rows, num_items);
     const Table<T> table(items);
     for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), table, Table<T>(), num_items, rows_of(mean, begin, count),
-                 rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
-                 kept_from<T>(probabilities, begin, num_items));
+                 rows_of(logsumexp, begin, count), rows_of(remainder, begin, count), kept.from_row(begin));
     });
     return std::make_tuple(logsumexp, remainder, result(mean, logsumexp), probabilities);
   });
@@ -68,11 +53,12 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
     if (needed[1]) {
       const Tensor rows_in = as<T>(hidden);
       const Table<T> table(items);
+      const Kept<T> kept = kept_in<T>(probabilities, rows, num_items);
       for_row_blocks<T>(rows, width, true, [&](int64_t begin, int64_t count) {
         const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                             rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
                             rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
-                            kept_from<T>(probabilities, begin, num_items));
+                            kept.from_row(begin));
         backward(block, Tensor(), grad_items, Tensor(), begin > 0);
       });
       if (rows == 0) grad_items.zero_();
@@ -100,11 +86,12 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
     const Tensor out_grad = output<T>(needed[0], {rows}), out_hidden = output<T>(needed[1], {rows, width});
     const Tensor out_items = output<T>(needed[2], {num_items, width});
     const Table<T> table(items), grad_grad_table = table_or_absent<T>(undefined_or(grad_grad_items));
+    const Kept<T> kept = kept_in<T>(probabilities, rows, num_items);
     for_row_blocks<T>(rows, 2 * width, needed[2], [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                           rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
                           rows_of(logsumexp, begin, count), rows_of(remainder, begin, count),
-                          kept_from<T>(probabilities, begin, num_items));
+                          kept.from_row(begin));
       const Cotangents<T> cotangents(block, rows_of(grad_grad_h, begin, count), grad_grad_table, Table<T>());
       Scratch<T> means;
       std::optional<ExpectedKeys<T>> expected;

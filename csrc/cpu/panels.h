@@ -75,9 +75,10 @@ Scratch<T> pack_lanes(const at::Tensor& matrix) {
   return packed;
 }
 
-// A (rows, columns) matrix as [column panel][row][lane], with zeros beyond the last column.
+// A (rows, columns) matrix as [column panel][row][lane], with zeros beyond the last column; each row times
+// its weight, where weights are given.
 template <typename T>
-Scratch<T> pack_columns(const at::Tensor& matrix) {
+Scratch<T> pack_columns(const at::Tensor& matrix, const T* weights = nullptr) {
   constexpr int64_t P = kPanel<T>;
   const int64_t rows = matrix.size(0), columns = matrix.size(1), panels = ceil_div(columns, P);
   const at::Tensor source = matrix.contiguous();
@@ -88,7 +89,8 @@ Scratch<T> pack_columns(const at::Tensor& matrix) {
     const int64_t lanes = std::min(P, columns - panel * P);
     for (int64_t row = 0; row < rows; ++row, out += P) {
       const T* from = in + row * columns + panel * P;
-      for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? from[lane] : T(0);
+      const T weight = weights != nullptr ? weights[row] : T(1);
+      for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? weight * from[lane] : T(0);
     }
   }
   return packed;
@@ -148,6 +150,11 @@ struct Chunks {
   int64_t items, count;
   int64_t begin(int64_t chunk) const { return items / count * chunk + std::min(chunk, items % count); }
   int64_t largest() const { return ceil_div(items, count); }
+  // The chunk of an item.
+  int64_t of(int64_t item) const {
+    const int64_t small = items / count, num_large = items % count, of_large = num_large * (small + 1);
+    return item < of_large ? item / (small + 1) : num_large + (item - of_large) / small;
+  }
 };
 
 // Multiply-adds that are worth a thread of their own: below, waking it and waiting for it costs more.

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_forward(const Tensor& queries,
     for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), key_table, value_table, keys.size(0),
                  rows_of(embedding, begin, count), rows_of(logsumexp, begin, count),
-                 rows_of(remainder, begin, count), nullptr);
+                 rows_of(remainder, begin, count), Kept<T>());
     });
     return std::make_tuple(embedding.to(queries.scalar_type()), logsumexp, remainder);
   });
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_backward(const OptionalTensor&
       const Rows<T> block(rows_of(rows_in, begin, count), key_table, value_table, items,
                           rows_of(grad_x, begin, count), rows_of(grad_l, begin, count),
                           rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count),
-                          rows_of(remainder, begin, count), nullptr);
+                          rows_of(remainder, begin, count), Kept<T>());
       backward(block, rows_of(grad_queries, begin, count), grad_keys, grad_values, begin > 0);
     });
     if (needed[2] && !grad_x.defined()) grad_values = at::zeros({items, width}, options_of<T>());
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
       const Rows<T> block(rows_of(rows_in, begin, count), key_table, value_table, items,
                           rows_of(grad_x, begin, count), rows_of(grad_l, begin, count),
                           rows_of(embedding_in, begin, count), rows_of(logsumexp, begin, count),
-                          rows_of(remainder, begin, count), nullptr);
+                          rows_of(remainder, begin, count), Kept<T>());
       const Cotangents<T> cotangents(block, rows_of(grad_grad_q, begin, count), grad_grad_k, grad_grad_v);
       const Scratch<T> means = row_means(cotangents);
       if (out_grad_l.defined()) std::copy_n(means.data(), count, out_grad_l.mutable_data_ptr<T>() + begin);

@@ -8,14 +8,12 @@
 
 #include <limits>
 
-#include "sums.h"
+#include "kept.h"
 
 namespace td3_fast::cpu {
 
-using at::Tensor;
-
 // One block of rows. `values` absent: the expected key is the embedding. `embedding` undefined: logsumexp
-// alone. `kept`, where given, receives the probabilities as [panel][item][lane].
+// alone. `kept`, where present, is filled.
 template <typename T>
 void forward(const Tensor& queries,  // (rows, rank)
              const Table<T>& keys,
@@ -24,7 +22,7 @@ void forward(const Tensor& queries,  // (rows, rank)
              const Tensor& embedding,  // (rows, d)
              const Tensor& logsumexp,  // (rows,)
              const Tensor& remainder,  // (rows,)
-             T* kept);
+             const Kept<T>& kept);
 
 // What both orders share: the recomputed probabilities of one block of rows, and its upstream gradients.
 template <typename T>
@@ -36,7 +34,7 @@ struct Rows {
   Tensor queries, grad_embedding;
   Scratch<T> queries_lanes, grad_lanes;
   Scratch<T> logsumexp, remainder, shift, inner;  // inner is D
-  const T* kept;
+  Kept<T> kept;
 
   Rows(const Tensor& queries_in,
        const Table<T>& keys_in,
@@ -47,7 +45,7 @@ struct Rows {
        const Tensor& embedding,
        const Tensor& logsumexp_in,
        const Tensor& remainder_in,
-       const T* kept_in)
+       const Kept<T>& kept_in)
       : rows(queries_in.size(0)),
         items(num_items),
         rank(queries_in.size(1)),
@@ -80,16 +78,22 @@ struct Rows {
   int64_t panels() const { return ceil_div(rows, P); }
   int64_t lanes(int64_t panel) const { return lanes_of<T>(rows, panel); }
 
-  // The probabilities of a tile: where they are kept, or made anew in `out`.
-  const T* probabilities(int64_t panel, int64_t begin, int64_t count, const T* key, T* out) const {
-    if (kept != nullptr) return kept + (panel * items + begin) * P;
+  // The probabilities of a tile, from those that are kept or made anew.
+  void probabilities(int64_t panel, int64_t begin, int64_t count, const T* key, T* out) const {
+    if (kept.present()) return kept.probabilities(panel, begin, count, out);
     tile<T>().product(key, rank, Walk::kRows, count, rank, queries_lanes.data() + panel * rank * P, out,
                       lanes(panel), false);
     tile<T>().probabilities(out, count, logsumexp.data() + panel * P, remainder.data() + panel * P);
-    return out;
   }
-  // Elements from one panel's probabilities to the next's, for tiles made `step` items apart.
-  int64_t probabilities_panel(int64_t step) const { return (kept != nullptr ? items : step) * P; }
+
+  // Sums over these rows for the items of one tile, in `table` (items, columns), or none where that is
+  // undefined.
+  TileSums<T> sums_of_tile(
+      const Tensor& table, int64_t begin, int64_t count, T* scratch, bool accumulate) const {
+    if (!table.defined()) return {nullptr, 0, count, scratch, accumulate};
+    const int64_t columns = table.size(1);
+    return {table.mutable_data_ptr<T>() + begin * columns, columns, count, scratch, accumulate};
+  }
 
   // w = grad_embedding . value, or null where no gradient reaches the embedding.
   const T* value_grads(int64_t panel, int64_t count, const T* value, T* out) const {

@@ -20,7 +20,6 @@ constexpr int64_t kTasks = 64, kTasksOfRowSums = 32;
 // Elements of a tile of an item table; the derivatives hold several tiles of scores beside it.
 constexpr int64_t kForwardTile = 32768, kTile = 8192;
 constexpr int64_t kSmallestChunk = 256;
-constexpr int64_t kLargestKeptChunk = 1024;
 // Scratch of one pass.
 constexpr int64_t kScratchBytes = int64_t{16} << 20;
 
@@ -45,16 +44,15 @@ struct Plan {
 
 // With sums over rows a chunk's task takes every panel, since it alone writes the chunk's items.
 template <typename T>
-Plan make_plan(int64_t panels, int64_t items, int64_t columns, bool sums_rows, int64_t largest_chunk) {
+Plan make_plan(int64_t panels, int64_t items, int64_t columns, bool sums_rows) {
   const int64_t ranges = sums_rows ? 1 : ceil_div(panels, kPanelsPerTask);
   const int64_t tasks = sums_rows ? kTasksOfRowSums : kTasks;
   const int64_t panels_per_task = ceil_div(panels, std::max<int64_t>(ranges, 1));
   const int64_t most =
       std::max<int64_t>(fitting_sums<T>(columns) / std::max<int64_t>(panels * kPanel<T>, 1), 1);
-  int64_t count =
+  const int64_t count =
       std::min({ceil_div(tasks, std::max<int64_t>(ranges, 1)), most, ceil_div(items, kSmallestChunk)});
-  count = std::max({count, ceil_div(items, largest_chunk), int64_t{1}});
-  return {panels, panels_per_task, ranges, Chunks{items, count}};
+  return {panels, panels_per_task, ranges, Chunks{items, std::max<int64_t>(count, 1)}};
 }
 
 template <typename T>
@@ -106,15 +104,17 @@ class ChunkSums {
   Scratch<T> sums_;
 };
 
-// Sums over rows for one tile of an item table, [column panel][item][lane].
+// Sums over rows for one tile of a gradient towards an item table: written in place, but for columns that do
+// not fill a panel, which wait in scratch.
 template <typename T>
 class TileSums {
  public:
-  TileSums(T* sums, int64_t columns, int64_t items) : sums_(sums), columns_(columns), items_(items) {
-    std::fill_n(sums_, size(columns, items), T(0));
-  }
+  TileSums(T* table, int64_t columns, int64_t items, T* scratch, bool accumulate)
+      : table_(table), columns_(columns), items_(items), scratch_(scratch), accumulate_(accumulate) {}
+
+  // Elements of scratch.
   static int64_t size(int64_t columns, int64_t items) {
-    return ceil_div(columns, kPanel<T>) * items * kPanel<T>;
+    return columns % kPanel<T> > 0 ? items * kPanel<T> : 0;
   }
 
   // Adds sum_row a[row][item] rows[row][column]; rows are packed by columns, num_rows to a column panel.
@@ -126,26 +126,31 @@ class TileSums {
            int64_t num_rows) {
     constexpr int64_t P = kPanel<T>;
     for (int64_t panel = 0; panel * P < columns_; ++panel) {
+      const int64_t lanes = std::min(P, columns_ - panel * P);
+      const bool whole = lanes == P;
       tile<T>().sum_rows(a, a_panel, items_, count, rows.data() + (panel * num_rows + first_row) * P,
-                         sums_ + panel * items_ * P, std::min(P, columns_ - panel * P));
+                         whole ? table_ + panel * P : scratch_, whole ? columns_ : P, lanes,
+                         added_ || (whole && accumulate_));
     }
+    added_ = true;
   }
 
-  void write(T* table, bool accumulate) const {
+  // To be called after the last add.
+  void finish() const {
     constexpr int64_t P = kPanel<T>;
-    for (int64_t item = 0; item < items_; ++item, table += columns_) {
-      for (int64_t panel = 0; panel * P < columns_; ++panel) {
-        const T* sum = sums_ + (panel * items_ + item) * P;
-        T* to = table + panel * P;
-        const int64_t lanes = std::min(P, columns_ - panel * P);
-        for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = accumulate ? to[lane] + sum[lane] : sum[lane];
-      }
+    const int64_t lanes = columns_ % P;
+    T* to = table_ + columns_ - lanes;
+    for (int64_t item = 0; lanes > 0 && item < items_; ++item, to += columns_) {
+      const T* sum = scratch_ + item * P;
+      for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = accumulate_ ? to[lane] + sum[lane] : sum[lane];
     }
   }
 
  private:
-  T* sums_;
+  T* table_;
   int64_t columns_, items_;
+  T* scratch_;
+  bool accumulate_, added_ = false;
 };
 
 // Bump allocation from one worker's share of scratch.

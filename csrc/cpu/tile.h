@@ -58,9 +58,18 @@ struct Tile {
                   int64_t lanes,
                   bool accumulate);
 
-  // c[item][column] += sum_row a[row / kPanel][item][row % kPanel] b[row][column]: the sum over query rows.
-  // Panels of a are a_panel elements apart.
-  void (*sum_rows)(const T* a, int64_t a_panel, int64_t items, int64_t rows, const T* b, T* c, int64_t lanes);
+  // c[item * c_stride + column] = sum_row a[row / kPanel][item][row % kPanel] b[row][column] for the first
+  // `lanes` columns and those that share a vector with them: the sum over query rows, added to c where
+  // accumulate is set. Panels of a are a_panel elements apart; c may lie anywhere.
+  void (*sum_rows)(const T* a,
+                   int64_t a_panel,
+                   int64_t items,
+                   int64_t rows,
+                   const T* b,
+                   T* c,
+                   int64_t c_stride,
+                   int64_t lanes,
+                   bool accumulate);
 
   // Online softmax: scores become exp(scores - maximum) with the maximum so far; sum and the `width` rows of
   // the weighted sum are rescaled to it, and the tile is added to sum.
@@ -69,8 +78,8 @@ struct Tile {
   // scores become exp(scores - logsumexp - remainder); remainder may be null, for zero.
   void (*probabilities)(T* scores, int64_t items, const T* logsumexp, const T* remainder);
 
-  // p *= factor, with zero where the factor is zero, whatever p holds.
-  void (*scale)(T* p, int64_t items, const T* factor);
+  // scaled = p factor, with zero where the factor is zero, whatever p holds.
+  void (*scale)(const T* p, int64_t items, const T* factor, T* scaled);
 
   // largest[lane] = the larger of itself and every p of that lane.
   void (*largest)(const T* p, int64_t items, T* largest);

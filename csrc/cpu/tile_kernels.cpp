@@ -24,6 +24,7 @@ inline __attribute__((always_inline)) void block(const T* a,
                                                  int64_t depth,
                                                  const T* b,
                                                  T* c,
+                                                 int64_t c_stride,
                                                  bool accumulate) {
   Vector<T> sum[M][V];
 #pragma GCC unroll 16
@@ -52,14 +53,14 @@ inline __attribute__((always_inline)) void block(const T* a,
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vector<T>* out = reinterpret_cast<Vector<T>*>(c + i * kPanel<T> + v * kLanes<T>);
+      UnalignedVector<T>* out = reinterpret_cast<UnalignedVector<T>*>(c + i * c_stride + v * kLanes<T>);
       *out = accumulate ? *out + sum[i][v] : sum[i][v];
     }
   }
 }
 
 template <typename T>
-using Block = void (*)(const T*, int64_t, int64_t, int64_t, int64_t, const T*, T*, bool);
+using Block = void (*)(const T*, int64_t, int64_t, int64_t, int64_t, const T*, T*, int64_t, bool);
 
 template <typename T, int M, int V, Walk kWalk>
 void block_of(const T* a,
@@ -69,8 +70,9 @@ void block_of(const T* a,
               int64_t depth,
               const T* b,
               T* c,
+              int64_t c_stride,
               bool accumulate) {
-  block<T, M, V, kWalk>(a, stride, a_segment, segment, depth, b, c, accumulate);
+  block<T, M, V, kWalk>(a, stride, a_segment, segment, depth, b, c, c_stride, accumulate);
 }
 
 template <typename T, int V, Walk kWalk, int M>
@@ -94,6 +96,7 @@ void blocks(const T* a,
             int64_t depth,
             const T* b,
             T* c,
+            int64_t c_stride,
             bool accumulate) {
   constexpr int kMaxUnroll = max_unroll(V);
   const int64_t num_blocks = (count + kMaxUnroll - 1) / kMaxUnroll;
@@ -105,9 +108,10 @@ void blocks(const T* a,
   const Block<T> run_large = Blocks<T, V, kWalk, kMaxUnroll>::of(small + 1);
   for (int64_t index = 0; index < num_blocks; ++index) {
     const int64_t size = index < num_large ? small + 1 : small;
-    (index < num_large ? run_large : run_small)(a, stride, a_segment, segment, depth, b, c, accumulate);
+    (index < num_large ? run_large : run_small)(a, stride, a_segment, segment, depth, b, c, c_stride,
+                                                accumulate);
     a += size * a_step;
-    c += size * kPanel<T>;
+    c += size * c_stride;
   }
 }
 
@@ -120,15 +124,17 @@ void blocks_of_lanes(const T* a,
                      int64_t depth,
                      const T* b,
                      T* c,
+                     int64_t c_stride,
                      int64_t lanes,
                      bool accumulate) {
   if constexpr (V > 1) {
     if (lanes <= (V - 1) * kLanes<T>) {
-      blocks_of_lanes<T, kWalk, V - 1>(a, stride, a_segment, segment, count, depth, b, c, lanes, accumulate);
+      blocks_of_lanes<T, kWalk, V - 1>(a, stride, a_segment, segment, count, depth, b, c, c_stride, lanes,
+                                       accumulate);
       return;
     }
   }
-  blocks<T, V, kWalk>(a, stride, a_segment, segment, count, depth, b, c, accumulate);
+  blocks<T, V, kWalk>(a, stride, a_segment, segment, count, depth, b, c, c_stride, accumulate);
 }
 
 template <typename T>
@@ -143,13 +149,21 @@ void product(const T* a,
              bool accumulate) {
   const auto run = walk == Walk::kRows ? blocks_of_lanes<T, Walk::kRows, kVectorsPerPanel>
                                        : blocks_of_lanes<T, Walk::kColumns, kVectorsPerPanel>;
-  run(a, stride, 0, depth > 0 ? depth : 1, count, depth, b, c, lanes, accumulate);
+  run(a, stride, 0, depth > 0 ? depth : 1, count, depth, b, c, kPanel<T>, lanes, accumulate);
 }
 
 template <typename T>
-void sum_rows(const T* a, int64_t a_panel, int64_t items, int64_t rows, const T* b, T* c, int64_t lanes) {
+void sum_rows(const T* a,
+              int64_t a_panel,
+              int64_t items,
+              int64_t rows,
+              const T* b,
+              T* c,
+              int64_t c_stride,
+              int64_t lanes,
+              bool accumulate) {
   blocks_of_lanes<T, Walk::kRows, kVectorsPerPanel>(a, kPanel<T>, a_panel, kPanel<T>, items, rows, b, c,
-                                                    lanes, true);
+                                                    c_stride, lanes, accumulate);
 }
 
 // A panel of lanes in vectors, which no store to a tile can alias.
@@ -220,14 +234,14 @@ void probabilities(T* scores, int64_t items, const T* logsumexp, const T* remain
 }
 
 template <typename T>
-void scale(T* p, int64_t items, const T* factor) {
+void scale(const T* p, int64_t items, const T* factor, T* scaled) {
   constexpr int64_t P = kPanel<T>;
   const Lanes<T> by(factor);
   for (int64_t item = 0; item < items; ++item) {
     Lanes<T> s(p + item * P);
 #pragma GCC unroll 4
     for (int i = 0; i < kVectorsPerPanel; ++i) s.v[i] = by.v[i] == 0 ? Vector<T>{} : s.v[i] * by.v[i];
-    s.store(p + item * P);
+    s.store(scaled + item * P);
   }
 }
 

@@ -28,17 +28,23 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(float))));
   typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(double))));
   typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
 };
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 template <typename T>
 using Bits = typename VectorOf<T>::bits;
+
+// The same, wherever in memory.
+template <typename T>
+using UnalignedVector = typename VectorOf<T>::unaligned;
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));

@@ -1,5 +1,6 @@
 """Cross-entropy over all items, for class targets and for soft-embedding targets."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from td3_fast.ops.batching import register_vmap
 from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
 from td3_fast.ops.soft_embedding import check_tables, gradients_like, only_needed
 
-# As in csrc/cpu: rows of a panel fill 64 bytes, and this many bytes of probabilities are kept between orders.
+# As in csrc/cpu (kept.h, sums.h): rows of a panel fill 64 bytes, and items are cut into chunks.
 _PANEL_BYTES = 64
-_KEPT_BYTES = 8 << 20
+_KEPT_BYTES, _KEPT_BYTES_BESIDE_TABLE, _SCRATCH_BYTES = 48 << 20, 16 << 20, 16 << 20
+_TASKS, _SMALLEST_CHUNK, _LARGEST_CHUNK = 64, 256, 1024
 
 
 def item_cross_entropy(
@@ -78,11 +80,17 @@ def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:
     return (hidden.to(accumulate) @ item_embeddings.to(accumulate).T).logsumexp(-1)
 
 
-def kept_score_bytes(rows: int, n: int, itemsize: int) -> int:
-    """Bytes of probabilities that the CPU's kernels keep between orders, for accumulators of `itemsize` bytes."""
-    panel = _PANEL_BYTES // itemsize
-    size = (rows + panel - 1) // panel * _PANEL_BYTES * n
-    return size if size <= _KEPT_BYTES else 0
+def kept_score_bytes(rows: int, n: int, d: int, itemsize: int, table_itemsize: int | None = None) -> int:
+    """Bytes of probabilities that the CPU's kernels keep between orders.
+
+    Of `rows` on a table (n, d) of `table_itemsize` bytes a number, that of accumulators (`itemsize`) if left out.
+    """
+    chunks = max(min(_TASKS, math.ceil(n / _SMALLEST_CHUNK)), math.ceil(n / _LARGEST_CHUNK))
+    bytes_per_item = math.ceil(rows * itemsize / _PANEL_BYTES) * _PANEL_BYTES
+    size = bytes_per_item * (n + chunks)
+    table = n * d * (table_itemsize or itemsize)
+    limit = min(_KEPT_BYTES, _KEPT_BYTES_BESIDE_TABLE + table * 3 // 2)
+    return size if size <= limit and bytes_per_item * chunks * d <= _SCRATCH_BYTES else 0
 
 
 @register_fake("td3_fast::item_logsumexp_forward")
@@ -91,7 +99,7 @@ def fake_logsumexp(hidden: Tensor, items: Tensor, save: bool, keep: bool) -> tup
     (rows, d), n = hidden.shape, items.shape[0]
     kept = 0
     if save and keep and hidden.device.type == "cpu":
-        kept = kept_score_bytes(rows, n, accumulate.itemsize) // accumulate.itemsize
+        kept = kept_score_bytes(rows, n, d, accumulate.itemsize, items.dtype.itemsize) // accumulate.itemsize
     logsumexp = hidden.new_empty((rows,), dtype=accumulate)
     mean = logsumexp.new_empty((rows, d) if save else (0,))
     return logsumexp, torch.empty_like(logsumexp), mean, logsumexp.new_empty((kept,))
