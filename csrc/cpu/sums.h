@@ -13,10 +13,10 @@
 namespace td3_fast::cpu {
 
 // Panels whose tiles are formed before the sums over their rows are taken: the depth of those sums.
-constexpr int64_t kGroup = 4;
+constexpr int64_t kGroup = 8;
 // Panels that share one pass over a chunk where no sum over rows is asked for.
 constexpr int64_t kPanelsPerTask = 32;
-constexpr int64_t kTasks = 64, kTasksOfRowSums = 32;
+constexpr int64_t kTasks = 128, kTasksOfRowSums = 32;
 // Elements of a tile of an item table; the derivatives hold several tiles of scores beside it.
 constexpr int64_t kForwardTile = 32768, kTile = 8192;
 constexpr int64_t kSmallestChunk = 256;
