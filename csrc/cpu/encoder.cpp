@@ -25,8 +25,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMaxChunks = 16;
+// Two threads share even the few groups of an inner step.
+constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
 constexpr int64_t kGroupsPerChunk = 8;
+// What an order takes as long as, in multiply-adds for each that is counted below.
+constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
 constexpr double kNormEps = 1e-12;
 
 struct Options {
@@ -98,16 +101,21 @@ std::vector<EncoderDropout<T>> dropout_of(const Options& options, at::TensorList
 
 // run(first, count, scratch, sums) for every group of sequences; what the chunks sum is added up in `total`.
 template <typename T, typename Run>
-void for_groups(
-    const EncoderSizes& sizes, int64_t batch, bool tangents, const Tensor& total, const Run& run) {
+void for_groups(const EncoderSizes& sizes,
+                int64_t batch,
+                bool tangents,
+                int64_t cost,
+                const Tensor& total,
+                const Run& run) {
   const Encoder<T>& e = encoder<T>();
   const int64_t groups = ceil_div(batch, e.lanes);
-  const int64_t chunks = std::clamp<int64_t>(groups / kGroupsPerChunk, 1, kMaxChunks);
+  const int64_t chunks =
+      std::clamp(groups / kGroupsPerChunk, std::clamp<int64_t>(groups, 1, kMinChunks), kMaxChunks);
   const int64_t size = total.defined() ? total.numel() : 0, sums_size = size * e.lanes;
   const int64_t scratch_size = ceil_div(e.scratch_size(sizes, tangents), 64) * 64;
   // Each parameter meets each asked row, each input a few times the width.
-  const int64_t workers =
-      num_workers(chunks, batch * (sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8));
+  const int64_t of_sequence = sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8;
+  const int64_t workers = num_workers(chunks, cost * batch * of_sequence);
   const Scratch<T> sums(workers * sums_size), parts(chunks * size);
   const Scratch<uint8_t> scratch(workers * scratch_size);
   run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
@@ -177,7 +185,7 @@ Tensor causal_encoder_forward(const Tensor& parameters,
     const Tensor outputs =
         at::empty({options.batch, options.sizes.asked, options.sizes.width}, inputs.options());
     in.call.outputs = outputs.mutable_data_ptr<T>();
-    for_groups<T>(options.sizes, options.batch, false, Tensor(),
+    for_groups<T>(options.sizes, options.batch, false, kForwardCost, Tensor(),
                   [&](int64_t first, int64_t count, void* scratch, T*) {
                     encoder<T>().forward(in.call, first, count, scratch);
                   });
@@ -201,7 +209,7 @@ std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
     const Tensor grad_inputs = needs_inputs ? at::empty_like(in.inputs) : at::empty({0}, inputs.options());
     in.call.grad_outputs = grad.const_data_ptr<T>();
     if (needs_inputs) in.call.grad_inputs = grad_inputs.mutable_data_ptr<T>();
-    for_groups<T>(options.sizes, options.batch, false, grad_parameters,
+    for_groups<T>(options.sizes, options.batch, false, kBackwardCost, grad_parameters,
                   [&](int64_t first, int64_t count, void* scratch, T* sums) {
                     encoder<T>().backward(in.call, first, count, scratch, sums);
                   });
@@ -233,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const Optional
     in.call.grad_outputs = grad.const_data_ptr<T>();
     in.call.outputs = outputs.mutable_data_ptr<T>();
     if (needs_inputs) in.call.grad_inputs = grad_inputs.mutable_data_ptr<T>();
-    for_groups<T>(options.sizes, options.batch, true, grad_parameters,
+    for_groups<T>(options.sizes, options.batch, true, kDoubleBackwardCost, grad_parameters,
                   [&](int64_t first, int64_t count, void* scratch, T* sums) {
                     encoder<T>().double_backward(in.call, first, count, scratch, sums);
                   });
