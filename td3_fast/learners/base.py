@@ -85,7 +85,14 @@ class Learner(nn.Module):
 
 def look_up(items: Tensor, ids: Tensor) -> Tensor:
     """The rows of an item table (n, d) at ids (...): (..., d), in float32 where the table is kept in 16 bits."""
-    return F.embedding(ids, items).to(torch.promote_types(items.dtype, torch.float32))
+    if items.requires_grad and items.device.type == "cpu":
+        # The same rows with a gradient that all threads sum; F.embedding's is summed by one, and on a GPU it is the
+        # one whose bits do not change from run to run.
+        index = ids.reshape(-1, 1).expand(-1, items.shape[1])
+        rows = items.gather(0, index).view(*ids.shape, items.shape[1])
+    else:
+        rows = F.embedding(ids, items)
+    return rows.to(torch.promote_types(items.dtype, torch.float32))
 
 
 def next_item_loss(
