@@ -207,8 +207,8 @@ def _plan(
 
     micro = min(limits.micro_batch, config.batch_size, len(split.train))
     histories = min(config.batch_size, len(split.train)) * (twin.length + 2) * 8
-    scores = kept_score_bytes(micro, num_items, twin.width, size) if trained else 0
-    real = int(twin.real[0] + twin.real[1] * micro) + scores
+    real_scores = kept_score_bytes(micro, num_items, twin.width, size) if trained else 0
+    real = int(twin.real[0] + twin.real[1] * micro) + real_scores
 
     always = {
         # a pool of one is the best checkpoint itself; a frozen table is there once, for all
@@ -264,6 +264,13 @@ def _plan(
             VALIDATION: int(twin.ranked[0] + twin.ranked[1] * min(RANKED_AT_ONCE, len(split.validation))),
         },
     }
+    for moment in (
+        "in the window",
+        "in the adjoint",
+        "where cotangents meet the probabilities",
+        "in validation",
+    ):
+        moments[moment][OTHER] = real_scores  # their memory waits for the next real batch
     blocks = dict.fromkeys((STATES, NOTED, ADJOINT, LEARNER, BATCH), moving)
     blocks |= {PROBABILITIES: probabilities, TEACHER: table}
     for parts in moments.values():

@@ -12,12 +12,12 @@ namespace {
 
 class Pool {
  public:
-  // A block of at least `bytes` and at most twice as many.
+  // A block of at least `bytes` and at most a quarter more.
   at::Tensor take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (auto block = free_.begin(); block != free_.end(); ++block) {
-        if (block->numel() < bytes || block->numel() > 2 * bytes) continue;
+        if (block->numel() < bytes || block->numel() > bytes + bytes / 4) continue;
         const at::Tensor taken = *block;
         free_.erase(block);
         return taken;

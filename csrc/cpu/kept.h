@@ -46,9 +46,12 @@ struct Kept {
   }
 };
 
-// Chunks of what is kept: small enough for a chunk's scores to stay in cache.
+// Chunks of what is kept: enough for all threads, and small enough for a chunk's scores to stay in cache.
+constexpr int64_t kKeptChunks = 64, kSmallestKeptChunk = 256, kLargestKeptChunk = 1024;
+
 inline Chunks kept_chunks(int64_t items) {
-  return {items, std::max(std::min(kTasks, ceil_div(items, kSmallestChunk)), ceil_div(items, int64_t{1024}))};
+  const int64_t wanted = std::min(kKeptChunks, ceil_div(items, kSmallestKeptChunk));
+  return {items, std::max(wanted, ceil_div(items, kLargestKeptChunk))};
 }
 
 // Elements that the probabilities of `rows` take, or zero where they are too many to be kept.
