@@ -12,6 +12,8 @@ import torch
 from measuring import differentiated
 from peers import ITEM_CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, chunked_cross_entropy
 
+from td3_fast.ops import kept_score_bytes
+
 ALL = [(rows, n, d) for n in (3_700, 100_000, 1_000_000) for rows in (50, 100, 2500) for d in (32, 64, 128)]
 PEERS = ITEM_CROSS_ENTROPY | LINEAR_CROSS_ENTROPY
 PARAMETERS = {
@@ -31,16 +33,18 @@ ORDERS = ["forward", "+ backward", "+ double backward"]
 DENSE_COPIES = (2, 3, 6)
 
 
-def flops(size: tuple[int, int, int], order: int, trained: bool) -> float:
-    """Of the products that the scores are never kept without, in units of rows x items x d products.
+def flops(size: tuple[int, int, int], order: int, *, trained: bool, kept: bool) -> float:
+    """Of the products that the fused kernels make, in units of rows x items x d products.
 
     The forward pass: scores, and once differentiated the expected item row, which is the gradient towards
     hidden. Trained items: scores and their gradient. Second order: scores, u and the gradient towards hidden;
-    trained, scores and the expected cotangent (2), scores and the two parts of u (3), and three gradients.
+    trained, scores and the expected cotangent (2), scores and the two parts of u (3), and three gradients. Where
+    probabilities are kept, scores are made in the forward pass alone.
     """
     rows, n, d = size
-    first = 2 + 2 * trained
-    return 2 * rows * n * d * (1, first, first + (8 if trained else 3))[order]
+    first = 2 + trained * (2 - kept)
+    second = 8 - 2 * kept if trained else 3
+    return 2 * rows * n * d * (1, first, first + second)[order]
 
 
 def make_run(function, size, target, order, dtype, device, *, compute=None):
@@ -76,6 +80,8 @@ def test_item_cross_entropy(size, dtype, target, order, variant, device, measure
     if variant in LINEAR_CROSS_ENTROPY and target.startswith("soft"):
         pytest.skip("takes item ids alone")
     peer = PEERS[variant]
+    trained = target.endswith("trained")
+    kept = trained and device.type == "cpu" and kept_score_bytes(rows, n, d, 4, dtype.itemsize) > 0
     check_peer(peer, order=order, dense_bytes=rows * n * dtype.itemsize * DENSE_COPIES[order])
     run, run_fused = (
         make_run(PEERS[name].function, size, target, order, dtype, device) for name in (variant, "fused")
@@ -87,6 +93,6 @@ def test_item_cross_entropy(size, dtype, target, order, variant, device, measure
         run_fused,
         expected_results(size, target, order, dtype, device),
         dtype=dtype,
-        flops=flops(size, order, target.endswith("trained")),
+        flops=flops(size, order, trained=trained, kept=kept),
         compiled=peer.compiled,
     )
