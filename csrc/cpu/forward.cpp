@@ -30,7 +30,7 @@ void forward(const Tensor& queries,  // (rows, rank)
   const ChunkSums<T> weighted(plan, width), sums(plan, 1), maxima(plan, 1);
   std::fill_n(maxima.at(0, 0), plan.chunks.count * plan.panels * P, -std::numeric_limits<T>::infinity());
   const int64_t key_size = keys.scratch_size(step), value_size = values.scratch_size(step);
-  const int64_t score_size = kept.present() ? 0 : step * P;
+  const int64_t score_size = kept.holds(plan.panels - 1) ? 0 : step * P;
   const int64_t scratch_size = ceil_div(score_size + key_size + value_size, P) * P;
   const int64_t workers = num_workers(plan.tasks(), rows * items * (rank + width));
   const Scratch<T> scratch(workers * scratch_size);
@@ -49,7 +49,7 @@ void forward(const Tensor& queries,  // (rows, rank)
       const T* value = values.present() ? values.tile(begin, count, value_scratch) : key;
       for (int64_t panel = first; panel < last; ++panel) {
         const int64_t lanes = lanes_of<T>(rows, panel);
-        T* scores = kept.present() ? kept.tile(panel, begin) : score_scratch;
+        T* scores = kept.holds(panel) ? kept.tile(panel, begin) : score_scratch;
         T* sum = weighted.at(chunk, panel);
         t.product(key, rank, Walk::kRows, count, rank, packed.data() + panel * rank * P, scores, lanes,
                   false);
@@ -96,7 +96,7 @@ void forward(const Tensor& queries,  // (rows, rank)
         }
         total[lane] = inverse;
       }
-      for (int64_t chunk = 0; kept.present() && chunk < plan.chunks.count; ++chunk) {
+      for (int64_t chunk = 0; kept.holds(panel) && chunk < plan.chunks.count; ++chunk) {
         std::copy_n(maxima.at(chunk, panel), P, factor);
         t.probabilities(factor, 1, peak, nullptr);
         T* to_probabilities = kept.factor(panel, chunk);

@@ -24,8 +24,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& 
     const Tensor rows_in = as<T>(hidden);
     const Tensor logsumexp = output<T>(true, {rows}), remainder = output<T>(true, {rows});
     const Tensor mean = output<T>(save, {rows, width});
-    const Tensor probabilities = pooled(save && keep ? kept_size<T>(rows, items) : 0, options_of<T>());
-    const Kept<T> kept = kept_in<T>(probabilities, rows, num_items);
+    const int64_t panels_to_keep = save && keep ? kept_panels<T>(rows, items) : 0;
+    const Tensor probabilities = pooled(panels_to_keep * kept_panel_size<T>(num_items), options_of<T>());
+    const Kept<T> kept = kept_in<T>(probabilities, num_items);
     const Table<T> table(items);
     for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
       forward<T>(rows_of(rows_in, begin, count), table, Table<T>(), num_items, rows_of(mean, begin, count),
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
     if (needed[1]) {
       const Tensor rows_in = as<T>(hidden);
       const Table<T> table(items);
-      const Kept<T> kept = kept_in<T>(probabilities, rows, num_items);
+      const Kept<T> kept = kept_in<T>(probabilities, num_items);
       for_row_blocks<T>(rows, width, true, [&](int64_t begin, int64_t count) {
         const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                             rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
     const Tensor out_grad = output<T>(needed[0], {rows}), out_hidden = output<T>(needed[1], {rows, width});
     const Tensor out_items = output<T>(needed[2], {num_items, width});
     const Table<T> table(items), grad_grad_table = table_or_absent<T>(undefined_or(grad_grad_items));
-    const Kept<T> kept = kept_in<T>(probabilities, rows, num_items);
+    const Kept<T> kept = kept_in<T>(probabilities, num_items);
     for_row_blocks<T>(rows, 2 * width, needed[2], [&](int64_t begin, int64_t count) {
       const Rows<T> block(rows_of(rows_in, begin, count), table, Table<T>(), num_items, Tensor(),
                           rows_of(grad_logsumexp, begin, count), rows_of(mean, begin, count),

@@ -13,7 +13,7 @@
 namespace td3_fast::cpu {
 
 // One block of rows. `values` absent: the expected key is the embedding. `embedding` undefined: logsumexp
-// alone. `kept`, where present, is filled.
+// alone. `kept` is filled.
 template <typename T>
 void forward(const Tensor& queries,  // (rows, rank)
              const Table<T>& keys,
@@ -80,7 +80,7 @@ struct Rows {
 
   // The probabilities of a tile, from those that are kept or made anew.
   void probabilities(int64_t panel, int64_t begin, int64_t count, const T* key, T* out) const {
-    if (kept.present()) return kept.probabilities(panel, begin, count, out);
+    if (kept.holds(panel)) return kept.probabilities(panel, begin, count, out);
     tile<T>().product(key, rank, Walk::kRows, count, rank, queries_lanes.data() + panel * rank * P, out,
                       lanes(panel), false);
     tile<T>().probabilities(out, count, logsumexp.data() + panel * P, remainder.data() + panel * P);

@@ -11,9 +11,9 @@ from td3_fast.ops.batching import register_vmap
 from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
 from td3_fast.ops.soft_embedding import check_tables, gradients_like, only_needed
 
-# As in csrc/cpu (kept.h, scratch in sums.h): rows of a panel fill 64 bytes, and items are cut into chunks.
+# As in csrc/cpu (kept.h): rows of a panel fill 64 bytes, and items are cut into chunks.
 _PANEL_BYTES = 64
-_KEPT_BYTES, _KEPT_BYTES_BESIDE_TABLE, _SCRATCH_BYTES = 48 << 20, 16 << 20, 16 << 20
+_KEPT_BYTES, _KEPT_BYTES_BESIDE_TABLE = (67 << 20) // 2, 16 << 20
 _CHUNKS, _SMALLEST_CHUNK, _LARGEST_CHUNK = 64, 256, 1024
 
 
@@ -31,8 +31,8 @@ def item_cross_entropy(
     value is the cross-entropy to the distribution softmax(c v^T) that it stands for.
 
     The fused backend reads the item table once per pass. Where items are trained it keeps (rows, n) numbers
-    between orders on the CPU, up to 48 MiB and 16 MiB beyond one and a half tables, and none else. Twice
-    differentiable in hidden, item_embeddings and a floating target; a third order raises.
+    between orders on the CPU while they are few (up to 33.5 MiB), and none else. Twice differentiable in hidden,
+    item_embeddings and a floating target; a third order raises.
 
     Args:
         hidden: (rows, d).
@@ -86,11 +86,13 @@ def kept_score_bytes(rows: int, n: int, d: int, itemsize: int, table_itemsize: i
     Of `rows` on a table (n, d) of `table_itemsize` bytes a number, that of accumulators (`itemsize`) if left out.
     """
     chunks = max(min(_CHUNKS, math.ceil(n / _SMALLEST_CHUNK)), math.ceil(n / _LARGEST_CHUNK))
-    bytes_per_item = math.ceil(rows * itemsize / _PANEL_BYTES) * _PANEL_BYTES
-    size = bytes_per_item * (n + chunks)
-    table = n * d * (table_itemsize or itemsize)
-    limit = min(_KEPT_BYTES, _KEPT_BYTES_BESIDE_TABLE + table * 3 // 2)
-    return size if size <= limit and bytes_per_item * chunks * d <= _SCRATCH_BYTES else 0
+    panels = math.ceil(rows * itemsize / _PANEL_BYTES)
+    sums = panels * _PANEL_BYTES * chunks * d
+    beside_table = _KEPT_BYTES_BESIDE_TABLE + n * d * (table_itemsize or itemsize) * 3 // 2
+    room = max(min(_KEPT_BYTES, beside_table) - sums, 0)
+    of_panel = _PANEL_BYTES * (n + chunks)
+    fitting = min(panels, room // of_panel)
+    return fitting * of_panel if 2 * fitting >= panels else 0
 
 
 @register_fake("td3_fast::item_logsumexp_forward")
