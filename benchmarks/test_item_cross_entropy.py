@@ -33,13 +33,13 @@ ORDERS = ["forward", "+ backward", "+ double backward"]
 DENSE_COPIES = (2, 3, 6)
 
 
-def flops(size: tuple[int, int, int], order: int, *, trained: bool, kept: bool) -> float:
+def flops(size: tuple[int, int, int], order: int, *, trained: bool, kept: float) -> float:
     """Of the products that the fused kernels make, in units of rows x items x d products.
 
     The forward pass: scores, and once differentiated the expected item row, which is the gradient towards
     hidden. Trained items: scores and their gradient. Second order: scores, u and the gradient towards hidden;
-    trained, scores and the expected cotangent (2), scores and the two parts of u (3), and three gradients. Where
-    probabilities are kept, scores are made in the forward pass alone.
+    trained, scores and the expected cotangent (2), scores and the two parts of u (3), and three gradients. Scores
+    of the share of rows whose probabilities are `kept` are made in the forward pass alone.
     """
     rows, n, d = size
     first = 2 + trained * (2 - kept)
@@ -81,7 +81,8 @@ def test_item_cross_entropy(size, dtype, target, order, variant, device, measure
         pytest.skip("takes item ids alone")
     peer = PEERS[variant]
     trained = target.endswith("trained")
-    kept = trained and device.type == "cpu" and kept_score_bytes(rows, n, d, 4, dtype.itemsize) > 0
+    on_cpu = trained and device.type == "cpu"
+    kept = min(kept_score_bytes(rows, n, d, 4, dtype.itemsize) / (rows * n * 4), 1.0) if on_cpu else 0.0
     check_peer(peer, order=order, dense_bytes=rows * n * dtype.itemsize * DENSE_COPIES[order])
     run, run_fused = (
         make_run(PEERS[name].function, size, target, order, dtype, device) for name in (variant, "fused")
