@@ -28,7 +28,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Two threads share even the few groups of an inner step.
 constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
 constexpr int64_t kGroupsPerChunk = 8;
-// What an order takes as long as, in multiply-adds for each that is counted below.
+// Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
 constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
 constexpr double kNormEps = 1e-12;
 
