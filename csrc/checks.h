@@ -66,6 +66,13 @@ inline void check_excluded(const at::Tensor& hidden,
       "expected int64 offsets (rows + 1,) and items (nnz,) of what is excluded, on the device of hidden");
 }
 
+// seed () or (1,).
+inline void check_random_words(const at::Tensor& seed, int64_t site, int64_t count) {
+  TORCH_CHECK_VALUE(seed.numel() == 1 && seed.scalar_type() == at::kLong && site >= 0 && count >= 0,
+                    "expected one int64 seed, a site and a count that are not negative, got ", seed.sizes(),
+                    " of ", seed.scalar_type(), ", ", site, " and ", count);
+}
+
 // candidates (rows, k).
 inline void check_candidates(const at::Tensor& hidden, const at::Tensor& candidates) {
   TORCH_CHECK_VALUE(candidates.dim() == 2 && candidates.size(0) == hidden.size(0) &&

@@ -130,6 +130,9 @@ TORCH_LIBRARY(td3_fast, m) {
       "bool needs_inputs) -> (Tensor grad_grad_outputs, Tensor grad_parameters, Tensor grad_inputs)",
       tags);
 
+  m.set_python_module("td3_fast.ops.dropout");
+  m.def("random_words(Tensor seed, int site, int count) -> Tensor", tags);
+
   m.set_python_module("td3_fast.ops.mix_items");
   m.def("mix_items(Tensor probabilities, Tensor items) -> Tensor", tags);
   m.def("mix_items_transposed(Tensor probabilities, Tensor cotangent) -> Tensor", tags);

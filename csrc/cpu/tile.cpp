@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "encoder.h"
+#include "random_words.h"
 
 namespace td3_fast::cpu {
 
@@ -12,11 +13,13 @@ extern const Tile<float> float_tile_baseline;
 extern const Tile<double> double_tile_baseline;
 extern const Encoder<float> float_encoder_baseline;
 extern const Encoder<double> double_encoder_baseline;
+extern RandomBlocks* const random_blocks_baseline;
 #ifdef TD3_FAST_X86_64
 extern const Tile<float> float_tile_avx2, float_tile_avx512;
 extern const Tile<double> double_tile_avx2, double_tile_avx512;
 extern const Encoder<float> float_encoder_avx2, float_encoder_avx512;
 extern const Encoder<double> double_encoder_avx2, double_encoder_avx512;
+extern RandomBlocks *const random_blocks_avx2, *const random_blocks_avx512;
 #endif
 
 namespace {
@@ -26,21 +29,23 @@ struct InstructionSet {
   const Tile<double>* double_tile;
   const Encoder<float>* float_encoder;
   const Encoder<double>* double_encoder;
+  RandomBlocks* const* random_blocks;
   bool (*supported)();
 };
 
 const InstructionSet kInstructionSets[] = {
 #ifdef TD3_FAST_X86_64
     {&float_tile_avx512, &double_tile_avx512, &float_encoder_avx512, &double_encoder_avx512,
+     &random_blocks_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      }},
-    {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2,
+    {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2, &random_blocks_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&float_tile_baseline, &double_tile_baseline, &float_encoder_baseline, &double_encoder_baseline,
-     [] { return true; }},
+     &random_blocks_baseline, [] { return true; }},
 };
 
 const InstructionSet* best() {
@@ -74,6 +79,10 @@ const Encoder<float>& encoder<float>() {
 template <>
 const Encoder<double>& encoder<double>() {
   return *selected->double_encoder;
+}
+
+RandomBlocks* random_blocks() {
+  return *selected->random_blocks;
 }
 
 int instruction_sets(const char** names, int capacity) {

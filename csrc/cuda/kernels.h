@@ -102,4 +102,13 @@ struct Ranking {
 const char* full_ranks(const Ranking& problem, void* stream);
 const char* candidate_ranks(const Ranking& problem, void* stream);
 
+struct RandomWords {
+  const int64_t* seed;  // on the device
+  uint32_t site;
+  int64_t count;
+  int16_t* words;  // (count,)
+};
+
+const char* draw_words(const RandomWords& problem, void* stream);
+
 }  // namespace td3_fast::cuda

@@ -459,6 +459,16 @@ Tensor candidate_rank(const Tensor& hidden,
   return ranks;
 }
 
+Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
+  check_random_words(seed, site, count);
+  const c10::OptionalDeviceGuard guard(seed.device());
+  const Tensor words = at::empty({count}, seed.options().dtype(at::kShort));
+  const RandomWords problem{seed.const_data_ptr<int64_t>(), static_cast<uint32_t>(site), count,
+                            words.mutable_data_ptr<int16_t>()};
+  if (count > 0) check_launch(draw_words(problem, current_stream(seed)));
+  return words;
+}
+
 }  // namespace
 
 void register_operators(torch::Library& m) {
@@ -470,6 +480,7 @@ void register_operators(torch::Library& m) {
   m.impl("item_logsumexp_double_backward", item_logsumexp_double_backward);
   m.impl("target_rank", target_rank);
   m.impl("candidate_rank", candidate_rank);
+  m.impl("random_words", random_words);
 }
 
 }  // namespace td3_fast::cuda

@@ -1,7 +1,7 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
-from td3_fast.ops.dropout import DropoutStream, derive_seed, seeded_generator
+from td3_fast.ops.dropout import DropoutStream, derive_seed, random_words, seeded_generator
 from td3_fast.ops.item_cross_entropy import (
     ItemLogsumexp,
     item_cross_entropy,
@@ -32,6 +32,7 @@ __all__ = [
     "mix_items",
     "mix_items_transposed",
     "normalized_embedding",
+    "random_words",
     "seeded_generator",
     "soft_embedding",
     "target_rank",

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from td3_fast.ops.library import Backend, register_fake, use_fused
+
 
 def derive_seed(seed: int, *path: int | str) -> int:
     """A 63-bit seed for one named use of `seed`, independent of those of every other `path`.
@@ -26,13 +28,16 @@ def seeded_generator(seed: int, *path: int | str, device: torch.device | str = "
 class DropoutStream:
     """Inverted dropout: call `i` of a stream made from `seed` always draws the same mask for the same shape.
 
+    The masks are those of `random_words`, on every device the same. A seed that is a tensor, one int64 on the device of
+    the inputs, is read when a mask is drawn: a captured CUDA graph draws by what lies there when it is replayed.
+
     A mask needs 16 random bits an element, so a rate is rounded to a multiple of 2**-16; survivors are scaled by
     the inverse of the rounded rate, which keeps the expectation exact. Differentiable to any order in `inputs`.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._generator: torch.Generator | None = None
+    def __init__(self, seed: int | Tensor) -> None:
+        self._seed = torch.tensor(seed) if isinstance(seed, int) else seed
+        self._sites = 0
 
     def __call__(self, inputs: Tensor, rate: float) -> Tensor:
         """`inputs` with elements zeroed at `rate` and the rest scaled up; the same shape and dtype."""
@@ -43,15 +48,60 @@ class DropoutStream:
     def mask(self, shape: torch.Size, rate: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The next mask: 0 at `rate`, else the inverse of the share that survives."""
         dropped = dropped_of(rate)
-        lanes = self.words(shape.numel(), device=device)[: shape.numel()].view(shape)
+        lanes = self.words(shape.numel(), device=device).view(shape)
         return (lanes >= dropped - 32768).to(dtype).mul_(65536 / (65536 - dropped))
 
     def words(self, count: int, *, device: torch.device) -> Tensor:
-        """The random words of the next mask: int16, at least `count`; an element survives where its word is high."""
-        if self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self._seed)
-        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-        return words.random_(-(2**63), None, generator=self._generator).view(torch.int16)
+        """The random words of the next mask, (count,) int16; an element survives where its word is high."""
+        if self._seed.device != device:
+            self._seed = self._seed.to(device, non_blocking=True)
+        site, self._sites = self._sites, self._sites + 1
+        return random_words(self._seed, site, count)
+
+
+def random_words(seed: Tensor, site: int, count: int, *, backend: Backend = "fused") -> Tensor:
+    """Uniform 16-bit words as a function of a seed and a place: words 8i to 8i + 7 are block i of Philox4x32-10.
+
+    The key is the seed, the counter the number of the block (64 bits) and the site (32 bits), so that any part can be
+    drawn again anywhere, and no state is kept between calls.
+
+    Args:
+        seed: one int64, on the device that draws.
+        site: which of the independent sequences of the seed, in [0, 2**32).
+        count: how many words.
+
+    Returns:
+        (count,) int16, the same bits by either backend on every device.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    if use_fused(backend, seed.device):
+        words: Tensor = torch.ops.td3_fast.random_words(seed, site, count)
+        return words
+    return _reference(seed, site, count)
+
+
+MASK = 2**32 - 1
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def _reference(seed: Tensor, site: int, count: int) -> Tensor:
+    # unsigned 32-bit numbers in int64, whose products wrap around as those of unsigned 64 bits do
+    block = torch.arange((count + 7) // 8, device=seed.device)
+    x = [block & MASK, block >> 32, torch.full_like(block, site), torch.zeros_like(block)]
+    keys = [seed & MASK, (seed >> 32) & MASK]
+    for _ in range(10):
+        first, second = (x[2 * i] * MULTIPLIERS[i] for i in (0, 1))
+        high = [(product >> 32) & MASK for product in (first, second)]
+        x = [high[1] ^ x[1] ^ keys[0], second & MASK, high[0] ^ x[3] ^ keys[1], first & MASK]
+        keys = [(key + step) & MASK for key, step in zip(keys, WEYL, strict=True)]
+    return torch.stack(x, dim=1).to(torch.int32).view(torch.int16).view(-1)[:count]
+
+
+@register_fake("td3_fast::random_words")
+def _(seed: Tensor, site: int, count: int) -> Tensor:
+    return seed.new_empty(count, dtype=torch.int16)
 
 
 def dropped_of(rate: float) -> int:

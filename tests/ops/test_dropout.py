@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from td3_fast.ops import DropoutStream, derive_seed
+from td3_fast.ops import DropoutStream, derive_seed, random_words
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,3 +50,52 @@ def test_derived_seeds_differ_by_path_and_fit_a_generator() -> None:
     }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+# counter (block, site), key, and the block, of the known answers that come with the authors' Random123; their third
+# words of the counter other than the site are 0 here.
+def test_words_are_those_of_philox() -> None:
+    words = random_words(torch.tensor(0), 0, 8, backend="reference").view(torch.int32)
+    assert [int(word) & 0xFFFFFFFF for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000, 300_001])
+@pytest.mark.parametrize("seed", [0, 5, 2**63 - 1, -3])
+def test_fused_words_are_those_of_the_reference(device: torch.device, seed: int, count: int) -> None:
+    for site in (0, 1, 2**32 - 1):
+        expected = random_words(torch.tensor(seed), site, count, backend="reference")
+        assert torch.equal(random_words(torch.tensor(seed, device=device), site, count).cpu(), expected)
+
+
+def test_any_number_of_threads_draws_the_same_words() -> None:
+    threads = torch.get_num_threads()
+    drawn = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        drawn.append(random_words(torch.tensor(3), 2, 1_000_003))
+    torch.set_num_threads(threads)
+    assert torch.equal(*drawn)
+
+
+def test_sites_and_seeds_draw_independent_words() -> None:
+    count = 100_000
+    drawn = torch.stack([random_words(torch.tensor(s), i, count) for s in (0, 1) for i in (0, 1, 2)]).double()
+    correlation = torch.corrcoef(drawn) - torch.eye(6)
+    assert float(correlation.abs().max()) < 5 / count**0.5
+    assert float((drawn.mean(1) + 0.5).abs().max()) < 5 * 2**16 / (12 * count) ** 0.5
+
+
+def test_a_seed_is_read_when_the_mask_is_drawn() -> None:
+    seed, inputs = torch.tensor(1), torch.ones(100)
+    stream = DropoutStream(seed)
+    stream(inputs, 0.5)
+    seed.fill_(7)
+    expected = DropoutStream(7)
+    expected(inputs, 0.5)
+    assert torch.equal(stream(inputs, 0.5), expected(inputs, 0.5))
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(1.0), torch.tensor([1, 2])])
+def test_a_seed_is_one_integer(seed: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="one int64 seed"):
+        random_words(seed, 0, 8)
