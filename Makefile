@@ -27,7 +27,7 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,10 +17,12 @@ from rich.table import Table
 from td3_fast.cli_data import Columns, Data, Format, Seed, data_app, parse_bytes
 from td3_fast.cli_export import export
 from td3_fast.cli_options import (
+    Device,
     MaxEpochs,
     Overwrite,
     SummaryFile,
     Threads,
+    device_named,
     filters_of,
     go_on,
     names_in,
@@ -67,12 +69,12 @@ def options(
 
 
 @contextmanager
-def _processes(item_shards: int) -> Iterator[Ranks]:
-    """Those that torchrun started, connected; else this one alone."""
+def _processes(item_shards: int, device: str) -> Iterator[Ranks]:
+    """Those that torchrun started, connected for tensors on `device`; else this one alone."""
     from td3_fast.parallel import ALONE, is_launched, join
 
     if is_launched(os.environ):
-        with join(item_shards=item_shards) as ranks:
+        with join(item_shards=item_shards, device=device) as ranks:
             yield ranks
     elif item_shards == 1:
         yield ALONE
@@ -241,6 +243,7 @@ def distill(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    device: Device = "cpu",
     item_shards: Annotated[
         int, typer.Option(min=1, help="Processes that an item table is split over, under torchrun.")
     ] = 1,
@@ -258,6 +261,7 @@ def distill(
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         resume, overwrite = True, False
     set_threads(threads)
+    where = device_named(device)
     from td3_fast.distill_config import with_semantics
     from td3_fast.run import SUMMARY, Run, check_free
 
@@ -301,7 +305,7 @@ def distill(
         chosen = replace(chosen, pretrain=replace(chosen.pretrain, pool_items=True))
     filters = _filters(chosen, min_item_interactions, min_user_interactions)
     way_on = go_on(without="--overwrite", also="--resume")
-    with _processes(item_shards) as ranks:
+    with _processes(item_shards, str(where)) as ranks:
         if ranks.first:
             check_free(out, resume=resume, overwrite=overwrite)
         split = read_split(data, format=format, columns=columns, **filters)
@@ -320,6 +324,7 @@ def distill(
                 pretrained_from=pretrained,
                 watcher=watcher,
                 ranks=ranks,
+                device=where,
             )
             rows = run.distill(resume=resume, overwrite=overwrite)
     if not ranks.first:
@@ -347,6 +352,7 @@ def evaluate(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Train learners on SUMMARY and on the baselines, and score them on the test part of DATA.
@@ -361,7 +367,7 @@ def evaluate(
     from td3_fast.run import RESULTS, EvaluateRun
     from td3_fast.summary import load_summary
 
-    loaded = load_summary(summary)
+    loaded = load_summary(summary).to(device_named(device))
     split = read_split(data, format=format, columns=columns, **filters_of(loaded))
     folder, default_rows = summary.parent, ROWS
     if learner is not None:
@@ -406,6 +412,7 @@ def baselines(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Score what a summary of the given size has to beat: full data, random and longest users, popularity, and
@@ -429,6 +436,7 @@ def baselines(
             filters=filters,
             pretrained_from=pretrained,
             watcher=watcher,
+            device=device_named(device),
         )
         scored = run.baselines(rows=names, seeds=seeds, overwrite=overwrite)
     _print_rows(scored)
@@ -451,6 +459,7 @@ def fit(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a learner on SUMMARY: no interaction data are needed."""
@@ -461,7 +470,7 @@ def fit(
 
     if out is not None and out.exists() and not overwrite:
         raise ValueError(f"{out} exists: choose another file, or --overwrite")
-    loaded = load_summary(summary)
+    loaded = load_summary(summary).to(device_named(device))
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
     with watching("nothing is written") as watcher:

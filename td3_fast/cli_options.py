@@ -16,6 +16,8 @@ from td3_fast.cli_data import parse_columns
 from td3_fast.terminal import Display, Interrupted, Interrupts, console
 
 if TYPE_CHECKING:
+    import torch
+
     from td3_fast.data import Split
     from td3_fast.run import Watcher
     from td3_fast.summary import Summary
@@ -26,6 +28,9 @@ MaxEpochs = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of torch; its own choice if left out.")
+]
+Device = Annotated[
+    str, typer.Option("--device", help="Where it is computed: cpu, cuda, or cuda:1 for the second GPU.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
@@ -67,6 +72,32 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def device_named(name: str) -> torch.device:
+    """A device that is here; of the GPUs, where torchrun has started several processes, each takes its own.
+
+    Raises:
+        ValueError: it is none, or not here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees no GPU here; leave it out")
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: GPU {index} is asked for, there are {torch.cuda.device_count()}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def names_in(text: str) -> tuple[str, ...]:

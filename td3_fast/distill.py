@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from td3_fast.ops import (
     derive_seed,
     seeded_generator,
 )
-from td3_fast.parallel import ALONE, Group, Ranks, item_tables
+from td3_fast.parallel import ALONE, WHOLE, Group, Ranks, item_tables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import (
     FarziSummary,
@@ -35,15 +35,19 @@ from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker, fresh_like
 from td3_fast.unroll import (
     AdamConfig,
     AdamState,
+    CudaGraphs,
     FixedEmbeddings,
     InnerLoop,
     ItemMixture,
+    RecordedLoop,
+    Recorder,
     adam_step_,
     fit_on_summary,
     flat_pair,
     initial_state,
     make_mixture,
     pull_back_with_higher,
+    stride_of,
 )
 
 VALIDATION_LOSS = "validation_cross_entropy"
@@ -65,6 +69,21 @@ class DistillState:
     best_score: float = float("-inf")
     history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
     losses: list[dict[str, float]] = field(default_factory=list)  # of the current epoch's outer steps
+
+    def to(self, device: torch.device) -> DistillState:
+        """The same with every tensor on a device."""
+
+        def to(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+            return None if tensors is None else tuple(t.to(device) for t in tensors)
+
+        items = self.validation_items
+        return replace(
+            self,
+            factors=self.factors.to(device),
+            carried=to(self.carried),
+            validation_items=None if items is None else items.to(device),
+            best=to(self.best),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +137,9 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
+        # how steps of the inner loop are recorded; None where they are taken one by one
+        self.record: Recorder | None = CudaGraphs() if self.items.device.type == "cuda" else None
+        self._recorded: RecordedLoop | None = None
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
 
@@ -260,7 +282,9 @@ class Distiller:
             losses.append(loss)
             carried.append(between)
         gradients = torch.autograd.grad(made, factors, torch.stack(cotangents).sum(0) / count)
-        shares = {name: sum(loss[name] for loss in losses) / count for name in FIGURES}
+        shares = {
+            name: torch.stack([loss[name] for loss in losses]).double().sum() / count for name in FIGURES
+        }
         # a process that takes a part of the examples has all of the inner loop
         shares["inner"] /= self.sharing_examples.size
         shares["window"] /= self.sharing_examples.size
@@ -320,12 +344,28 @@ class Distiller:
             sharing=self.sharing_examples,
         )
 
+    def _engine(self, trajectory: Trajectory, mixture: ItemMixture) -> InnerLoop | RecordedLoop:
+        """What takes the steps of a trajectory."""
+        loop, config = self._inner_loop(trajectory), self.config
+        window = config.inner_steps if config.window_kind == "full" else config.window
+        size = sum(p.nbytes for p in trajectory.start)
+        kept_whole = stride_of(window, size, self.limits.kept_states) == window
+        if self.record is None or not kept_whole or self.tables is not WHOLE:
+            return loop
+        steps = max(config.inner_steps, trajectory.warm_up + trajectory.differentiated)
+        window = max(window, trajectory.differentiated)
+        if self._recorded is None or self._recorded.limits != (steps, window):
+            self._recorded = RecordedLoop(
+                loop, trajectory.start, self.items, mixture, steps=steps, window=window, record=self.record
+            )
+        return self._recorded.begin(loop, mixture)
+
     def _follow(
         self, trajectory: Trajectory, mixture: ItemMixture
-    ) -> tuple[Tensor, dict[str, float], tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         """A trajectory's gradient of what the mixture was made from, its losses, and the learner after warm-up where
         the next outer step goes on with it."""
-        loop = self._inner_loop(trajectory)
+        loop: Any = self._engine(trajectory, mixture)  # either takes what it has returned
         learner = initial_state(trajectory.start)
         learner, _ = loop.run(learner, self.items, mixture, until=trajectory.warm_up)
         between: tuple[Tensor, ...] = ()
@@ -346,20 +386,19 @@ class Distiller:
             size = self.sharing_examples.size
             cotangents = tuple(self.sharing_examples.total(c) / size for c in cotangents)
         gradient = loop.pull_back(window, cotangents, mixture, growth_limit=limit)
-        losses = {
-            "cross_entropy": fit,
-            "alignment": aligned,
-            "inner": inner,
-            "window": float(window.pulled_back),
-        }
+        window_length = torch.as_tensor(window.pulled_back, dtype=fit.dtype, device=fit.device)
+        losses = {"cross_entropy": fit, "alignment": aligned, "inner": inner, "window": window_length}
         return gradient, losses, between
 
     def _over_ranks(
-        self, gradients: tuple[Tensor, ...], figures: dict[str, float]
+        self, gradients: tuple[Tensor, ...], figures: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-        """Gradients and figures of all processes, from those of each one's share; everywhere the same bits."""
+        """Gradients and figures of all processes, from those of each one's share; everywhere the same bits.
+
+        The figures are the first that the host reads of an outer step, when all of it is under way.
+        """
         ranks = self.ranks
-        own = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.items.device)
+        own = torch.stack([figure.double() for figure in figures.values()])
         # the adjoint is linear in what it pulls back, so it is the small gradients of the factors that are added up
         *summed, every = [ranks.items.common(ranks.work.total(part)) for part in (*gradients, own)]
         return tuple(summed), dict(zip(figures, every.tolist(), strict=True))
@@ -447,6 +486,7 @@ class Distiller:
                 seed=seed,
                 cached_limit=self.limits.cached_probabilities,
                 tables=self.tables,
+                record=self.record,
                 **self.fit_options(),
             )
             if config.semantics.carry_embeddings:

@@ -164,7 +164,7 @@ def teacher_of(
         if fixed in changes:
             raise ValueError(f"{fixed} comes from the summary: leave it out of the hyperparameters")
     config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY} | changes
-    learner = build_learner(name, config, seed=seed)
+    learner = build_learner(name, config, seed=seed).to(summary.item_factors.device)
     width = recipe.learner_config["hidden"]
     axes = _principal_axes(summary.item_factors[:, :width], config["hidden"])
     with torch.no_grad():
@@ -263,11 +263,11 @@ class _Evaluation:
             training = chosen_users(
                 self.split.train, base, self.summary.num_users * self.summary.num_positions, seed=seed
             )
-        learner = (
-            fresh_like(self.teacher, seed=seed)
-            if embeddings
-            else build_learner(type(self.teacher).__name__, self.teacher.hyperparameters(), seed=seed)
-        )
+        if embeddings:
+            learner = fresh_like(self.teacher, seed=seed)
+        else:
+            learner = build_learner(type(self.teacher).__name__, self.teacher.hyperparameters(), seed=seed)
+            learner.to(self.teacher.item_embeddings.device)
         fit_examples(learner, training, self.validation, self.config.fit, seed=seed, progress=progress)
         return ranker.metrics(learner)
 

@@ -61,7 +61,7 @@ class OuterObjective:
         """For each micro-batch of this process its share of the cross-entropy and of the alignment."""
         semantics = self._config.semantics
         for i, part in self.parts:
-            batch = Batch(*(t.to(items.device) for t in part))
+            batch = Batch(*(t.to(items.device, non_blocking=True) for t in part))
             positions = (batch.lengths - 1).unsqueeze(1)
             embeds = self._tables.look_up(batch.histories, items)
             hidden = encode(
@@ -82,12 +82,12 @@ class OuterObjective:
 
     def gradient(
         self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor
-    ) -> tuple[float, float, tuple[Tensor, ...]]:
-        """Cross-entropy, alignment, and the gradient of their sum with respect to the parameters."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Cross-entropy and alignment (), and the gradient of their sum with respect to the parameters."""
         leaves = [p.detach().requires_grad_() for p in parameters]
         table = leaves[1] if len(leaves) > 1 else items
         total = [torch.zeros_like(p) for p in parameters]
-        fit = aligned = 0.0
+        fit, aligned = (torch.zeros((), dtype=torch.float64, device=items.device) for _ in range(2))
 
         def encode(embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None) -> Tensor:
             return flat.encode(leaves[0], embeds, positions, dropout=dropout)
@@ -97,6 +97,6 @@ class OuterObjective:
                 total, torch.autograd.grad(part_fit + part_aligned, leaves), strict=True
             ):
                 sum_ += gradient
-            fit += float(part_fit.detach())
-            aligned += float(part_aligned.detach())
+            fit += part_fit.detach()
+            aligned += part_aligned.detach()
         return fit, aligned, tuple(total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from td3_fast.data import Split
@@ -39,6 +40,11 @@ class PretrainState:
 
     fit: FitState
     pool: list[tuple[Tensor, ...]]  # flat parameters, and the item table where the pool has it
+
+    def to(self, device: torch.device) -> PretrainState:
+        """The same with every tensor on a device."""
+        pool = [tuple(t.to(device) for t in entry) for entry in self.pool]
+        return PretrainState(fit=self.fit.to(device), pool=pool)
 
 
 def pretrain(

@@ -131,6 +131,7 @@ class Run:
     watcher: Watcher = field(default_factory=Watcher)
     evaluation_seeds: int = 3  # of the first look at the finished summary
     ranks: Ranks = ALONE
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that computes
 
     def __post_init__(self) -> None:
         self._clock = _Clock()
@@ -198,10 +199,10 @@ class Run:
         if "summary" in rows:
             raise RunError("there is no summary among the baselines: evaluate one with `td3-fast evaluate`")
         if any(row == "zero-step" or row.endswith("+embeddings") for row in rows):
-            pretrained = self.pretrained(overwrite=overwrite)
+            pretrained = self.pretrained(overwrite=overwrite).to(self.device)
         else:
             name, config = self.recipe.learner_name, self.pretrain_settings()["learner_config"]
-            untrained = build_learner(name, config, seed=self.seed).state_dict()
+            untrained = build_learner(name, config, seed=self.seed).to(self.device).state_dict()
             pretrained = Pretrained(
                 learner_name=name, learner_config=config, best=untrained, pool=[], history=[], best_epoch=0
             )
@@ -296,7 +297,7 @@ class Run:
         """The folder's pretrained learner, with this process's rows of the item tables."""
         split = self.ranks.items.size > 1
         rows = self.ranks.items.rows(self.split.interactions.num_items) if split else None
-        return load_pretrained(self.folder / PRETRAINED, items=rows)[0]
+        return load_pretrained(self.folder / PRETRAINED, items=rows)[0].to(self.device)
 
     def _take_part(self) -> None:
         """The distillation in a process that writes nothing, from what process 0 finds or leaves in the folder."""
@@ -315,7 +316,7 @@ class Run:
             self._own_rows(),
             self.recipe.distill,
             seed=self.seed,
-            state=state if isinstance(state, DistillState) else None,
+            state=state.to(self.device) if isinstance(state, DistillState) else None,
             ranks=self.ranks,
             on_step=on_step,
         )
@@ -323,7 +324,10 @@ class Run:
     def _environment(self) -> dict[str, Any]:
         ranks = self.ranks
         several = {"processes": ranks.everyone.size, "item_shards": ranks.items.size}
-        return environment() | (several if ranks.everyone.size > 1 else {})
+        found = environment() | (several if ranks.everyone.size > 1 else {})
+        return found | (
+            {} if self.device.type == "cpu" else {"device": torch.cuda.get_device_name(self.device)}
+        )
 
     def _checkpoint(self, state: PretrainState | DistillState, *, due: bool, stop: bool) -> None:
         """Save now and then, and when asked to stop; then stop."""
@@ -369,10 +373,10 @@ class Run:
 
         pretrained = pretrain(
             self.split,
-            build_learner(wanted["learner"], wanted["learner_config"], seed=self.seed),
+            build_learner(wanted["learner"], wanted["learner_config"], seed=self.seed).to(self.device),
             self.recipe.pretrain,
             seed=self.seed,
-            state=state if isinstance(state, PretrainState) else None,
+            state=state.to(self.device) if isinstance(state, PretrainState) else None,
             on_step=on_step,
             progress=self.watcher.progress,
         )
@@ -410,10 +414,10 @@ class Run:
         try:
             summary, state = distill(
                 self.split,
-                pretrained,
+                pretrained.to(self.device),
                 self.recipe.distill,
                 seed=self.seed,
-                state=state if isinstance(state, DistillState) else None,
+                state=state.to(self.device) if isinstance(state, DistillState) else None,
                 ranks=self.ranks,
                 on_step=on_step,
                 progress=progress,
@@ -424,7 +428,7 @@ class Run:
                 self._checkpoint(reached[0], due=True, stop=False)
             raise
         if self.ranks.items.size > 1:
-            summary.item_factors = load_item_factors(self.folder / PRETRAINED)
+            summary.item_factors = load_item_factors(self.folder / PRETRAINED).to(self.device)
         metadata = summary.metadata
         assert metadata is not None
         summary.metadata = replace(

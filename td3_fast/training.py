@@ -195,6 +195,11 @@ class FitState:
     best_score: float = float("-inf")
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def to(self, device: torch.device) -> FitState:
+        """The same with every tensor on a device."""
+        best = tuple(t.to(device) for t in self.best)
+        return replace(self, optimiser=self.optimiser.to(device), best=best)
+
 
 class FitStep:
     """One optimiser step on a batch of real examples, by the loss and the optimiser of a `FitConfig`."""
@@ -329,7 +334,8 @@ class Pretrained:
         """
         rest = {name: value for name, value in self.best.items() if name != "item_embeddings"}
         learner = build_learner(self.learner_name, self.learner_config, seed=0)
-        learner.to(next(iter(rest.values())).dtype)
+        example = next(iter(rest.values()))
+        learner.to(example.device, example.dtype)
         table = self.best["item_embeddings"].detach()
         if table.shape != learner.item_embeddings.shape:
             raise ValueError(
@@ -341,6 +347,16 @@ class Pretrained:
             wrong = [name for name in (*missing, *unexpected) if name != "item_embeddings"]
             raise ValueError(f"the best checkpoint has not the parameters of a {self.learner_name}: {wrong}")
         return learner
+
+    def to(self, device: torch.device) -> Pretrained:
+        """The same with every tensor on a device; a table that several share is still shared."""
+        moved: dict[int, Tensor] = {}
+
+        def to(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: moved.setdefault(id(t), t.to(device)) for name, t in state.items()}
+
+        best = to(self.best)
+        return replace(self, best=best, pool=[best if e is self.best else to(e) for e in self.pool])
 
     def for_frozen_items(self, dtype: torch.dtype) -> Pretrained:
         """The same with the item table in `dtype` and none in the pool, for uses that train no table."""

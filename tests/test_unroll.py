@@ -23,6 +23,7 @@ from td3_fast.unroll import (
     flat_pair,
     initial_state,
 )
+from td3_fast.unroll.adam import step_size
 
 NUM_ITEMS = 23
 OTHERS = [name for name in LEARNERS if name != "SASRec"]
@@ -146,7 +147,7 @@ def test_adam_adjoint_equals_automatic_differentiation(weight_decay: float) -> N
 
     leaves = [x.clone().requires_grad_() for x in (p, m, v, g)]
     expected = torch.autograd.grad(step(*leaves), leaves, cotangents)
-    to_gradient = adam_adjoint_((p, m, v), g, tuple(cotangents), 3, config)
+    to_gradient = adam_adjoint_((p, m, v), g, tuple(cotangents), step_size(3, config), config)
     for a, b in zip((*cotangents, to_gradient), expected, strict=True):
         torch.testing.assert_close(a, b)
     state = initial_state((p,))._replace(first_moments=(m.clone(),), second_moments=(v.clone(),), step=2)
@@ -156,7 +157,7 @@ def test_adam_adjoint_equals_automatic_differentiation(weight_decay: float) -> N
 def test_no_derivative_flows_where_the_second_moment_is_zero() -> None:
     zero = torch.zeros(3)
     adjoint = (torch.ones(3), torch.ones(3), torch.ones(3))
-    to_gradient = adam_adjoint_((zero, zero, zero), zero, adjoint, 1, AdamConfig(learning_rate=0.1))
+    to_gradient = adam_adjoint_((zero, zero, zero), zero, adjoint, 0.1, AdamConfig(learning_rate=0.1))
     assert torch.equal(adjoint[2], zero)
     assert all(torch.isfinite(t).all() for t in (*adjoint, to_gradient))
 

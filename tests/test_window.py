@@ -8,7 +8,7 @@ from test_unroll import CASES, NUM_ITEMS, VARIANTS, small_distiller
 from torch import Tensor
 
 from td3_fast.unroll import CachedMixture, adam_adjoint_, adam_step_, initial_state, mixture
-from td3_fast.unroll.adam import AdamConfig, AdamState
+from td3_fast.unroll.adam import AdamConfig, AdamState, step_size
 from td3_fast.unroll.window import stride_of
 
 WARM_UP, WINDOW = 2, 10
@@ -113,14 +113,16 @@ def test_large_tensors_are_stepped_in_parts(weight_decay: float, monkeypatch: py
     v = torch.rand(13, 5, dtype=torch.float64, generator=generator)
     config = AdamConfig(learning_rate=0.1, weight_decay=weight_decay)
 
-    def stepped() -> list[Tensor]:
+    def stepped(size: float | Tensor) -> list[Tensor]:
         to_p, to_m, to_v = (c.clone() for c in cotangents)
         state = AdamState((p.clone(),), (m.clone(),), (v.clone(),), 2)
-        adjoint = adam_adjoint_((p, m, v), g, (to_p, to_m, to_v), 3, config)
-        after = adam_step_(state, (g,), config)
+        adjoint = adam_adjoint_((p, m, v), g, (to_p, to_m, to_v), size, config)
+        after = adam_step_(state, (g,), config, size)
         return [*(t for group in after[:3] for t in group), adjoint, to_p, to_m, to_v]
 
-    whole = stepped()
+    size = step_size(3, config)
+    whole = stepped(size)
     monkeypatch.setattr("td3_fast.unroll.adam.ELEMENTS_AT_ONCE", 8)
-    for a, b in zip(whole, stepped(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+    for same in (size, torch.tensor(size, dtype=torch.float64)):
+        for a, b in zip(whole, stepped(same), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)

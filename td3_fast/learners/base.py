@@ -206,9 +206,13 @@ def check_rates(config: Any, *names: str) -> None:
 
 
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill in place with N(0, std²)."""
+    """Fill in place with N(0, std²), on every device with what a generator of the CPU draws."""
     with torch.no_grad():
-        tensor.normal_(0.0, std, generator=generator)
+        if tensor.device.type == "cpu":
+            tensor.normal_(0.0, std, generator=generator)
+        else:
+            drawn = torch.empty(tensor.shape, dtype=tensor.dtype).normal_(0.0, std, generator=generator)
+            tensor.copy_(drawn, non_blocking=True)
 
 
 def xavier_std(weight: Tensor) -> float:

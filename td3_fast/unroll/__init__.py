@@ -14,6 +14,14 @@ from td3_fast.unroll.mixture import (
     StreamedMixture,
     flat_pair,
 )
+from td3_fast.unroll.recorded import (
+    CudaGraphs,
+    GraphsUnavailableWarning,
+    RecordedLoop,
+    RecordedWindow,
+    Recorder,
+    called,
+)
 from td3_fast.unroll.window import KEPT_STATES_LIMIT, TENSORS_PER_STEP, stride_of
 
 __all__ = [
@@ -24,14 +32,20 @@ __all__ = [
     "AdamConfig",
     "AdamState",
     "CachedMixture",
+    "CudaGraphs",
     "FixedEmbeddings",
+    "GraphsUnavailableWarning",
     "InnerLoop",
     "ItemEmbedding",
     "ItemMixture",
     "LinearMixture",
+    "RecordedLoop",
+    "RecordedWindow",
+    "Recorder",
     "StreamedMixture",
     "adam_adjoint_",
     "adam_step_",
+    "called",
     "fit_on_summary",
     "flat_pair",
     "initial_state",

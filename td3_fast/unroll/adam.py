@@ -37,6 +37,11 @@ class AdamState(NamedTuple):
         p, m, v = (tuple(t.clone() for t in field) for field in self[:3])
         return AdamState(p, m, v, self.step)
 
+    def to(self, device: torch.device) -> AdamState:
+        """The same state on a device."""
+        p, m, v = (tuple(t.to(device) for t in field) for field in self[:3])
+        return AdamState(p, m, v, self.step)
+
 
 def initial_state(parameters: Sequence[Tensor]) -> AdamState:
     """A fresh optimiser on copies of `parameters`."""
@@ -45,17 +50,27 @@ def initial_state(parameters: Sequence[Tensor]) -> AdamState:
     return AdamState(copies, zeros, tuple(torch.zeros_like(p) for p in copies), 0)
 
 
-def adam_step_(state: AdamState, gradients: Sequence[Tensor], config: AdamConfig) -> AdamState:
-    """One Adam step, overwriting the tensors of `state`. The epsilon stands as in `higher`: sqrt(v) + eps."""
+def adam_step_(
+    state: AdamState, gradients: Sequence[Tensor], config: AdamConfig, size: float | Tensor | None = None
+) -> AdamState:
+    """One Adam step, overwriting the tensors of `state`. The epsilon stands as in `higher`: sqrt(v) + eps.
+
+    size: `step_size` of the step, where it is known already or lies in a tensor ().
+    """
     step = state.step + 1
-    size = _step_size(step, config)
+    if size is None:
+        size = step_size(step, config)
     for tensors in zip(*state[:3], gradients, strict=True):
         for p, m, v, g in pieces(*tensors):
             if config.weight_decay:
                 g = g.add(p, alpha=config.weight_decay)
             m.lerp_(g, 1 - config.beta1)
             v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-            p.addcdiv_(m, v.sqrt().add_(config.eps), value=-size)
+            root = v.sqrt().add_(config.eps)
+            if isinstance(size, Tensor):
+                p.sub_(torch.div(m, root, out=root).mul_(size))
+            else:
+                p.addcdiv_(m, root, value=-size)
     return state._replace(step=step)
 
 
@@ -63,7 +78,7 @@ def adam_adjoint_(
     before: tuple[Tensor, Tensor, Tensor],  # parameter, first and second moment
     gradient: Tensor,
     cotangents: tuple[Tensor, Tensor, Tensor],  # of the same three after the step
-    step: int,  # counting the step in question, from 1
+    size: float | Tensor,  # `step_size` of the step in question
     config: AdamConfig,
 ) -> Tensor:
     """Vector-Jacobian product of one Adam step: the cotangent of the gradient, taken as an independent input.
@@ -72,7 +87,6 @@ def adam_adjoint_(
     the gradient. Where the second moment is exactly 0, its square root has an infinite slope; no derivative flows
     there, as in `higher`.
     """
-    size = _step_size(step, config)
     to_gradient = torch.empty_like(gradient)
     for p, m, v, g, to_p, to_m, to_v, to_g in pieces(*before, gradient, *cotangents, to_gradient):
         if config.weight_decay:
@@ -81,7 +95,11 @@ def adam_adjoint_(
         new_v = (v * config.beta2).addcmul_(g, g, value=1 - config.beta2)
         root = new_v.sqrt()
         scaled = to_p / (root + config.eps)
-        to_m.add_(scaled, alpha=-size)  # now of the new moment
+        if isinstance(size, Tensor):
+            to_m.sub_(scaled * size)
+        else:
+            to_m.add_(scaled, alpha=-size)
+        # to_m is now of the new moment
         slope = scaled.mul_(new_m).div_(root + config.eps).div_(root).mul_(size / 2)
         to_v.copy_(torch.where(new_v == 0, 0.0, slope.add_(to_v)))
         torch.mul(to_m, 1 - config.beta1, out=to_g)
@@ -102,5 +120,6 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(t.view(-1).split(ELEMENTS_AT_ONCE) for t in tensors), strict=True)
 
 
-def _step_size(step: int, config: AdamConfig) -> float:
+def step_size(step: int, config: AdamConfig) -> float:
+    """What a step, counted from 1, multiplies m / (sqrt(v) + eps) by."""
     return config.learning_rate * math.sqrt(1 - config.beta2**step) / (1 - config.beta1**step)

@@ -18,6 +18,7 @@ from td3_fast.unroll.mixture import (
     LinearMixture,
     StreamedMixture,
 )
+from td3_fast.unroll.recorded import CudaGraphs, RecordedLoop, Recorder
 
 CACHED_PROBABILITIES_LIMIT = 512 * 2**20
 
@@ -57,13 +58,15 @@ def fit_on_summary(
     seed: int = 0,
     tables: ItemTables = WHOLE,
     cached_limit: int = CACHED_PROBABILITIES_LIMIT,
+    record: Recorder | None = None,
     progress: Progress = silent,
 ) -> list[float]:
     """Train `learner` in place on a summary with the inner loss; returns the loss of each step.
 
     `item_embedding="frozen"` keeps the learner's item table as it is. The loss leaves out the entropy of the summary,
     which no learner can change; `cached_limit` is that of `make_mixture`. Same seed, same result. tables: where the
-    item tables of both, if they are split over processes, have their other rows.
+    item tables of both, if they are split over processes, have their other rows. record: how the step is recorded to
+    be replayed, as `RecordedLoop` takes it; None: as a CUDA graph on a GPU, on the CPU not at all.
     """
     items = learner.item_embeddings.detach()
     loop = InnerLoop(
@@ -95,7 +98,12 @@ def fit_on_summary(
         mixture = FixedEmbeddings(
             tables.normalized_embedding(queries, keys, items, normalize=summary.normalize)
         )
+    if record is None and items.device.type == "cuda":
+        record = CudaGraphs()
+    run = loop.run
+    if record is not None and tables is WHOLE:
+        run = RecordedLoop(loop, start, items, mixture, steps=steps, window=1, record=record).run
     with torch.enable_grad():
-        state, losses = loop.run(initial_state(start), items, mixture, until=steps, progress=progress)
+        state, losses = run(initial_state(start), items, mixture, until=steps, progress=progress)
     flat.write(learner, *state.parameters)
-    return losses
+    return losses.tolist()

@@ -40,7 +40,7 @@ def dense_inner_loss(
     """The inner loss of a step, entropy of the summary included, by the paper's formula."""
     inputs = rows[:, :-1] @ items
     losses = []
-    for targets, dropout in loop.passes(step):
+    for targets, dropout in loop.passes(loop.inputs(step).to(items.device)):
         hidden = encode(inputs, targets - 1, dropout)
         truth = rows.gather(1, targets.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
         predicted = torch.log_softmax(hidden @ items.T, dim=-1)

@@ -17,9 +17,16 @@ from td3_fast.learners import FlatParameters, Learner
 from td3_fast.ops import DropoutStream, derive_seed, seeded_generator
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
-from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_
-from td3_fast.unroll.mixture import ItemMixture
-from td3_fast.unroll.window import KEPT_STATES_LIMIT, Evaluation, Window, WindowStep, stride_of
+from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, step_size
+from td3_fast.unroll.mixture import Embeddings, ItemMixture
+from td3_fast.unroll.window import (
+    KEPT_STATES_LIMIT,
+    Evaluation,
+    StepInputs,
+    Window,
+    WindowStep,
+    stride_of,
+)
 
 ItemEmbedding = Literal["frozen", "trained"]
 FIRST_MIDDLE_POSITION = 5
@@ -83,24 +90,37 @@ class InnerLoop:
             middle = low + drawn[:, : self.middle_positions]
         return torch.cat([last, middle], dim=1)
 
-    def passes(self, step: int) -> list[tuple[Tensor, DropoutStream | None]]:
+    def seeds(self, step: int) -> list[int]:
+        """Of the dropout of a step, one for each encoder pass; empty without dropout."""
+        if not self.dropout:
+            return []
+        passes = 1 + self.augmentation * self.middle_positions if self.separate_passes else 1
+        return [derive_seed(self.seed, "dropout", step, index) for index in range(passes)]
+
+    def inputs(self, step: int) -> StepInputs:
+        """All that a step takes beside the learner, the item table and the summary."""
+        seeds = torch.tensor(self.seeds(step), dtype=torch.int64)
+        return StepInputs(self.batch(step), self.targets(step), seeds, step_size(step + 1, self.adam))
+
+    def passes(self, inputs: StepInputs) -> list[tuple[Tensor, DropoutStream | None]]:
         """The encoder passes of a step: their target positions (b, k), and their dropout if there is any."""
-        targets = self.targets(step)
-        parts = targets.split(1, dim=1) if self.separate_passes else (targets,)
+        parts = inputs.targets.split(1, dim=1) if self.separate_passes else (inputs.targets,)
         return [
-            (part, DropoutStream(derive_seed(self.seed, "dropout", step, index)) if self.dropout else None)
+            (part, DropoutStream(inputs.seeds[index]) if self.dropout else None)
             for index, part in enumerate(parts)
         ]
 
-    def loss(self, flat: FlatParameters, theta: Tensor, items: Tensor, embeds: Tensor, step: int) -> Tensor:
+    def loss(
+        self, flat: FlatParameters, theta: Tensor, items: Tensor, embeds: Tensor, inputs: StepInputs
+    ) -> Tensor:
         """The inner loss of a step.
 
-        theta: (flat.size,); items: (n, d); embeds: (b, ζ, d), the soft embeddings of `batch(step)`. Differentiable
-        twice in all three.
+        theta: (flat.size,); items: (n, d); embeds: (b, ζ, d), the soft embeddings of the users of `inputs`.
+        Differentiable twice in all three.
         """
-        inputs = embeds[:, :-1]
-        passes = self.passes(step)
-        hidden = [flat.encode(theta, inputs, targets - 1, dropout=dropout) for targets, dropout in passes]
+        histories = embeds[:, :-1]
+        passes = self.passes(inputs)
+        hidden = [flat.encode(theta, histories, targets - 1, dropout=dropout) for targets, dropout in passes]
         targets = torch.cat([targets for targets, _ in passes], dim=1)
         rows = embeds.gather(1, targets.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
         outputs = torch.cat(hidden, dim=1).flatten(0, 1)
@@ -114,20 +134,22 @@ class InnerLoop:
         *,
         until: int,
         progress: Progress = silent,
-    ) -> tuple[AdamState, list[float]]:
+    ) -> tuple[AdamState, Tensor]:
         """Take optimiser steps, overwriting the tensors of `state`, until `until` steps are taken in all.
 
         items: (n, d), the table where `state` holds none. Returns the last state and the loss of each step.
         """
         flat = FlatParameters(self.learner)
-        losses: list[float] = []
+        losses: list[Tensor] = []
         first = state.step
         for step in range(first, until):
-            evaluated = self._evaluate(flat, state, items, mixture, create_graph=False)
-            state = adam_step_(state, evaluated.gradients, self.adam)
+            inputs = self.inputs(step).to(items.device)
+            evaluated = self.evaluate(flat, state.parameters, items, mixture, inputs, create_graph=False)
+            state = adam_step_(state, evaluated.gradients, self.adam, inputs.size)
             losses.append(evaluated.loss)
-            progress("fit", step + 1 - first, until - first, {"loss": evaluated.loss})
-        return state, losses
+            if progress is not silent:
+                progress("fit", step + 1 - first, until - first, {"loss": float(evaluated.loss)})
+        return state, torch.stack(losses) if losses else items.new_empty(0)
 
     def run_window(
         self,
@@ -164,35 +186,37 @@ class InnerLoop:
         steps: list[WindowStep] = []
         while state.step < until:
             before = state.clone()
-            evaluated = self._evaluate(flat, before, items, mixture, create_graph=True)
+            inputs = self.inputs(state.step).to(items.device)
+            evaluated = self.evaluate(flat, before.parameters, items, mixture, inputs, create_graph=True)
             steps.append(WindowStep(before, evaluated))
-            state = adam_step_(state, evaluated.gradients, self.adam)
+            state = adam_step_(state, evaluated.gradients, self.adam, inputs.size)
         return state, steps
 
-    def _evaluate(
+    def evaluate(
         self,
         flat: FlatParameters,
-        state: AdamState,
+        parameters: tuple[Tensor, ...],
         items: Tensor,
         mixture: ItemMixture,
+        inputs: StepInputs,
         *,
         create_graph: bool,
     ) -> Evaluation:
-        users = self.batch(state.step)
-        leaves = [p.detach().requires_grad_() for p in state.parameters]
+        """The loss of a step and its gradients; with `create_graph` those can be differentiated again."""
+        leaves = [p.detach().requires_grad_() for p in parameters]
         trained = len(leaves) > 1
         table = leaves[1] if trained else items
-        embeds = mixture.embed(users, table.detach())
+        embeds = mixture.embed(inputs.users, table.detach())
         if trained or create_graph:
             embeds.requires_grad_()
-        loss = self.loss(flat, leaves[0], table, embeds, state.step)
+        loss = self.loss(flat, leaves[0], table, embeds, inputs)
         sources = [*leaves, embeds]
         first_order = torch.autograd.grad(loss, sources if trained else leaves, create_graph=create_graph)
         gradients = [g.detach() for g in first_order[: len(leaves)]]
         if trained:
             # in the place of the part whose graph is kept: its values are needed no more, and it may be large
-            gradients[1].add_(mixture.embed_transposed(users, first_order[2].detach()))
-        return Evaluation(float(loss.detach()), users, tuple(gradients), first_order, sources)
+            gradients[1].add_(mixture.embed_transposed(inputs.users, first_order[2].detach()))
+        return Evaluation(loss.detach(), inputs, tuple(gradients), first_order, sources)
 
     def pull_back(
         self,
@@ -215,7 +239,7 @@ class InnerLoop:
         while window.steps:
             first = window.steps[0].state.step
             while window.steps:
-                self._pull_back_step(window.steps.pop(), adjoint, mixture)
+                self.pull_back_step(window.steps.pop(), adjoint, mixture)
                 window.pulled_back += 1
                 if limit is not None and not float(torch.linalg.vector_norm(theta)) <= limit:
                     window.steps.clear()
@@ -225,14 +249,15 @@ class InnerLoop:
                 _, window.steps = self._keep_steps(state, window.items, mixture, until=first)
         return mixture.gradient()
 
-    def _pull_back_step(
-        self, step: WindowStep, adjoint: list[tuple[Tensor, Tensor, Tensor]], mixture: ItemMixture
+    def pull_back_step(
+        self, step: WindowStep, adjoint: list[tuple[Tensor, Tensor, Tensor]], mixture: Embeddings
     ) -> None:
         """Take the cotangents of parameters and moments from after a step to before it, overwriting them."""
         state, evaluated = step
-        users, first_order, sources = evaluated.users, evaluated.first_order, evaluated.sources
+        inputs, first_order, sources = evaluated.inputs, evaluated.first_order, evaluated.sources
+        users = inputs.users
         to_gradients = [
-            adam_adjoint_((p, m, v), gradient, cotangents, state.step + 1, self.adam)
+            adam_adjoint_((p, m, v), gradient, cotangents, inputs.size, self.adam)
             for p, m, v, gradient, cotangents in zip(*state[:3], evaluated.gradients, adjoint, strict=True)
         ]
         trained = len(adjoint) > 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from td3_fast.ops import mix_items, mix_items_transposed
 from td3_fast.parallel import WHOLE, ItemTables
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def flat_pair(queries: Tensor, keys: Tensor) -> Tensor:
@@ -19,12 +23,8 @@ def flat_pair(queries: Tensor, keys: Tensor) -> Tensor:
 NOTED_LIMIT = 64 * 2**20  # bytes of cotangents and tables
 
 
-class ItemMixture(Protocol):
-    """The soft embeddings X (b, ζ, d) of selected synthetic users as a function of the learner's item table E (n, d).
-
-    It is constant over an inner loop and linear in E. `noted` cotangents add up until `gradient` fetches them.
-    Tables, E among them, may be split over processes: X is then common to these, and so is what `gradient` gives.
-    """
+class Embeddings(Protocol):
+    """What the steps of an inner loop ask of an `ItemMixture`."""
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         """X of the selected users under the table `items`."""
@@ -35,12 +35,47 @@ class ItemMixture(Protocol):
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         """Take note that X under the table `items` has this cotangent."""
 
+
+class ItemMixture(Embeddings, Protocol):
+    """The soft embeddings X (b, ζ, d) of selected synthetic users as a function of the learner's item table E (n, d).
+
+    It is constant over an inner loop and linear in E. `noted` cotangents add up until `gradient` fetches them.
+    Tables, E among them, may be split over processes: X is then common to these, and so is what `gradient` gives.
+    """
+
+    def twin(self) -> Self:
+        """The same mixture, to be embedded by, which reads its constants from tensors of its own: what a captured graph
+        reads again whenever it is replayed, after `assign`. It never reads a tensor on the host."""
+
+    def assign(self, other: Self) -> None:
+        """Take the constants of a mixture of the same kind and size, into the tensors that are there."""
+
     def gradient(self) -> Tensor:
         """What was noted since the last call, as the gradient of the tensor that the mixture was made from."""
 
 
-class FixedEmbeddings:
+class _Constants:
+    """`twin` and `assign` by the names of the tensors that soft embeddings are a function of."""
+
+    constants: ClassVar[tuple[str, ...]]
+    by_index = False  # whether rows are taken by an index on the device even where a view would do
+
+    def twin(self) -> Self:
+        twin = copy.copy(self)
+        twin.by_index = True
+        for name in self.constants:
+            setattr(twin, name, getattr(self, name).detach().clone())
+        return twin
+
+    def assign(self, other: Self) -> None:
+        for name in self.constants:
+            getattr(self, name).copy_(getattr(other, name))
+
+
+class FixedEmbeddings(_Constants):
     """For a frozen table: X (μ, ζ, d) is made once and every step takes its rows. The gradient is that of X."""
+
+    constants = ("_embeddings",)
 
     def __init__(self, embeddings: Tensor) -> None:
         self._embeddings = embeddings.detach()
@@ -53,20 +88,22 @@ class FixedEmbeddings:
         raise TypeError("fixed embeddings do not depend on the learner's item table")
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
-        self._gradient.index_add_(0, users, cotangent)
+        self._gradient.index_add_(0, _beside(users, cotangent), cotangent)
 
     def gradient(self) -> Tensor:
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
         return gradient
 
 
-class CachedMixture:
+class CachedMixture(_Constants):
     """X = softmax(C Vᵀ) E with the probabilities (μ, ζ, n) kept, and as much again when the gradient is asked for.
 
     The gradient is that of the queries C (μ, ζ, r), like that of the classes below, or, with `learned_keys`, that of
     `flat_pair(C, V)`. Cotangents wait in low rank, each with a table, until then or until they fill `NOTED_LIMIT`
     bytes, so that each set of users costs one matrix product in place of one a step.
     """
+
+    constants = ("_probabilities",)
 
     def __init__(
         self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE, *, learned_keys: bool = False
@@ -81,7 +118,8 @@ class CachedMixture:
         self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
 
     def _rows(self, users: Tensor) -> Tensor:
-        return rows_of(self._probabilities, users).flatten(0, 1)
+        rows = self._probabilities[users] if self.by_index else rows_of(self._probabilities, users)
+        return rows.flatten(0, 1)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         return self._tables.total(mix_items(self._rows(users), items)).unflatten(0, (len(users), -1))
@@ -100,7 +138,7 @@ class CachedMixture:
     def _add_noted(self) -> None:
         for users in list(self._noted):
             noted = self._noted.pop(users)
-            index = torch.tensor(users, device=self._gradient.device)
+            index = _beside(torch.tensor(users), self._gradient)
             rows = self._rows(index)
             cotangents, tables = (torch.cat(parts, dim=1) for parts in zip(*noted, strict=True))
             del noted
@@ -124,14 +162,23 @@ class CachedMixture:
 
 
 def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
-    """`tensor[users]`, as a view where the users follow one another."""
+    """`tensor[users]`, on the CPU as a view where the users follow one another."""
+    if users.device.type != "cpu":
+        return tensor[users]
     first, count = int(users[0]), len(users)
-    following = torch.arange(first, first + count, device=users.device)
+    following = torch.arange(first, first + count)
     return tensor[first : first + count] if torch.equal(users, following) else tensor[users]
 
 
-class StreamedMixture:
+def _beside(users: Tensor, tensor: Tensor) -> Tensor:
+    """`users` on the device of a tensor."""
+    return users.to(tensor.device, non_blocking=True)
+
+
+class StreamedMixture(_Constants):
     """X = softmax(C Vᵀ) E with nothing of size positions × items: the probabilities are recomputed in every call."""
+
+    constants = ("_queries", "_keys")
 
     def __init__(
         self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE, *, learned_keys: bool = False
@@ -154,6 +201,7 @@ class StreamedMixture:
         return torch.autograd.grad(embedding, table, cotangent)[0]
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
+        users = _beside(users, cotangent)
         with torch.enable_grad():
             queries = self._queries[users].flatten(0, 1).requires_grad_()
             keys = self._keys if self._of_keys is None else self._keys.detach().requires_grad_()
@@ -172,8 +220,10 @@ class StreamedMixture:
         return flat_pair(gradient, of_keys)
 
 
-class LinearMixture:
+class LinearMixture(_Constants):
     """The bare product of the paper: X = C (Vᵀ E), reassociated so that nothing of size positions × items is made."""
+
+    constants = ("_queries", "_keys")
 
     def __init__(
         self, queries: Tensor, item_factors: Tensor, tables: ItemTables = WHOLE, *, learned_keys: bool = False
@@ -191,6 +241,7 @@ class LinearMixture:
         return self._keys @ (self._queries[users].flatten(0, 1).T @ cotangent.flatten(0, 1))
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
+        users = _beside(users, cotangent)
         self._gradient.index_add_(0, users, cotangent @ self._tables.total(items.T @ self._keys))
         if self._of_keys is not None:
             self._of_keys += items @ (cotangent.flatten(0, 1).T @ self._queries[users].flatten(0, 1))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from td3_fast.unroll.adam import AdamState
@@ -14,11 +15,27 @@ KEPT_STATES_LIMIT = 2**30  # bytes
 TENSORS_PER_STEP = 4  # as large as the parameters: they, two moments, and the gradient
 
 
+class StepInputs(NamedTuple):
+    """What differs from step to step of an inner loop."""
+
+    users: Tensor  # (b,) int64, the synthetic users
+    targets: Tensor  # (b, k) int64, their target positions, the last one first
+    seeds: Tensor  # int64, of the dropout of each encoder pass; empty without dropout
+    size: float | Tensor  # `step_size` of the optimiser
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        users, targets, seeds = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return StepInputs(users, targets, seeds, self.size)
+
+
 class Evaluation(NamedTuple):
     """The loss of one step and its derivatives."""
 
-    loss: float
-    users: Tensor
+    loss: Tensor  # ()
+    inputs: StepInputs
     gradients: tuple[Tensor, ...]  # of the state's parameters
     first_order: tuple[Tensor, ...]  # what to differentiate again: the same with X held fixed, then that of X
     sources: list[Tensor]  # what they can be differentiated by: the state's parameters and X
@@ -45,7 +62,7 @@ class Window:
     pulled_back: int = 0  # steps, so far
 
     @property
-    def loss(self) -> float:
+    def loss(self) -> Tensor:
         """Of the last step."""
         return self.steps[-1].evaluation.loss
 

@@ -21,8 +21,8 @@ from td3_fast.report import read_json_lines
 from td3_fast.summary import TuckerSummary
 
 TINY = [
-    "--recipe", "synthetic", "--size", "6x6", "--rank", "3", "--epochs", "3", "--inner-steps", "24", "--window", "6",
-    "--batch-size", "20", "--max-epochs", "2",
+    "--recipe", "synthetic", "--size", "6x6", "--rank", "3", "--epochs", "2", "--inner-steps", "12", "--window", "6",
+    "--batch-size", "40", "--max-epochs", "2",
 ]  # fmt: skip
 SECONDS = 600
 # "examples" and "trajectories" share these out, "items" splits the item table, which is trained

@@ -1,0 +1,174 @@
+"""Recorded steps: the results of `InnerLoop`, and when they are replayed the bits of steps that are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_unroll import CASES, VARIANTS, small_distiller
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from td3_fast.distill import Distiller, DistillState
+from td3_fast.training import fresh_like
+from td3_fast.unroll import Recorder, called, fit_on_summary
+
+HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph for the CPU: the operators that a step calls, to be called again on the same tensors.
+
+    A host value that the step depended on stays what it was, as it would in a graph.
+    """
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        step()  # as a graph's warm-up does
+        with self:
+            step()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in HOST_READS, f"{func} reads a tensor on the host"
+        result = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self._calls:
+            if func._schema.is_mutable:
+                func(*args, **kwargs)
+            elif not any(r.alias_info for r in func._schema.returns):  # a view sees what has changed
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor):
+                        old.copy_(new)
+
+
+def taped(step: Callable[[], None]) -> Callable[[], None]:
+    return Tape(step).replay
+
+
+def outer_steps(
+    name: str, record: Recorder | None, count: int = 2, **changes: object
+) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """Meta-gradients and figures of outer steps that differ in seeds, window and summary."""
+    distiller, state = small_distiller(name=name, **changes)
+    distiller.record = record
+    gradients, figures = [], []
+    for _ in range(count):
+        by_factor, losses = distiller.meta_gradient(state)
+        gradients += by_factor
+        figures.append(losses)
+        distiller.outer_step(state)
+    return gradients, figures
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_recorded_steps_give_the_meta_gradient_and_replayed_ones_its_bits(
+    name: str, variant: str, item_embedding: str
+) -> None:
+    options = {"item_embedding": item_embedding, "inner_steps": 6, "window": 3, **VARIANTS[variant]}
+    (expected, expected_figures), by_call, by_tape = (
+        outer_steps(name, record, **options) for record in (None, called, taped)
+    )
+    for a, b, replayed in zip(by_call[0], expected, by_tape[0], strict=True):
+        assert float(b.abs().max()) > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert torch.equal(replayed, a)
+    for ours, theirs in zip(by_call[1], expected_figures, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-10)
+    assert by_tape[1] == by_call[1]
+
+
+@pytest.mark.parametrize("normalize", ["none", "softmax"])
+@pytest.mark.parametrize("trajectories", [1, 3])
+def test_mixtures_and_trajectories(normalize: str, trajectories: int) -> None:
+    changes = {"item_embedding": "trained", "normalize": normalize, "trajectories": trajectories}
+    expected, _ = outer_steps("SASRec", None, **changes)
+    actual, _ = outer_steps("SASRec", taped, **changes)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("limit", [1.01, 1.5, 4.0, 1e9])
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_a_window_is_cut_short_where_the_adjoint_grows(item_embedding: str, limit: float) -> None:
+    changes = {"item_embedding": item_embedding, "learner_lr": 0.1, "growth_limit": limit, "window": 9}
+    expected, expected_figures = outer_steps("SASRec", None, **changes)
+    actual, figures = outer_steps("SASRec", taped, **changes)
+    assert [f["window"] for f in figures] == [f["window"] for f in expected_figures]
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_training_on_a_summary_may_be_recorded(item_embedding: str) -> None:
+    distiller, state = small_distiller(item_embedding=item_embedding)
+    summary = distiller.summary(state.factors.parameters)
+    trained, losses = [], []
+    for record in (None, called, taped):
+        learner = fresh_like(distiller.teacher, seed=1)
+        losses.append(fit_on_summary(learner, summary, seed=2, record=record, **distiller.fit_options()))
+        trained.append([p.detach() for p in learner.parameters()])
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-10)
+    for direct, by_call, by_tape in zip(*trained, strict=True):
+        torch.testing.assert_close(by_call, direct, rtol=1e-9, atol=1e-12)
+        assert torch.equal(by_call, by_tape)
+
+
+def test_a_window_too_large_to_be_kept_is_not_recorded() -> None:
+    distiller, state = small_distiller(item_embedding="trained")
+    distiller.limits = type(distiller.limits)(**{**vars(distiller.limits), "kept_states": 1})
+
+    def refuse(step: Callable[[], None]) -> Callable[[], None]:
+        raise AssertionError("recorded")
+
+    distiller.record = refuse
+    distiller.meta_gradient(state)
+
+
+def test_another_kind_of_loop_is_refused() -> None:
+    distiller, state = small_distiller()
+    distiller.record = called
+    distiller.meta_gradient(state)
+    recorded = distiller._recorded
+    assert recorded is not None
+    other, other_state = small_distiller(users_per_step=2)
+    _, mixture = other._mixture([f.detach() for f in other_state.factors.parameters])
+    with pytest.raises(ValueError, match="differ in seed"):
+        recorded.begin(other._inner_loop(other.draw(other_state)), mixture)
+
+
+def on_gpu(**changes: object) -> tuple[Distiller, DistillState]:
+    """`small_distiller` with its tables on the GPU."""
+    distiller, state = small_distiller(**changes)
+    moved = Distiller(
+        distiller.split, distiller.pretrained.to(torch.device("cuda")), distiller.config, seed=distiller.seed
+    )
+    return moved, state.to(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_graphs_on_a_gpu(item_embedding: str) -> None:
+    """Replays have the bits of calls, and are what the CPU gives in float64."""
+    distiller, state = small_distiller(item_embedding=item_embedding)
+    expected, _ = distiller.meta_gradient(state)
+    results = []
+    for record in (None, called):
+        moved, moved_state = on_gpu(item_embedding=item_embedding)
+        if record is not None:
+            moved.record = record
+        moved.meta_gradient(moved_state)  # records
+        results.append(moved.meta_gradient(moved_state)[0])
+    for replayed, by_call, theirs in zip(*results, expected, strict=True):
+        assert torch.equal(replayed, by_call)
+        torch.testing.assert_close(replayed.cpu(), theirs, rtol=1e-8, atol=1e-11)
