@@ -28,6 +28,7 @@ print(torch.cuda.get_device_name(), ops.build_facts())
 PYTHON
 echo "built after $SECONDS s"
 timeout "$(left)" "$python" -P -m pytest tests/ops
+timeout "$(left)" "$python" -P -m pytest tests/test_recorded.py -m gpu
 echo "tested after $SECONDS s"
 
 # Both orders of one small problem, every allocation its own so that the tool sees beyond which it goes.
@@ -44,6 +45,10 @@ for tool in memcheck racecheck; do
   [ $code -eq 0 ] || echo "$tool cannot run here, or not in 75 s (exit code $code)"
 done
 echo "checked after $SECONDS s"
+
+timeout "$(left)" "$python" -P -m pytest benchmarks/test_outer_step.py -k on_a_gpu --benchmark-enable \
+  --benchmark-quiet --benchmark-json "$results/outer-step-gpu-$commit.json" || [ $? -eq 124 ]
+echo "outer steps measured after $SECONDS s"
 
 # An interrupt lets pytest-benchmark write what it has measured so far.
 code=0

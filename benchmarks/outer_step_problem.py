@@ -17,10 +17,15 @@ SPREAD = 20
 
 
 def make_distiller(
-    split: Split, config: DistillConfig, learner: dict[str, Any], *, dtype: torch.dtype = torch.float32
+    split: Split,
+    config: DistillConfig,
+    learner: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Distiller:
     """learner: the sizes of the SASRec but the number of items."""
-    made = SASRec(SASRecConfig(num_items=split.interactions.num_items, **learner), seed=0).to(dtype)
+    made = SASRec(SASRecConfig(num_items=split.interactions.num_items, **learner), seed=0).to(device, dtype)
     state = {name: value.detach() for name, value in made.state_dict().items()}
     pretrained = Pretrained(
         learner_name="SASRec",
