@@ -63,9 +63,9 @@ def export(
 
     from td3_fast.data import write_interactions
     from td3_fast.evaluate import HARD_ROWS, EvaluateConfig, evaluate
+    from td3_fast.evaluate_run import check_data, fit_config_of
     from td3_fast.export import HardConfig, hard_interactions
     from td3_fast.report import results_tables
-    from td3_fast.run import check_data, fit_config_of
     from td3_fast.summary import load_summary
 
     if not out.name.endswith((".inter", ".inter.gz")):

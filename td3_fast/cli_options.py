@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from td3_fast.cli_data import parse_columns
-from td3_fast.terminal import Display, Interrupted, Interrupts, console
+from td3_fast.terminal import Display, Interrupted, Interrupts, console, say
 
 if TYPE_CHECKING:
     import torch
 
     from td3_fast.data import Split
-    from td3_fast.run import Watcher
+    from td3_fast.evaluate import Row
+    from td3_fast.recipes import Recipe
+    from td3_fast.run_folder import Watcher
     from td3_fast.summary import Summary
+
+DEFAULT_RECIPE = "ml-100k"
 
 SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
 MaxEpochs = Annotated[
@@ -32,13 +36,38 @@ Threads = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="Where it is computed: cpu, cuda, or cuda:1 for the second GPU.")
 ]
+Out = Annotated[Path, typer.Option("--out", help="The folder that everything goes into.", show_default=False)]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help=f"A name from `td3-fast recipes`; that of DATA, or {DEFAULT_RECIPE}."),
+]
+LearnerName = Annotated[
+    str | None, typer.Option("--learner", help="SASRec, GRU4Rec, NARM or BERT4Rec; SASRec if left out.")
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Synthetic users and positions of each, as in 50x50.")
+]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Learners that are trained for each row.")]
+Rows = Annotated[
+    str | None, typer.Option("--rows", help="Rows of the table, separated by commas; all if left out.")
+]
+MinItem = Annotated[
+    int | None, typer.Option("--min-item-interactions", min=0, help="Leave out rarer items; by recipe.")
+]
+MinUser = Annotated[
+    int | None,
+    typer.Option("--min-user-interactions", min=0, help="Then leave out users with less; by recipe."),
+]
+PretrainedFile = Annotated[
+    Path | None, typer.Option("--pretrained", help="A pretrained.safetensors of the same data to start from.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 
 
 @contextmanager
 def watching(when_stopped: str) -> Iterator[Watcher]:
     """Progress on the terminal; an interruption ends in the words `when_stopped`."""
-    from td3_fast.run import Stopped, Watcher
+    from td3_fast.run_folder import Stopped, Watcher
 
     with Display(console) as display:
 
@@ -92,7 +121,10 @@ def device_named(name: str) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees no GPU here; leave it out")
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    own = os.environ.get("LOCAL_RANK")
+    if own is not None and device.index is not None:
+        raise ValueError(f"--device {name}: under torchrun each process takes a GPU of its own, say cuda")
+    index = int(own or "0") if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: GPU {index} is asked for, there are {torch.cuda.device_count()}")
     device = torch.device("cuda", index)
@@ -117,3 +149,82 @@ def read_split(data: str, *, format: str | None, columns: str | None, **filters:
     extra: dict[str, Any] = {"format": format, "columns": parse_columns(columns)}
     log = resolve(data, **{name: value for name, value in extra.items() if value is not None}, **filters)
     return leave_one_out(log)
+
+
+def chosen_recipe(
+    name: str | None,
+    data: str,
+    size: str | None,
+    max_epochs: int | None,
+    learner: str | None,
+    pretrained: Path | None,
+) -> Recipe:
+    """The recipe of that name, or that of the data; what else is given stands in the place of its own."""
+    from td3_fast.recipes import RECIPES, recipe_named
+
+    if name is None:
+        name = Path(data).name.split(".")[0]
+        name = name if name in RECIPES else DEFAULT_RECIPE
+    recipe = recipe_named(name)
+    if learner is not None:
+        if pretrained is not None:
+            raise ValueError("--learner and --pretrained exclude each other: the file says whose it is")
+        recipe = recipe.with_learner(learner)
+    if size is not None:
+        recipe = recipe.sized(size)
+    return recipe.fitted(max_epochs=max_epochs)
+
+
+def chosen_filters(recipe: Recipe, min_item: int | None, min_user: int | None) -> dict[str, Any]:
+    """The filters of the log, by recipe where they are not given, as arguments of `read_split`."""
+    filters = {
+        "min_item_interactions": recipe.min_item_interactions if min_item is None else min_item,
+        "min_user_interactions": recipe.min_user_interactions if min_user is None else min_user,
+    }
+    return {name: minimum for name, minimum in filters.items() if minimum}
+
+
+def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
+    """Say what a run is going to do."""
+    config, fit = recipe.distill, recipe.pretrain.fit
+    log, examples = split.interactions, len(split.train)
+    steps = -(-examples // config.batch_size)
+    first = config.inner_steps if config.window_kind != "random" else config.window
+    inner = f"{first} to {config.inner_steps}" if first != config.inner_steps else str(first)
+    window = config.inner_steps if config.window_kind == "full" else config.window
+    say(
+        f"data      {log.name}: {log.num_users:,} users, {log.num_items - 1:,} items, "
+        f"{log.num_interactions:,} interactions"
+    )
+    say(f"          {examples:,} training examples, {len(split.validation):,} users validated and tested")
+    say(
+        f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
+        f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
+    )
+    if fit.loss == "sampled":
+        say(
+            f"          softmax over {fit.num_sampled:,} items drawn for each batch ({fit.proposal}), {fit.optimiser}"
+        )
+    kind = f"ranks {config.user_rank} and {config.position_rank}"
+    if config.summary == "farzi":
+        kind = f"Farzi, rank {config.latent_rank}"
+    say(
+        f"distil    {config.users} users by {config.positions} positions, {kind}; "
+        f"{config.epochs} epochs of {steps:,} outer steps"
+    )
+    learners = f", by each of {config.trajectories} learners" if config.trajectories > 1 else ""
+    say(
+        f"          {inner} inner steps in each{learners}, the last {window} differentiated; "
+        f"item table {config.item_embedding}"
+        + (f", {config.item_dtype}" if config.item_embedding == "frozen" else "")
+    )
+    say(f"into      {folder}, by the recipe {recipe.name}")
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print the tables of an evaluation."""
+    from td3_fast.report import results_tables
+
+    for table in results_tables(rows):
+        say()
+        console.print(table, highlight=False, markup=False)

@@ -71,7 +71,8 @@ def search(
     that a search that was stopped, or is given more candidates or seeds, goes on where it was.
     """
     set_threads(threads)
-    from td3_fast.run import RESULTS, fit_config_of
+    from td3_fast.evaluate_run import fit_config_of
+    from td3_fast.run_folder import RESULTS
     from td3_fast.search import SearchConfig, agreement, grid
     from td3_fast.search_run import SearchRun, search_table
     from td3_fast.summary import load_summary

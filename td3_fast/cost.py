@@ -22,7 +22,8 @@ from td3_fast.own_process import in_own_process
 from td3_fast.recipes import Recipe
 from td3_fast.report import JsonLines, read_json_lines, read_results
 from td3_fast.reproduce_page import document, html_table
-from td3_fast.run import LOG, PRETRAINED, RESULTS, SUMMARY, Run, Watcher, peak_memory_mib
+from td3_fast.run import Run
+from td3_fast.run_folder import LOG, PRETRAINED, RESULTS, SUMMARY, Watcher, peak_memory_mib
 from td3_fast.summary import load_summary
 from td3_fast.table_files import check_place, write_table
 from td3_fast.terminal import duration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,6 +47,7 @@ from td3_fast.unroll import (
     flat_pair,
     initial_state,
     make_mixture,
+    may_be_recorded,
     pull_back_with_higher,
     stride_of,
 )
@@ -137,8 +139,11 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
-        # how steps of the inner loop are recorded; None where they are taken one by one
-        self.record: Recorder | None = CudaGraphs() if self.items.device.type == "cuda" else None
+        # makes what records the steps of the inner loop; None where they are taken one by one
+        device = self.items.device
+        self.recorder: Callable[[], Recorder] | None = None
+        if device.type == "cuda":
+            self.recorder = functools.partial(CudaGraphs, device)
         self._recorded: RecordedLoop | None = None
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
@@ -350,13 +355,20 @@ class Distiller:
         window = config.inner_steps if config.window_kind == "full" else config.window
         size = sum(p.nbytes for p in trajectory.start)
         kept_whole = stride_of(window, size, self.limits.kept_states) == window
-        if self.record is None or not kept_whole or self.tables is not WHOLE:
+        worth = kept_whole and may_be_recorded(trajectory.start)
+        if self.recorder is None or not worth or self.tables is not WHOLE:
             return loop
         steps = max(config.inner_steps, trajectory.warm_up + trajectory.differentiated)
         window = max(window, trajectory.differentiated)
         if self._recorded is None or self._recorded.limits != (steps, window):
             self._recorded = RecordedLoop(
-                loop, trajectory.start, self.items, mixture, steps=steps, window=window, record=self.record
+                loop,
+                trajectory.start,
+                self.items,
+                mixture,
+                steps=steps,
+                window=window,
+                record=self.recorder(),
             )
         return self._recorded.begin(loop, mixture)
 
@@ -395,7 +407,7 @@ class Distiller:
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """Gradients and figures of all processes, from those of each one's share; everywhere the same bits.
 
-        The figures are the first that the host reads of an outer step, when all of it is under way.
+        With recorded steps the figures are the first that the host reads of an outer step, when all of it is under way.
         """
         ranks = self.ranks
         own = torch.stack([figure.double() for figure in figures.values()])
@@ -486,7 +498,6 @@ class Distiller:
                 seed=seed,
                 cached_limit=self.limits.cached_probabilities,
                 tables=self.tables,
-                record=self.record,
                 **self.fit_options(),
             )
             if config.semantics.carry_embeddings:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from td3_fast.run import Watcher
+from td3_fast.run_folder import Watcher
 
 Result = TypeVar("Result")
 SECONDS_BETWEEN_MESSAGES = 0.1

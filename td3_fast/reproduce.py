@@ -9,11 +9,13 @@ from typing import Any
 
 from td3_fast.data import Split
 from td3_fast.evaluate import Row
+from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.figures import CONTROL, FIELDS, Figure, Made, figures_of
 from td3_fast.paper import Cell
 from td3_fast.recipes import Recipe
 from td3_fast.reproduce_page import page
-from td3_fast.run import PRETRAINED, SUMMARY, EvaluateRun, Run, Watcher
+from td3_fast.run import Run
+from td3_fast.run_folder import PRETRAINED, SUMMARY, Watcher
 from td3_fast.summary import load_summary
 from td3_fast.table_files import check_place, write_table
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from td3_fast.artefact import from_json, tensors_sha256
 from td3_fast.checkpoint import (
     Checkpoint,
     Settings,
@@ -27,69 +24,31 @@ from td3_fast.checkpoint import (
 )
 from td3_fast.data import Split
 from td3_fast.distill import DistillState, distill, for_item_embedding
-from td3_fast.distill_config import Semantics
-from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teacher_of
-from td3_fast.learners import Learner, build_learner
-from td3_fast.metrics import mean_and_sd
-from td3_fast.ops import derive_seed
+from td3_fast.evaluate import Row
+from td3_fast.evaluate_run import EvaluateRun
+from td3_fast.learners import build_learner
 from td3_fast.parallel import ALONE, LostRank, Ranks
 from td3_fast.pretrain import PretrainState, pretrain
-from td3_fast.progress import Progress, silent
 from td3_fast.recipes import Recipe
-from td3_fast.report import (
-    JsonLines,
-    draw_report,
-    read_json_lines,
-    read_results,
-    versions,
-    write_results,
+from td3_fast.report import JsonLines, read_results, write_results
+from td3_fast.run_folder import (
+    CHECKPOINT,
+    LOG,
+    PRETRAINED,
+    RESULTS,
+    SUMMARY,
+    RunError,
+    Stopped,
+    Watcher,
+    check_free,
+    draw,
+    environment,
+    peak_memory_mib,
 )
 from td3_fast.summary import Summary, TuckerSummary, load_summary
-from td3_fast.training import FitConfig, Pretrained, Ranker
+from td3_fast.training import Pretrained
 
-SUMMARY = "summary.safetensors"
-PRETRAINED = "pretrained.safetensors"
-RESULTS = "results.json"
-LOG = "log.jsonl"
-REPORT = "report.png"
-CHECKPOINT = "checkpoint.safetensors"
-RUNS = "evaluation.jsonl"  # finished runs of evaluations
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
-
-
-class RunError(ValueError):
-    """A run cannot begin; the message says why and what to do."""
-
-
-class Stopped(Exception):
-    """A run was asked to stop, and what it had done is on the disk."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watcher:
-    """Whom a run tells how it goes, and asks whether to stop."""
-
-    progress: Progress = silent
-    say: Callable[[str], None] = lambda text: None
-    stop: Callable[[], bool] = lambda: False
-
-    def interruptible(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
-        """`progress` for work that may be dropped at any moment."""
-        self.progress(stage, done, total, values)
-        if self.stop():
-            raise Stopped
-
-
-def check_free(folder: Path, *, resume: bool, overwrite: bool) -> list[str]:
-    """The files of a run in `folder`; RunError where there are some and nobody said what to do with them."""
-    names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS)
-    present = [name for name in names if (folder / name).exists()]
-    if present and not resume and not overwrite:
-        raise RunError(
-            f"{folder} holds a run already ({', '.join(present)}): go on with it by --resume, replace it by "
-            "--overwrite, or choose another folder"
-        )
-    return present
 
 
 @dataclass(kw_only=True)
@@ -324,10 +283,7 @@ class Run:
     def _environment(self) -> dict[str, Any]:
         ranks = self.ranks
         several = {"processes": ranks.everyone.size, "item_shards": ranks.items.size}
-        found = environment() | (several if ranks.everyone.size > 1 else {})
-        return found | (
-            {} if self.device.type == "cpu" else {"device": torch.cuda.get_device_name(self.device)}
-        )
+        return environment(self.device) | (several if ranks.everyone.size > 1 else {})
 
     def _checkpoint(self, state: PretrainState | DistillState, *, due: bool, stop: bool) -> None:
         """Save now and then, and when asked to stop; then stop."""
@@ -469,218 +425,3 @@ class Run:
         write_results(self.folder / RESULTS, rows, settings=run.settings(), distillation=distillation)
         draw(self.folder, self.watcher)
         return rows
-
-
-@dataclass(kw_only=True)
-class EvaluateRun:
-    """An evaluation of one summary in one folder, each finished run of which is kept for later.
-
-    learner: another class than the summary was distilled for; pretrained: for a summary without metadata, of which
-    only the size counts.
-
-    Raises:
-        RunError: the data are not those of the summary.
-    """
-
-    folder: Path
-    summary: Summary
-    split: Split
-    source: str
-    seed: int = 0
-    rows: tuple[str, ...] = ROWS
-    seeds: int = 3
-    fit: FitConfig | None = None  # None: as the learner was pretrained
-    max_epochs: int | None = None  # instead of that of `fit`
-    learner: str | None = None  # None: what the summary was distilled for
-    pretrained: Pretrained | None = None  # None: the summary says how it is used
-    watcher: Watcher = field(default_factory=Watcher)
-
-    def __post_init__(self) -> None:
-        metadata = self.summary.metadata
-        self.teacher = None
-        if self.pretrained is not None:
-            self.teacher = self.pretrained.learner(share_items=True)
-        elif self.learner is not None:
-            self.teacher = teacher_of(self.summary, name=self.learner)
-        made_with = {} if metadata is None else metadata.settings
-        if self.fit is None:
-            self.fit = fit_config_of(self.summary)
-        if self.max_epochs is not None:
-            self.fit = replace(self.fit, max_epochs=self.max_epochs)
-        semantics = made_with.get("distill", {}).get("semantics", asdict(Semantics()))
-        semantics = from_json(Semantics, semantics, "settings.distill.semantics")
-        self.config = EvaluateConfig(
-            seeds=self.seeds,
-            rows=self.rows,
-            fit=self.fit,
-            redraw_negatives=semantics.redraw_negatives,
-            carry_embeddings=semantics.carry_embeddings,
-            ddof=semantics.ddof,
-        )
-        check_data(self.summary, self.split, self.source)
-
-    def evaluate(self, *, overwrite: bool = False) -> list[Row]:
-        """The rows, also written into the folder's results, and drawn.
-
-        Raises:
-            RunError: the folder holds results of something else, unless `overwrite`.
-            Stopped: the watcher asked for it; finished runs are kept.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / RESULTS
-        distillation = None
-        if path.exists():
-            before = read_results(path)
-            own = self._identity()
-            if all(
-                before["settings"].get(name) == own.get(name)
-                for name in ("summary", "data", "size", "learner")
-            ):
-                distillation = before.get("distillation")
-            elif not overwrite:
-                raise RunError(
-                    f"{path} holds results of something else: choose another folder, or --overwrite them"
-                )
-        rows = self.rows_now()
-        write_results(path, rows, settings=self.settings(), distillation=distillation)
-        draw(self.folder, self.watcher)
-        return rows
-
-    def rows_now(self) -> list[Row]:
-        """The rows, with runs that the folder's earlier evaluations have finished taken from there."""
-        key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
-        with JsonLines(self.folder / RUNS) as runs:
-            known: dict[tuple[str, int], Scores] = {
-                (entry["row"], entry["run"]): entry["scores"]
-                for entry in runs.entries
-                if entry.get("settings") == key
-            }
-
-            def keep(row: str, run: int, scores: Scores) -> None:
-                runs.write({"settings": key, "row": row, "run": run, "scores": scores})
-
-            return evaluate(
-                self.summary,
-                self.split,
-                self.teacher,
-                fit_options=None if self.pretrained is None else {},
-                config=self.config,
-                seed=self.seed,
-                known=known,
-                on_run=keep,
-                progress=self.watcher.interruptible,
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """What a reader of the results has to know."""
-        return {
-            "source": self.source,
-            "data_name": self.split.interactions.name,
-            "rows": list(self.config.rows),
-            "seeds": self.config.seeds,
-            "ddof": self.config.ddof,
-            **self._identity(),
-            "environment": environment(),
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        """All that the score of a single run depends on."""
-        metadata = self.summary.metadata
-        tensors = self.summary.state_dict() if self.pretrained is None else self.pretrained.best
-        config = asdict(self.config)
-        return {
-            "summary": tensors_sha256(tensors),
-            "size": self.summary.size,
-            "data": self.split.interactions.fingerprint,
-            "seed": self.seed,
-            "fit_options": {} if metadata is None else metadata.training.fit_options(),
-            **{name: value for name, value in config.items() if name not in ("rows", "seeds", "ddof")},
-            **self._other_learner(),
-        }
-
-    def _other_learner(self) -> dict[str, Any]:
-        """The learner's class and hyperparameters where they are not those that the summary was distilled for."""
-        metadata = self.summary.metadata
-        if self.teacher is None or metadata is None:
-            return {}
-        name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
-        return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
-
-
-def fit_config_of(summary: Summary) -> FitConfig:
-    """How the learner that a summary came from was trained on the log; the defaults where it does not say."""
-    made_with = {} if summary.metadata is None else summary.metadata.settings
-    fit = made_with.get("pretrained", {}).get("pretrain", {}).get("fit")
-    # a summary that is older than a field of it was made with what is now the default
-    return from_json(FitConfig, {**asdict(FitConfig()), **(fit or {})}, "settings.pretrain.fit")
-
-
-def check_data(summary: Summary, split: Split, source: str) -> None:
-    """Refuse data, which the user called `source`, that a summary was not distilled from.
-
-    Raises:
-        ValueError: the items are others, or are numbered in another way.
-        RunError: the interactions are others.
-    """
-    if summary.metadata is None:
-        return
-    summary.metadata.check_items(split.interactions.item_ids.tolist())
-    origin = summary.metadata.preprocessing
-    if origin.fingerprint != split.interactions.fingerprint:
-        raise RunError(
-            f"{source} holds other interactions than the summary was distilled from, which were "
-            f"{origin.data!r} with the filters {origin.filters}"
-        )
-
-
-def score(learner: Learner, split: Split, *, seed: int = 0) -> list[Row]:
-    """The test metrics of one learner, in rows of its class's name; `uni100` draws its negatives as `evaluate` does."""
-    ranker = Ranker(split.test, seed=derive_seed(seed, "ranker"))
-    name = type(learner).__name__
-    return [
-        Row(name=name, protocol=protocol, metrics=mean_and_sd([metrics]), recovery={})
-        for protocol, metrics in ranker.metrics(learner).items()
-    ]
-
-
-def draw(folder: Path, watcher: Watcher) -> None:
-    """The folder's `report.png` from its results and its log."""
-    results = read_results(folder / RESULTS)
-    settings, distillation = results["settings"], results.get("distillation")
-    users, _, positions = settings["size"].partition("x")
-    past: dict[str, Any] = {}
-    if distillation is not None:
-        past = {
-            "steps": [entry for entry in read_json_lines(folder / LOG) if entry.get("event") == "step"],
-            "epochs": distillation["history"],
-            "best_epoch": distillation["best_epoch"],
-            "max_norm": distillation["settings"]["distill"]["max_norm"],
-        }
-    title = f"{settings['data_name']}: summary of {users} users by {positions} positions"
-    if "learner" in settings:
-        title += f", {settings['learner']}"
-    try:
-        draw_report(folder / REPORT, title=title, rows=results["rows"], **past)
-    except ImportError:
-        watcher.say(f"{REPORT} is left out: matplotlib, the extra `plot` of td3-fast, is not installed")
-
-
-def environment() -> dict[str, Any]:
-    """What bits may depend on besides settings."""
-    return {"torch": versions()["torch"], "threads": torch.get_num_threads()}
-
-
-def peak_memory_mib() -> float | None:
-    """The largest resident size of this process so far; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # `getrusage` would count what the process that started this one had
-        found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if found:
-            return round(int(found[0].split()[1]) / 2**10, 1)
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

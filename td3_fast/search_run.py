@@ -14,9 +14,10 @@ from rich.table import Table
 
 from td3_fast.artefact import tensors_sha256
 from td3_fast.data import Split
+from td3_fast.evaluate_run import check_data
 from td3_fast.files import write_json
 from td3_fast.report import JsonLines, versions
-from td3_fast.run import RESULTS, RunError, Watcher, check_data, environment
+from td3_fast.run_folder import RESULTS, RunError, Watcher, environment
 from td3_fast.search import (
     Candidate,
     SearchConfig,

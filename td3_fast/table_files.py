@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from td3_fast.files import write_text
-from td3_fast.run import RunError
+from td3_fast.run_folder import RunError
 
 TABLE = "table.csv"
 PAGE = "table.html"

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from td3_fast.distill import Distiller, DistillState
+from td3_fast.learners import LEARNERS
+from td3_fast.training import fresh_like
 from td3_fast.unroll import fit_on_summary
 
 NAME = "shapes"
@@ -105,7 +107,7 @@ def test_an_outer_step_is_under_way_before_the_host_reads_a_figure(
 ) -> None:
     changes = {"item_embedding": item_embedding, **VARIANTS[variant], **SHORT}
     distiller, state = moved(name, **changes)
-    distiller.record = mode.record
+    distiller.recorder = lambda: mode.record
     assert first_read(lambda: distiller.meta_gradient(state)) == "_over_ranks"
 
 
@@ -118,6 +120,14 @@ def test_training_on_a_summary_is_under_way_before_the_host_reads_its_losses(
     learner = distiller.pretrained.learner()
     options = {**distiller.fit_options(), "record": mode.record if recorded else None}
     assert first_read(lambda: fit_on_summary(learner, summary, **options)) == "fit_on_summary"
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # by copy.deepcopy
+@pytest.mark.parametrize("name", LEARNERS)
+def test_fresh_learners_are_made_where_the_pretrained_one_is(mode: OnlyShapes, name: str) -> None:
+    distiller, _ = moved(name, **SHORT)
+    fresh = fresh_like(distiller.teacher, seed=1)
+    assert all(parameter.device.type == NAME for parameter in fresh.parameters())
 
 
 def test_a_mixture_of_devices_is_noticed(mode: OnlyShapes) -> None:

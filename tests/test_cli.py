@@ -83,7 +83,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("td3_fast.run.draw", lambda folder, watcher: None)
+    monkeypatch.setattr("td3_fast.run_folder.draw_report", lambda *args, **options: None)
 
 
 def test_pretraining_on_a_sampled_loss(data: Path, tmp_path: Path) -> None:
@@ -641,7 +641,7 @@ def test_without_matplotlib_the_run_goes_on(
     def missing(*arguments: Any, **options: Any) -> None:
         raise ImportError("matplotlib")
 
-    monkeypatch.setattr("td3_fast.run.draw_report", missing)
+    monkeypatch.setattr("td3_fast.run_folder.draw_report", missing)
     result = run(
         "evaluate",
         finished / "summary.safetensors",

@@ -25,13 +25,13 @@ from td3_fast.cost import (
 from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
 from td3_fast.paper import published_costs
 from td3_fast.recipes import Recipe, recipe_named
-from td3_fast.run import RunError, Stopped, Watcher
+from td3_fast.run_folder import RunError, Stopped, Watcher
 
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps in this process, which takes less time than starting one for each."""
-    monkeypatch.setattr("td3_fast.run.draw", lambda folder, watcher: None)
+    monkeypatch.setattr("td3_fast.run_folder.draw_report", lambda *args, **options: None)
     monkeypatch.setattr("td3_fast.cost.in_own_process", lambda work, watcher: work(watcher))
 
 

@@ -14,11 +14,13 @@ PACKAGE = Path(td3_fast.ops.__file__).parents[1]
 # from the top; a module imports only from layers below its own, or from within its own folder
 LAYERS = (
     {"cli"},
-    {"cli_export", "cli_reproduce", "cli_search"},
+    {"cli_distill", "cli_export", "cli_reproduce", "cli_search"},
     {"cli_options"},
     {"cli_data", "cost", "reproduce", "search_run"},
     {"own_process", "table_files"},
-    {"run", "terminal", "reproduce_page"},
+    {"run"},
+    {"evaluate_run"},
+    {"run_folder", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
     {"faults", "figures", "recipes", "search"},
     {"memory"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from td3_fast.own_process import in_own_process
-from td3_fast.run import Stopped, Watcher
+from td3_fast.run_folder import Stopped, Watcher
 
 
 def report(watcher: Watcher) -> tuple[int, int]:

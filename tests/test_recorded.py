@@ -59,7 +59,7 @@ def outer_steps(
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
     """Meta-gradients and figures of outer steps that differ in seeds, window and summary."""
     distiller, state = small_distiller(name=name, **changes)
-    distiller.record = record
+    distiller.recorder = None if record is None else lambda: record
     gradients, figures = [], []
     for _ in range(count):
         by_factor, losses = distiller.meta_gradient(state)
@@ -108,6 +108,18 @@ def test_a_window_is_cut_short_where_the_adjoint_grows(item_embedding: str, limi
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_what_overflows_beyond_the_cut_is_left_out() -> None:
+    """The adjoint goes on growing where the window is gone through to its end."""
+    changes = {"item_embedding": "trained", "learner_lr": 30.0, "growth_limit": 2.0}
+    changes |= {"inner_steps": 60, "window": 60, "normalize": "none"}
+    expected, figures = outer_steps("SASRec", None, count=1, **changes)
+    actual, _ = outer_steps("SASRec", called, count=1, **changes)
+    assert figures[0]["window"] < 60
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_training_on_a_summary_may_be_recorded(item_embedding: str) -> None:
     distiller, state = small_distiller(item_embedding=item_embedding)
@@ -130,13 +142,13 @@ def test_a_window_too_large_to_be_kept_is_not_recorded() -> None:
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
         raise AssertionError("recorded")
 
-    distiller.record = refuse
+    distiller.recorder = lambda: refuse
     distiller.meta_gradient(state)
 
 
 def test_another_kind_of_loop_is_refused() -> None:
     distiller, state = small_distiller()
-    distiller.record = called
+    distiller.recorder = lambda: called
     distiller.meta_gradient(state)
     recorded = distiller._recorded
     assert recorded is not None
@@ -166,7 +178,7 @@ def test_graphs_on_a_gpu(item_embedding: str) -> None:
     for record in (None, called):
         moved, moved_state = on_gpu(item_embedding=item_embedding)
         if record is not None:
-            moved.record = record
+            moved.recorder = lambda: called
         moved.meta_gradient(moved_state)  # records
         results.append(moved.meta_gradient(moved_state)[0])
     for replayed, by_call, theirs in zip(*results, expected, strict=True):

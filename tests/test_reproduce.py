@@ -20,14 +20,14 @@ from td3_fast.figures import Figure
 from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables
 from td3_fast.recipes import Recipe, recipe_named
 from td3_fast.reproduce import Reproduction
-from td3_fast.run import RunError, Stopped, Watcher
+from td3_fast.run_folder import RunError, Stopped, Watcher
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _undrawn() -> Iterator[None]:
     """No picture of every single run: they take longer than the runs."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("td3_fast.run.draw", lambda folder, watcher: None)
+        patches.setattr("td3_fast.run_folder.draw_report", lambda *args, **options: None)
         yield
 
 

@@ -206,13 +206,22 @@ def check_rates(config: Any, *names: str) -> None:
 
 
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill in place with N(0, std²), on every device with what a generator of the CPU draws."""
-    with torch.no_grad():
-        if tensor.device.type == "cpu":
-            tensor.normal_(0.0, std, generator=generator)
-        else:
-            drawn = torch.empty(tensor.shape, dtype=tensor.dtype).normal_(0.0, std, generator=generator)
-            tensor.copy_(drawn, non_blocking=True)
+    """Fill in place with N(0, std²)."""
+    _fill(tensor, lambda drawn: drawn.normal_(0.0, std, generator=generator))
+
+
+def xavier_uniform_(weight: Tensor, generator: torch.Generator) -> None:
+    """Fill in place with Xavier's uniform distribution."""
+    _fill(weight, lambda drawn: nn.init.xavier_uniform_(drawn, generator=generator))
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Fill in place, on every device with what is drawn on the CPU."""
+    if tensor.device.type == "cpu":
+        draw(tensor)
+    else:
+        tensor.copy_(draw(torch.empty(tensor.shape, dtype=tensor.dtype)), non_blocking=True)
 
 
 def xavier_std(weight: Tensor) -> float:

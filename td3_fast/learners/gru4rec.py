@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from td3_fast.learners.base import Learner, check_rates, check_sizes, normal_, xavier_std
+from td3_fast.learners.base import Learner, check_rates, check_sizes, normal_, xavier_std, xavier_uniform_
 from td3_fast.learners.recurrent import GRU
 from td3_fast.ops import DropoutStream, seeded_generator
 
@@ -58,7 +58,7 @@ class GRU4Rec(Learner):
     def reset_encoder(self, *, seed: int) -> None:
         generator = seeded_generator(seed, "encoder")
         for weight in self.recurrent.parameters():
-            nn.init.xavier_uniform_(weight, generator=generator)
+            xavier_uniform_(weight, generator)
         normal_(self.output.weight, xavier_std(self.output.weight), generator)
         nn.init.zeros_(self.output.bias)
 

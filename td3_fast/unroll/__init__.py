@@ -21,6 +21,7 @@ from td3_fast.unroll.recorded import (
     RecordedWindow,
     Recorder,
     called,
+    may_be_recorded,
 )
 from td3_fast.unroll.window import KEPT_STATES_LIMIT, TENSORS_PER_STEP, stride_of
 
@@ -51,6 +52,7 @@ __all__ = [
     "initial_state",
     "lazy_adam_step_",
     "make_mixture",
+    "may_be_recorded",
     "pull_back_with_higher",
     "stride_of",
 ]

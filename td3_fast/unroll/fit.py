@@ -18,7 +18,7 @@ from td3_fast.unroll.mixture import (
     LinearMixture,
     StreamedMixture,
 )
-from td3_fast.unroll.recorded import CudaGraphs, RecordedLoop, Recorder
+from td3_fast.unroll.recorded import CudaGraphs, RecordedLoop, Recorder, may_be_recorded
 
 CACHED_PROBABILITIES_LIMIT = 512 * 2**20
 
@@ -99,9 +99,9 @@ def fit_on_summary(
             tables.normalized_embedding(queries, keys, items, normalize=summary.normalize)
         )
     if record is None and items.device.type == "cuda":
-        record = CudaGraphs()
+        record = CudaGraphs(items.device)
     run = loop.run
-    if record is not None and tables is WHOLE:
+    if record is not None and tables is WHOLE and may_be_recorded(start):
         run = RecordedLoop(loop, start, items, mixture, steps=steps, window=1, record=record).run
     with torch.enable_grad():
         state, losses = run(initial_state(start), items, mixture, until=steps, progress=progress)

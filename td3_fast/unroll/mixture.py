@@ -170,8 +170,15 @@ def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
     return tensor[first : first + count] if torch.equal(users, following) else tensor[users]
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the host where a GPU can fetch it by itself, so that nobody waits for the copy."""
+    return tensor.pin_memory()
+
+
 def _beside(users: Tensor, tensor: Tensor) -> Tensor:
     """`users` on the device of a tensor."""
+    if tensor.is_cuda and not users.is_cuda:
+        users = pinned(users)
     return users.to(tensor.device, non_blocking=True)
 
 

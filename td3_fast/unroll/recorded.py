@@ -7,10 +7,12 @@ from step to step lies in tensors that stay where they are, and counters on the 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,29 +21,50 @@ from td3_fast.learners import FlatParameters
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll.adam import AdamState, adam_step_
 from td3_fast.unroll.inner import InnerLoop
-from td3_fast.unroll.mixture import ItemMixture
+from td3_fast.unroll.mixture import ItemMixture, pinned
 from td3_fast.unroll.window import StepInputs, WindowStep
 
 # Turns a step, which takes and returns nothing, into what does the same when it is called.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
-WARM_UP_CALLS = (
-    3  # of a step before it is captured: libraries choose their kernels and allocate in the first ones
-)
+# of a step before it is captured: in the first ones libraries choose their kernels and allocate
+WARM_UP_CALLS = 3
+# Of parameters, in bytes. Beyond, kernels take longer than launches, and several times as much would be held.
+RECORDED_LIMIT = 2**27
 
 
 class GraphsUnavailableWarning(UserWarning):
     """A step could not be captured as a CUDA graph; it is launched kernel by kernel instead, with the same bits."""
 
 
-class CudaGraphs:
-    """Records steps as CUDA graphs that share one memory pool: nothing in it outlives a replay."""
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: libraries keep a workspace for each stream that they have worked on."""
+    return torch.cuda.Stream(device)
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+
+class CudaGraphs:
+    """Records the steps of one `RecordedLoop` as CUDA graphs, which share a memory pool.
+
+    They may: what a step leaves for the next lies in tensors that are older than the graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
+        with torch.cuda.device(self._device):
+            recorded = self._capture(step)
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                recorded()
+
+        return replay
+
+    def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
@@ -49,7 +72,11 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # a capture that fails may leave its stream the current one
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream),
+            ):
                 step()
         except RuntimeError as error:
             warnings.warn(
@@ -58,7 +85,13 @@ class CudaGraphs:
                 stacklevel=2,
             )
             return step
+        self._pool = graph.pool()
         return graph.replay
+
+
+def may_be_recorded(parameters: tuple[Tensor, ...]) -> bool:
+    """Whether recording the steps of such parameters is worth what it holds."""
+    return sum(p.nbytes for p in parameters) <= RECORDED_LIMIT
 
 
 def called(step: Callable[[], None]) -> Callable[[], None]:
@@ -106,24 +139,29 @@ class RecordedLoop:
         self._record = record
         self._recorded: dict[str, Callable[[], None]] = {}
         self.limits = (steps, window)
-        self._count = count = len(parameters)
+        self._count = len(parameters)
 
-        def like(*leading: int) -> list[Tensor]:
-            """Zeros like the parameters and their two moments."""
-            return [p.new_zeros(*leading, *p.shape) for _ in range(3) for p in parameters]
-
-        self._now, self._adjoint, self._kept = like(), like(), like(window)
+        self._now = [torch.zeros_like(p) for _ in range(3) for p in parameters]  # they and their two moments
         self._inputs = self._inputs_of(loop)
         self._tables = [table.to(items.device) for table in self._inputs]
         self._losses = parameters[0].new_zeros(steps)
         # counters: of the steps taken, and of those kept
         self._step, self._at = (torch.zeros(1, dtype=torch.int64, device=items.device) for _ in range(2))
+        self._kept: list[Tensor] = []
+
+    def _hold_window(self) -> None:
+        """Make what a window needs, where it is not there yet."""
+        if self._kept:
+            return
+        window, items = self.limits[1], self._items
+        self._kept = [tensor.new_zeros(window, *tensor.shape) for tensor in self._now]
+        self._adjoint = [torch.zeros_like(tensor) for tensor in self._now]
         # what X has as cotangents in each kept step, and the tables beside them
-        embeds = (window, self._inputs[0].shape[1], loop.num_positions, items.shape[1])
-        self._cotangents = [parameters[0].new_zeros(embeds) for _ in range(count)]
-        beside = parameters[1].new_zeros(window, *parameters[1].shape) if count > 1 else None
-        self._beside = [self._kept[count - 1]] if beside is None else [beside, self._kept[count - 1]]
-        self._limit = parameters[0].new_zeros(())  # of the norm of what is pulled back
+        theta, last = self._now[0], self._kept[self._count - 1]
+        embeds = (window, self._inputs[0].shape[1], self._loop.num_positions, items.shape[1])
+        self._cotangents = [theta.new_zeros(embeds) for _ in range(self._count)]
+        self._beside = [last] if self._count == 1 else [torch.zeros_like(last), last]
+        self._limit = theta.new_zeros(())  # of the norm of what is pulled back
         self._within = torch.ones((), dtype=torch.bool, device=items.device)
         self._pulled_back = torch.zeros((), dtype=torch.float64, device=items.device)
 
@@ -140,7 +178,7 @@ class RecordedLoop:
             raise ValueError("recorded steps are of loops that differ in seed and restart_batches_at only")
         self._inputs = self._inputs_of(loop)
         for table, rows in zip(self._tables, self._inputs, strict=True):
-            table.copy_(rows, non_blocking=True)
+            table.copy_(pinned(rows) if table.is_cuda else rows, non_blocking=True)
         self._mixture.assign(mixture)
         return self
 
@@ -169,6 +207,7 @@ class RecordedLoop:
         """`InnerLoop.run_window`; the states of all steps are kept, whatever the limit."""
         first = state.step
         self._check(0, until, until - first)
+        self._hold_window()
         take = self._ready(self._keep_and_take)
         self._load(state)
         for _ in range(first, until):
@@ -275,9 +314,11 @@ class RecordedLoop:
             table.index_copy_(0, self._at, counted.unsqueeze(0))
         # the last note is of the parameters, which are kept already
         for table, (_, beside) in zip(self._beside[:-1], notes.noted, strict=False):
-            table.index_copy_(0, self._at, beside.unsqueeze(0))
+            counted = torch.where(self._within, beside, 0.0)  # 0 times what has overflown would not be 0
+            table.index_copy_(0, self._at, counted.unsqueeze(0))
         self._pulled_back.add_(self._within)
-        self._within.logical_and_(torch.linalg.vector_norm(self._adjoint[0]) <= self._limit)
+        norm = torch.linalg.vector_norm(self._adjoint[0])
+        self._within.logical_and_((norm <= self._limit) | self._limit.isinf())
         self._step.sub_(1).clamp_(min=0)
         self._at.sub_(1).clamp_(min=0)
 
