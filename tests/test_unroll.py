@@ -182,6 +182,32 @@ def test_streamed_mixture_equals_the_cached_one() -> None:
 
 
 @pytest.mark.parametrize("mixture_class", [CachedMixture, StreamedMixture, LinearMixture])
+def test_what_is_asked_of_a_mixture_does_not_depend_on_what_was_asked_before(mixture_class: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, items, other = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((4, 6, 5), (NUM_ITEMS, 5), (NUM_ITEMS, 7), (NUM_ITEMS, 7))
+    )
+    cotangent = torch.randn(3, 6, 7, dtype=torch.float64, generator=generator)
+    users, others = torch.tensor([1, 2, 3]), torch.tensor([3, 0, 1])
+
+    def fresh() -> Any:
+        return mixture_class(queries, keys)
+
+    used = fresh()
+    for chosen, table in ((users, items), (others, other), (users, other)):
+        torch.testing.assert_close(used.embed(chosen, table), fresh().embed(chosen, table))
+        for noted in (table, items):
+            apart = fresh()
+            for mixture in (used, apart):
+                mixture.note(chosen, cotangent, noted)
+            torch.testing.assert_close(used.gradient(), apart.gradient())
+        for transposed in (chosen, others, chosen):
+            expected = fresh().embed_transposed(transposed, cotangent)
+            torch.testing.assert_close(used.embed_transposed(transposed, cotangent), expected)
+
+
+@pytest.mark.parametrize("mixture_class", [CachedMixture, StreamedMixture, LinearMixture])
 def test_gradient_of_learned_keys_equals_automatic_differentiation(mixture_class: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys, items, other = (

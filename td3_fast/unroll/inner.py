@@ -263,8 +263,8 @@ class InnerLoop:
         trained = len(adjoint) > 1
         if trained:
             # the table's gradient has a part that came through X
-            mixture.note(users, first_order[2].detach(), to_gradients[1])
             to_gradients.append(mixture.embed(users, to_gradients[1]))
+            mixture.note(users, first_order[2].detach(), to_gradients[1])
         second_order = torch.autograd.grad(first_order, sources, to_gradients)
         mixture.note(users, second_order[-1], state.parameters[-1])
         for (to_parameter, _, _), more in zip(adjoint, second_order, strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -182,8 +182,20 @@ def _beside(users: Tensor, tensor: Tensor) -> Tensor:
     return users.to(tensor.device, non_blocking=True)
 
 
+class _Embedded(NamedTuple):
+    """Soft embeddings with their graph."""
+
+    users: Tensor
+    items: Tensor
+    sources: tuple[Tensor, Tensor, Tensor]  # queries (b ζ, r), keys and a table of the same values as `items`
+    embedding: Tensor  # (b ζ, d)
+
+
 class StreamedMixture(_Constants):
-    """X = softmax(C Vᵀ) E with nothing of size positions × items: the probabilities are recomputed in every call."""
+    """X = softmax(C Vᵀ) E with nothing of size positions × items: the probabilities are recomputed in every call.
+
+    The graph of the latest `embed` serves what is asked for the same users next, in the place of one more pass.
+    """
 
     constants = ("_queries", "_keys")
 
@@ -195,27 +207,36 @@ class StreamedMixture(_Constants):
         self._tables = tables
         self._gradient = torch.zeros_like(self._queries)
         self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
+        self._latest: _Embedded | None = None
+
+    def _embedded(self, users: Tensor, items: Tensor) -> _Embedded:
+        queries = self._queries[users].flatten(0, 1).requires_grad_()
+        keys = self._keys.detach().requires_grad_(self._of_keys is not None)
+        table = items.detach().requires_grad_()
+        with torch.enable_grad():
+            embedding, _ = self._tables.soft_embedding(queries, keys, table)
+        return _Embedded(users, items, (queries, keys, table), embedding)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        embedding, _ = self._tables.soft_embedding(self._queries[users].flatten(0, 1), self._keys, items)
-        return embedding.unflatten(0, (len(users), -1))
+        self._latest = self._embedded(users, items)
+        return self._latest.embedding.detach().unflatten(0, (len(users), -1))
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
+        latest, self._latest = self._latest, None
+        if latest is None or latest.users is not users:
+            latest = self._embedded(users, cotangent.new_zeros(len(self._keys), cotangent.shape[-1]))
         # X is linear in the table, so the point at which its derivative is taken does not matter
-        table = cotangent.new_zeros(len(self._keys), cotangent.shape[-1]).requires_grad_()
-        with torch.enable_grad():
-            embedding = self.embed(users, table)
-        return torch.autograd.grad(embedding, table, cotangent)[0]
+        return torch.autograd.grad(latest.embedding, latest.sources[2], cotangent.flatten(0, 1))[0]
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
-        users = _beside(users, cotangent)
-        with torch.enable_grad():
-            queries = self._queries[users].flatten(0, 1).requires_grad_()
-            keys = self._keys if self._of_keys is None else self._keys.detach().requires_grad_()
-            embedding, _ = self._tables.soft_embedding(queries, keys, items)
-        sources = [queries] if self._of_keys is None else [queries, keys]
-        gradient, *of_keys = torch.autograd.grad(embedding, sources, cotangent.flatten(0, 1))
-        self._gradient.index_add_(0, users, gradient.unflatten(0, (len(users), -1)))
+        made = self._latest
+        if made is None or made.users is not users or made.items is not items:
+            made = self._embedded(_beside(users, cotangent), items)
+        sources = made.sources[: 1 if self._of_keys is None else 2]
+        gradient, *of_keys = torch.autograd.grad(
+            made.embedding, sources, cotangent.flatten(0, 1), retain_graph=made is self._latest
+        )
+        self._gradient.index_add_(0, made.users, gradient.unflatten(0, (len(users), -1)))
         if self._of_keys is not None:
             self._of_keys += of_keys[0]
 
