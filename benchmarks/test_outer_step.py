@@ -121,6 +121,16 @@ def test_peers_give_the_meta_gradient_of_the_native_engine(
     assert_same_gradient(native, other, (3, 5))
 
 
+def report(benchmark: Any, engine: str, peak: float | None, add_row: Callable[[Row], None]) -> None:
+    """A row of the table, beside the native engine of its group."""
+    benchmark.extra_info.update(variant=engine, **({} if peak is None else {"peak_mib": round(peak)}))
+    if not benchmark.disabled:
+        median = benchmark.stats.stats.median
+        native = native_medians.setdefault(benchmark.group, median) if engine == "native" else None
+        benchmark.extra_info["fused_median"] = native or native_medians.get(benchmark.group)
+        add_row(Row(benchmark.group, engine, median, dict(benchmark.extra_info)))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_outer_step(
@@ -154,12 +164,7 @@ def test_outer_step(
     _, peak = with_peak(step, torch.device("cpu"))
     benchmark.group = f"outer step, ml-100k size, {item_embedding} items"
     benchmark.pedantic(step, rounds=1 if small and engine != "native" else 3, warmup_rounds=0)
-    benchmark.extra_info.update(variant=engine, **({} if peak is None else {"peak_mib": round(peak)}))
-    if not benchmark.disabled:
-        median = benchmark.stats.stats.median
-        native = native_medians.setdefault(benchmark.group, median) if engine == "native" else None
-        benchmark.extra_info["fused_median"] = native or native_medians.get(benchmark.group)
-        add_row(Row(benchmark.group, engine, median, dict(benchmark.extra_info)))
+    report(benchmark, engine, peak, add_row)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -190,9 +195,4 @@ def test_outer_step_on_a_gpu(
     _, peak = with_peak(step, device)  # with what it captures
     benchmark.group = f"outer step on a GPU, ml-100k size, {item_embedding} items"
     benchmark.pedantic(step, rounds=5 if engine == "native" else 2, warmup_rounds=0)
-    benchmark.extra_info.update(variant=engine, **({} if peak is None else {"peak_mib": round(peak)}))
-    if not benchmark.disabled:
-        median = benchmark.stats.stats.median
-        native = native_medians.setdefault(benchmark.group, median) if engine == "native" else None
-        benchmark.extra_info["fused_median"] = native or native_medians.get(benchmark.group)
-        add_row(Row(benchmark.group, engine, median, dict(benchmark.extra_info)))
+    report(benchmark, engine, peak, add_row)

@@ -111,12 +111,10 @@ def device_named(name: str) -> torch.device:
     """
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (":" in name and not number.isdecimal())):
         raise ValueError(f"--device takes cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     if device.type == "cpu":
         return device
     if not torch.cuda.is_available():

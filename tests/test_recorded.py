@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from td3_fast.distill import Distiller, DistillState
 from td3_fast.training import fresh_like
-from td3_fast.unroll import Recorder, called, fit_on_summary
+from td3_fast.unroll import Recorder, called, fit_on_summary, initial_state
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
@@ -156,6 +156,20 @@ def test_another_kind_of_loop_is_refused() -> None:
     _, mixture = other._mixture([f.detach() for f in other_state.factors.parameters])
     with pytest.raises(ValueError, match="differ in seed"):
         recorded.begin(other._inner_loop(other.draw(other_state)), mixture)
+
+
+def test_more_steps_than_were_provided_for_are_refused() -> None:
+    distiller, state = small_distiller()
+    distiller.recorder = lambda: called
+    distiller.meta_gradient(state)
+    recorded = distiller._recorded
+    assert recorded is not None
+    _, mixture = distiller._mixture([f.detach() for f in state.factors.parameters])
+    start = initial_state(distiller.draw(state).start)
+    with pytest.raises(ValueError, match="recorded for 12 steps of which 5 are kept, asked for 13 "):
+        recorded.run(start, distiller.items, mixture, until=13)
+    with pytest.raises(ValueError, match="asked for 6 of which 6 are"):
+        recorded.run_window(start, distiller.items, mixture, until=6)
 
 
 def on_gpu(**changes: object) -> tuple[Distiller, DistillState]:

@@ -193,7 +193,7 @@ class RecordedLoop:
     ) -> tuple[AdamState, Tensor]:
         """`InnerLoop.run`; no progress says a loss, which would have to be waited for."""
         first = state.step
-        self._check(until - first, until)
+        self._check(until)
         take = self._ready(self._take)
         self._load(state)
         for step in range(first, until):
@@ -206,7 +206,7 @@ class RecordedLoop:
     ) -> tuple[AdamState, RecordedWindow]:
         """`InnerLoop.run_window`; the states of all steps are kept, whatever the limit."""
         first = state.step
-        self._check(0, until, until - first)
+        self._check(until, kept=until - first)
         self._hold_window()
         take = self._ready(self._keep_and_take)
         self._load(state)
@@ -245,13 +245,12 @@ class RecordedLoop:
         window.pulled_back = self._pulled_back.clone()
         return mixture.gradient()
 
-    def _check(self, *needed: int) -> None:
-        """ValueError unless so many steps in all, and in a window, are provided for."""
+    def _check(self, until: int, *, kept: int = 0) -> None:
+        """ValueError unless so many steps in all, and so many kept ones, are provided for."""
         steps, window = self.limits
-        if max(needed[:2]) > steps or (len(needed) > 2 and needed[2] > window):
+        if until > steps or kept > window:
             raise ValueError(
-                f"recorded for {steps} steps of which {window} are kept, asked for {needed[1]}"
-                + (f" of which {needed[2]}" if len(needed) > 2 else "")
+                f"recorded for {steps} steps of which {window} are kept, asked for {until} of which {kept} are"
             )
 
     def _state(self, step: int) -> AdamState:
