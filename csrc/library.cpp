@@ -130,6 +130,18 @@ TORCH_LIBRARY(td3_fast, m) {
       "bool needs_inputs) -> (Tensor grad_grad_outputs, Tensor grad_parameters, Tensor grad_inputs)",
       tags);
 
+  m.set_python_module("td3_fast.ops.inner_gradient");
+  m.def(
+      "inner_gradient(Tensor parameters, Tensor embeds, Tensor targets, Tensor items, Tensor[] words, "
+      "int[] sizes, bool trained) "
+      "-> (Tensor loss, Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds, Tensor[] saved)",
+      tags);
+  m.def(
+      "inner_gradient_tangent(Tensor tangent_parameters, Tensor? tangent_items, Tensor? tangent_embeds, "
+      "Tensor parameters, Tensor embeds, Tensor targets, Tensor items, Tensor[] saved, Tensor[] words, "
+      "int[] sizes) -> (Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds)",
+      tags);
+
   m.set_python_module("td3_fast.ops.dropout");
   m.def("random_words(Tensor seed, int site, int count) -> Tensor", tags);
 

@@ -1,11 +1,5 @@
 // The causal encoder on the CPU: forward, backward and double backward; the passes are in
 // encoder_kernels.cpp.
-//
-// Groups of sequences, a vector's lanes each, are dealt out in chunks that depend on shapes alone. Each chunk
-// sums the gradients of the parameters for itself, and the sums are added in the order of chunks: same input,
-// same bits, on any number of threads of the same instruction set.
-
-#include "encoder.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,180 +8,30 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../checks.h"
-#include "panels.h"
+#include "encoder_calls.h"
 
 namespace td3_fast::cpu {
 namespace {
 
-using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// Two threads share even the few groups of an inner step.
-constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
-constexpr int64_t kGroupsPerChunk = 8;
-// Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
-constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
-constexpr double kNormEps = 1e-12;
-
-struct Options {
-  EncoderSizes sizes;
-  int64_t batch, hidden_dropped, attention_dropped;
-
-  Options(const Tensor& parameters,
-          const Tensor& inputs,
-          const Tensor& positions,
-          at::TensorList words,
-          at::IntArrayRef sizes_in) {
-    TORCH_CHECK_VALUE(sizes_in.size() == 6,
-                      "expected sizes (positions, inner, heads, layers, dropped of hidden, "
-                      "dropped of attention)");
-    TORCH_CHECK_VALUE(inputs.dim() == 3 && positions.dim() == 2 && positions.size(0) == inputs.size(0) &&
-                          positions.scalar_type() == at::kLong,
-                      "expected inputs (batch, length, d) and int64 positions (batch, k), got ",
-                      inputs.sizes(), " and ", positions.sizes());
-    batch = inputs.size(0);
-    hidden_dropped = sizes_in[4], attention_dropped = sizes_in[5];
-    sizes = {inputs.size(1), sizes_in[0], inputs.size(2),   sizes_in[1],
-             sizes_in[2],    sizes_in[3], positions.size(1)};
-    TORCH_CHECK_VALUE(
-        sizes.layers >= 1 && sizes.layers <= kMaxLayers && sizes.heads >= 1 &&
-            sizes.width % sizes.heads == 0 && sizes.length >= 1 && sizes.length <= sizes.positions,
-        "expected 1 to ", kMaxLayers, " layers, heads that divide d, and 1 to ", sizes.positions, " inputs");
-    TORCH_CHECK_VALUE(parameters.dim() == 1 && parameters.size(0) == encoder_parameters(sizes),
-                      "expected a vector of ", encoder_parameters(sizes), " parameters, got ",
-                      parameters.sizes());
-    TORCH_CHECK_VALUE(parameters.scalar_type() == inputs.scalar_type() &&
-                          (inputs.scalar_type() == at::kFloat || inputs.scalar_type() == at::kDouble),
-                      "parameters and inputs must both be float32 or float64");
-    const Tensor each = positions.contiguous();
-    const int64_t* position = each.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < each.numel(); ++i) {
-      TORCH_CHECK_INDEX(position[i] >= 0 && position[i] < sizes.length, "position ", position[i],
-                        " is not one of the ", sizes.length, " inputs");
-    }
-    if (words.empty()) return;
-    TORCH_CHECK_VALUE(static_cast<int64_t>(words.size()) == 1 + 3 * sizes.layers, "expected ",
-                      1 + 3 * sizes.layers, " tensors of random words, got ", words.size());
-    for (int64_t site = 0; site < 1 + 3 * sizes.layers; ++site) {
-      const int64_t size = site_size(site);
-      TORCH_CHECK_VALUE(words[site].scalar_type() == at::kShort && words[site].is_contiguous() &&
-                            (words[site].numel() == 0 || words[site].numel() >= size),
-                        "expected ", size, " int16 words for dropout site ", site);
-    }
-  }
-
-  bool attention_site(int64_t site) const { return site > 0 && site % 3 == 1; }
-  int64_t site_size(int64_t site) const {
-    if (site == 0) return batch * sizes.length * sizes.width;
-    const int64_t rows = (site - 1) / 3 + 1 < sizes.layers ? sizes.length : sizes.asked;
-    return batch * rows * (attention_site(site) ? sizes.heads * sizes.length : sizes.width);
-  }
-};
-
-template <typename T>
-std::vector<EncoderDropout<T>> dropout_of(const Options& options, at::TensorList words) {
-  std::vector<EncoderDropout<T>> sites(1 + 3 * options.sizes.layers, {nullptr, 0, T(1)});
-  for (size_t site = 0; site < words.size(); ++site) {
-    if (words[site].numel() == 0) continue;
-    const int64_t dropped = options.attention_site(site) ? options.attention_dropped : options.hidden_dropped;
-    sites[site] = {words[site].const_data_ptr<int16_t>(), static_cast<int16_t>(dropped - 32768),
-                   static_cast<T>(65536.0 / (65536 - dropped))};
-  }
-  return sites;
-}
-
-// run(first, count, scratch, sums) for every group of sequences; what the chunks sum is added up in `total`.
-template <typename T, typename Run>
-void for_groups(const EncoderSizes& sizes,
-                int64_t batch,
-                bool tangents,
-                int64_t cost,
-                const Tensor& total,
-                const Run& run) {
-  const Encoder<T>& e = encoder<T>();
-  const int64_t groups = ceil_div(batch, e.lanes);
-  const int64_t chunks =
-      std::clamp(groups / kGroupsPerChunk, std::clamp<int64_t>(groups, 1, kMinChunks), kMaxChunks);
-  const int64_t size = total.defined() ? total.numel() : 0, sums_size = size * e.lanes;
-  const int64_t scratch_size = ceil_div(e.scratch_size(sizes, tangents), 64) * 64;
-  // Each parameter meets each asked row, each input a few times the width.
-  const int64_t of_sequence = sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8;
-  const int64_t workers = num_workers(chunks, cost * batch * of_sequence);
-  const Scratch<T> sums(workers * sums_size), parts(chunks * size);
-  const Scratch<uint8_t> scratch(workers * scratch_size);
-  run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
-    T* own = sums.data() + worker * sums_size;
-    std::fill_n(own, sums_size, T(0));
-    const Chunks split{groups, chunks};
-    for (int64_t group = split.begin(chunk); group < split.begin(chunk + 1); ++group) {
-      const int64_t first = group * e.lanes;
-      run(first, std::min(e.lanes, batch - first), scratch.data() + worker * scratch_size, own);
-    }
-    T* part = parts.data() + chunk * size;
-    std::fill_n(part, size, T(0));
-    e.add_lanes(own, size, part);
-  });
-  if (size == 0) return;
-  T* out = total.mutable_data_ptr<T>();
-  std::fill_n(out, size, T(0));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const T* part = parts.data() + chunk * size;
-    for (int64_t i = 0; i < size; ++i) out[i] += part[i];
-  }
-}
-
-template <typename Run>
-auto with_type(const Tensor& inputs, const Run& run) {
-  return inputs.scalar_type() == at::kDouble ? run(double{}) : run(float{});
-}
-
-// The tensors that every order reads, and a call on them whose outputs are still to be filled in.
-template <typename T>
-struct Inputs {
-  Tensor parameters, inputs, positions;
-  std::vector<EncoderDropout<T>> dropout;
-  EncoderCall<T> call;
-
-  Inputs(const Options& options,
-         const Tensor& parameters_in,
-         const Tensor& inputs_in,
-         const Tensor& positions_in,
-         at::TensorList words)
-      : parameters(parameters_in.contiguous()),
-        inputs(inputs_in.contiguous()),
-        positions(positions_in.contiguous()),
-        dropout(dropout_of<T>(options, words)),
-        call{options.sizes,
-             static_cast<T>(kNormEps),
-             parameters.const_data_ptr<T>(),
-             nullptr,
-             inputs.const_data_ptr<T>(),
-             nullptr,
-             positions.const_data_ptr<int64_t>(),
-             dropout.data(),
-             nullptr,
-             nullptr,
-             nullptr} {}
-};
 
 Tensor causal_encoder_forward(const Tensor& parameters,
                               const Tensor& inputs,
                               const Tensor& positions,
                               at::TensorList words,
                               at::IntArrayRef sizes) {
-  const Options options(parameters, inputs, positions, words, sizes);
+  const EncoderOptions options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    Inputs<T> in(options, parameters, inputs, positions, words);
+    EncoderInputs<T> in(options, parameters, inputs, positions, words);
     const Tensor outputs =
         at::empty({options.batch, options.sizes.asked, options.sizes.width}, inputs.options());
     in.call.outputs = outputs.mutable_data_ptr<T>();
-    for_groups<T>(options.sizes, options.batch, false, kForwardCost, Tensor(),
+    const Encoder<T>& e = encoder<T>();
+    for_groups<T>(options.sizes, options.batch, e.scratch_size(options.sizes, false), kForwardCost, Tensor(),
                   [&](int64_t first, int64_t count, void* scratch, T*) {
-                    encoder<T>().forward(in.call, first, count, scratch);
+                    e.values.forward(in.call, first, count, scratch);
                   });
     return outputs;
   });
@@ -200,18 +44,21 @@ std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
                                                    at::TensorList words,
                                                    at::IntArrayRef sizes,
                                                    bool needs_inputs) {
-  const Options options(parameters, inputs, positions, words, sizes);
+  const EncoderOptions options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    Inputs<T> in(options, parameters, inputs, positions, words);
+    EncoderInputs<T> in(options, parameters, inputs, positions, words);
     const Tensor grad = grad_outputs.contiguous();
     const Tensor grad_parameters = at::empty_like(in.parameters);
-    const Tensor grad_inputs = needs_inputs ? at::empty_like(in.inputs) : at::empty({0}, inputs.options());
+    const Tensor grad_inputs =
+        needs_inputs ? at::empty(inputs.sizes(), inputs.options()) : at::empty({0}, inputs.options());
     in.call.grad_outputs = grad.const_data_ptr<T>();
     if (needs_inputs) in.call.grad_inputs = grad_inputs.mutable_data_ptr<T>();
-    for_groups<T>(options.sizes, options.batch, false, kBackwardCost, grad_parameters,
-                  [&](int64_t first, int64_t count, void* scratch, T* sums) {
-                    encoder<T>().backward(in.call, first, count, scratch, sums);
+    const Encoder<T>& e = encoder<T>();
+    for_groups<T>(options.sizes, options.batch, e.scratch_size(options.sizes, false), kBackwardCost,
+                  grad_parameters, [&](int64_t first, int64_t count, void* scratch, T* sums) {
+                    e.values.forward(in.call, first, count, scratch);
+                    e.values.backward(scratch, sums);
                   });
     return std::make_tuple(grad_parameters, grad_inputs);
   });
@@ -226,24 +73,27 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const Optional
                                                                   at::TensorList words,
                                                                   at::IntArrayRef sizes,
                                                                   bool needs_inputs) {
-  const Options options(parameters, inputs, positions, words, sizes);
+  const EncoderOptions options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    Inputs<T> in(options, parameters, inputs, positions, words);
+    EncoderInputs<T> in(options, parameters, inputs, positions, words);
     const Tensor grad = grad_outputs.contiguous();
     const Tensor to_parameters =
         grad_grad_parameters.has_value() ? grad_grad_parameters->contiguous() : at::zeros_like(in.parameters);
-    const Tensor to_inputs = grad_grad_inputs.has_value() ? grad_grad_inputs->contiguous() : Tensor();
+    const Tensor to_inputs = grad_grad_inputs.has_value() ? in.whole_sequences(*grad_grad_inputs) : Tensor();
     const Tensor outputs = at::empty_like(grad), grad_parameters = at::empty_like(in.parameters);
-    const Tensor grad_inputs = needs_inputs ? at::empty_like(in.inputs) : at::empty({0}, inputs.options());
+    const Tensor grad_inputs =
+        needs_inputs ? at::empty(inputs.sizes(), inputs.options()) : at::empty({0}, inputs.options());
     in.call.parameters_tangent = to_parameters.const_data_ptr<T>();
-    if (to_inputs.defined()) in.call.inputs_tangent = to_inputs.const_data_ptr<T>();
+    if (to_inputs.defined()) in.move_inputs(to_inputs);
     in.call.grad_outputs = grad.const_data_ptr<T>();
     in.call.outputs = outputs.mutable_data_ptr<T>();
     if (needs_inputs) in.call.grad_inputs = grad_inputs.mutable_data_ptr<T>();
-    for_groups<T>(options.sizes, options.batch, true, kDoubleBackwardCost, grad_parameters,
-                  [&](int64_t first, int64_t count, void* scratch, T* sums) {
-                    encoder<T>().double_backward(in.call, first, count, scratch, sums);
+    const Encoder<T>& e = encoder<T>();
+    for_groups<T>(options.sizes, options.batch, e.scratch_size(options.sizes, true), kDoubleBackwardCost,
+                  grad_parameters, [&](int64_t first, int64_t count, void* scratch, T* sums) {
+                    e.duals.forward(in.call, first, count, scratch);
+                    e.duals.backward(scratch, sums);
                   });
     return std::make_tuple(outputs, grad_parameters, grad_inputs);
   });

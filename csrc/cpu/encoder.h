@@ -26,7 +26,7 @@ struct EncoderDropout {
   T scale;
 };
 
-// Tensors of one call; the *_tangent ones are the direction of a double backward, null for zero.
+// Tensors of one call; the *_tangent ones are the direction of a derivative, null for zero but of parameters.
 template <typename T>
 struct EncoderCall {
   EncoderSizes sizes;
@@ -35,11 +35,23 @@ struct EncoderCall {
   const T* parameters_tangent;
   const T* inputs;  // (batch, length, d)
   const T* inputs_tangent;
-  const int64_t* positions;          // (batch, k)
+  int64_t input_stride, input_tangent_stride, grad_input_stride;  // elements from one sequence to the next
+  const int64_t* positions;                                       // (batch, k)
   const EncoderDropout<T>* dropout;  // the input's, then three a layer: attention, its output, feed-forward
   const T* grad_outputs;             // (batch, k, d)
-  T* outputs;                        // (batch, k, d); of a double backward the tangent
-  T* grad_inputs;                    // (batch, length, d), null where not asked for; likewise
+  const T* grad_outputs_tangent;
+  T* outputs;      // (batch, k, d), of dual numbers the tangent; null where not asked for
+  T* grad_inputs;  // (batch, length, d); likewise
+};
+
+// The two halves of a pass over sequences first, ..., first + count - 1 <= first + lanes - 1.
+template <typename T>
+struct EncoderPass {
+  // Leaves in `scratch` what the other half needs.
+  void (*forward)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch);
+  // By the same call, of which the upstream gradients are read only now. The gradients of the parameters are
+  // added to `sums`, a vector of lanes each.
+  void (*backward)(void* scratch, T* sums);
 };
 
 template <typename T>
@@ -49,12 +61,10 @@ struct Encoder {
   // Bytes of scratch of one call on a group.
   int64_t (*scratch_size)(const EncoderSizes& sizes, bool tangents);
 
-  // Sequences first, ..., first + count - 1 <= first + lanes - 1. The gradients of the parameters are added
-  // to `sums`, a vector of lanes each. A double backward runs the forward and backward pass on dual numbers:
-  // the derivative of (outputs, grad_parameters, grad_inputs) in the given direction.
-  void (*forward)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch);
-  void (*backward)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch, T* sums);
-  void (*double_backward)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch, T* sums);
+  EncoderPass<T> values;
+  // The same on dual numbers: the derivative of (outputs, grad_parameters, grad_inputs) in the given
+  // direction.
+  EncoderPass<T> duals;
 
   // out[i] += the sum of the lanes of sums[i].
   void (*add_lanes)(const T* sums, int64_t size, T* out);

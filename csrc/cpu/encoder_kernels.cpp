@@ -194,6 +194,7 @@ class Pass {
   using W = Weights<T, kTangents>;
   using N = typename W::N;
   static constexpr int L = kLanes<T>;
+  static constexpr int64_t kOwnSize = 4096;  // bytes of scratch for the pass itself
 
   // Where a block's parameters begin in the vector.
   struct Block {
@@ -212,7 +213,12 @@ class Pass {
 
  public:
   TD3_FAST_INLINE Pass(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch)
-      : call_(call), s_(call.sizes), first_(first), count_(count), next_(static_cast<N*>(scratch)) {
+      : call_(call),
+        s_(call.sizes),
+        first_(first),
+        count_(count),
+        next_(reinterpret_cast<N*>(static_cast<unsigned char*>(scratch) + kOwnSize)) {
+    static_assert(sizeof(Pass) <= kOwnSize);
     if constexpr (kTangents) {
       w_ = {call.parameters, call.parameters_tangent};
     } else {
@@ -236,8 +242,12 @@ class Pass {
     }
     const int64_t k = s.layers > 1 ? rows : s.asked;
     numbers += k * (6 * d + 2 * s.inner) + s.heads * d * 2 + rows * 2 + d;
-    return numbers * static_cast<int64_t>(sizeof(N));
+    return kOwnSize + numbers * static_cast<int64_t>(sizeof(N));
   }
+
+  // The pass itself lies before its numbers.
+  static void* operator new(decltype(sizeof(0)), void* scratch) { return scratch; }
+  static Pass* in(void* scratch) { return static_cast<Pass*>(scratch); }
 
   void forward() {
     const int64_t d = s_.width;
@@ -259,6 +269,7 @@ class Pass {
   }
 
   void write_outputs() const {
+    if (call_.outputs == nullptr) return;
     const int64_t d = s_.width, k = s_.asked;
     const N* outputs = saved_[s_.layers - 1].outputs;
     for (int i = 0; i < count_; ++i) {
@@ -272,9 +283,7 @@ class Pass {
     const int64_t d = s_.width, k = s_.asked;
     N* grad = take((s_.layers > 1 ? rows_ : k) * d);
     for (int64_t at = 0; at < k * d; ++at) {
-      V g{};
-      for (int i = 0; i < count_; ++i) g[i] = call_.grad_outputs[(first_ + i) * k * d + at];
-      grad[at] = constant(g);
+      grad[at] = upstream(at);
     }
     N* grad_hidden = take(rows_ * d);
     for (int64_t layer = s_.layers - 1; layer >= 0; --layer) {
@@ -293,7 +302,7 @@ class Pass {
     }
     if (call_.grad_inputs == nullptr) return;
     for (int i = 0; i < count_; ++i) {
-      T* to = call_.grad_inputs + (first_ + i) * s_.length * d;
+      T* to = call_.grad_inputs + (first_ + i) * call_.grad_input_stride;
       for (int64_t at = 0; at < rows_ * d; ++at) to[at] = stored(grad_hidden[at], i);
       for (int64_t at = rows_ * d; at < s_.length * d; ++at) to[at] = 0;
     }
@@ -308,11 +317,19 @@ class Pass {
   static void zero(N* x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) x[i] = N{};
   }
-  static TD3_FAST_INLINE N constant(V x) {
+  // The gradient of an output, zero in lanes beyond the last sequence.
+  TD3_FAST_INLINE N upstream(int64_t at) const {
+    const int64_t size = s_.asked * s_.width;
+    const auto read = [&](const T* from) {
+      V g{};
+      for (int i = 0; i < count_; ++i) g[i] = from[(first_ + i) * size + at];
+      return g;
+    };
     if constexpr (kTangents) {
-      return {x, V{}};
+      const T* tangent = call_.grad_outputs_tangent;
+      return {read(call_.grad_outputs), tangent != nullptr ? read(tangent) : V{}};
     } else {
-      return x;
+      return read(call_.grad_outputs);
     }
   }
   static TD3_FAST_INLINE T stored(const N& x, int lane) {
@@ -331,11 +348,12 @@ class Pass {
   void load_inputs(int64_t j, N* row) const {
     const int64_t d = s_.width;
     for (int i = 0; i < L; ++i) {
-      const int64_t at = (sequence(i) * s_.length + j) * d;
+      const int64_t at = sequence(i) * call_.input_stride + j * d;
+      const int64_t tangent_at = sequence(i) * call_.input_tangent_stride + j * d;
       for (int64_t f = 0; f < d; ++f) {
         if constexpr (kTangents) {
           row[f].v[i] = call_.inputs[at + f];
-          row[f].t[i] = call_.inputs_tangent != nullptr ? call_.inputs_tangent[at + f] : T(0);
+          row[f].t[i] = call_.inputs_tangent != nullptr ? call_.inputs_tangent[tangent_at + f] : T(0);
         } else {
           row[f][i] = call_.inputs[at + f];
         }
@@ -674,24 +692,15 @@ template <typename T>
 int64_t scratch_size(const EncoderSizes& sizes, bool tangents) {
   return tangents ? Pass<T, true>::scratch_size(sizes) : Pass<T, false>::scratch_size(sizes);
 }
-template <typename T>
+template <typename T, bool kTangents>
 void forward(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch) {
-  Pass<T, false> pass(call, first, count, scratch);
-  pass.forward();
-  pass.write_outputs();
+  auto* pass = new (scratch) Pass<T, kTangents>(call, first, count, scratch);
+  pass->forward();
+  pass->write_outputs();
 }
-template <typename T>
-void backward(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch, T* sums) {
-  Pass<T, false> pass(call, first, count, scratch);
-  pass.forward();
-  pass.backward(sums);
-}
-template <typename T>
-void double_backward(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch, T* sums) {
-  Pass<T, true> pass(call, first, count, scratch);
-  pass.forward();
-  pass.write_outputs();
-  pass.backward(sums);
+template <typename T, bool kTangents>
+void backward(void* scratch, T* sums) {
+  Pass<T, kTangents>::in(scratch)->backward(sums);
 }
 template <typename T>
 void add_lanes(const T* sums, int64_t size, T* out) {
@@ -703,8 +712,11 @@ void add_lanes(const T* sums, int64_t size, T* out) {
 }
 
 template <typename T>
-constexpr Encoder<T> kEncoder = {kLanes<T>,   scratch_size<T>,    forward<T>,
-                                 backward<T>, double_backward<T>, add_lanes<T>};
+constexpr Encoder<T> kEncoder = {kLanes<T>,
+                                 scratch_size<T>,
+                                 {forward<T, false>, backward<T, false>},
+                                 {forward<T, true>, backward<T, true>},
+                                 add_lanes<T>};
 
 }  // namespace
 

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.ops import DropoutStream, item_cross_entropy
+from td3_fast.ops import (
+    DropoutStream,
+    EncoderShape,
+    causal_encoder,
+    has_causal_encoder,
+    item_cross_entropy,
+)
 
 # (rows, d) outputs, (n, d) item table, (rows,) targets -> (rows,): `item_cross_entropy` or what stands in for it
 CrossEntropy: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,10 +59,8 @@ class Learner(nn.Module):
     def hyperparameters(self) -> dict[str, Any]:
         """What `type(self)` needs to be built again, as plain JSON values."""
 
-    def encode_flat(
-        self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None
-    ) -> Tensor | None:
-        """`encode` with the parameters of a `FlatParameters` vector, in one fused call; None where there is none."""
+    def encoder_shape(self) -> EncoderShape | None:
+        """That of `causal_encoder` where it is what `encode` does, on the vector of `FlatParameters`; else None."""
         return None
 
     def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
@@ -80,6 +84,15 @@ class Learner(nn.Module):
         """
         return next_item_loss(
             self.encode, items, histories, lengths, targets, dropout=dropout, cross_entropy=cross_entropy
+        )
+
+
+def check_length(learner: Learner, length: int) -> None:
+    """ValueError where sequences are longer than a learner has positions for."""
+    if length > learner.max_len:
+        raise ValueError(
+            f"got sequences of {length} items, but this {type(learner).__name__} has {learner.max_len} positions: "
+            "cut the histories or build it with a larger max_len"
         )
 
 
@@ -155,10 +168,16 @@ class FlatParameters:
         self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
     ) -> Tensor:
         """`learner.encode` with the parameters of `flat` (size,)."""
-        fused = self._shell.encode_flat(flat, inputs_embeds, positions, dropout=dropout)
-        if fused is not None:
-            return fused
+        shape = self.fused_shape(flat)
+        if shape is not None:
+            check_length(self._shell, inputs_embeds.shape[1])
+            return causal_encoder(flat, inputs_embeds, positions, shape, dropout=dropout)
         return self._filled(flat).encode(inputs_embeds, positions, dropout=dropout)
+
+    def fused_shape(self, flat: Tensor) -> EncoderShape | None:
+        """The shape to call `causal_encoder` with in the place of the learner; None where that does not serve."""
+        shape = self._shell.encoder_shape()
+        return shape if shape is not None and has_causal_encoder(shape, flat) else None
 
     def loss(
         self,

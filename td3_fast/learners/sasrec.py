@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from td3_fast.learners.base import Learner, causal_bias, check_rates, check_sizes, normal_
+from td3_fast.learners.base import Learner, causal_bias, check_length, check_rates, check_sizes, normal_
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
-from td3_fast.ops import DropoutStream, EncoderShape, causal_encoder, has_causal_encoder, seeded_generator
+from td3_fast.ops import DropoutStream, EncoderShape, seeded_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,9 @@ class SASRec(Learner):
     def reset_encoder(self, *, seed: int) -> None:
         reset_layers(self, seeded_generator(seed, "encoder"))
 
-    def encode_flat(
-        self, flat: Tensor, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None
-    ) -> Tensor | None:
+    def encoder_shape(self) -> EncoderShape:
         config = self.config
-        shape = EncoderShape(
+        return EncoderShape(
             positions=config.max_len,
             width=config.hidden,
             inner=config.inner,
@@ -83,23 +81,12 @@ class SASRec(Learner):
             hidden_dropout=config.hidden_dropout,
             attention_dropout=config.attention_dropout,
         )
-        if not has_causal_encoder(shape, flat):
-            return None
-        self._check_length(inputs_embeds)
-        return causal_encoder(flat, inputs_embeds, positions, shape, dropout=dropout)
-
-    def _check_length(self, inputs_embeds: Tensor) -> None:
-        if inputs_embeds.shape[1] > self.max_len:
-            raise ValueError(
-                f"got sequences of {inputs_embeds.shape[1]} items, but this SASRec has {self.max_len} positions: "
-                "cut the histories or build it with a larger max_len"
-            )
 
     def encode(
         self, inputs_embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None = None
     ) -> Tensor:
         batch, length, d = inputs_embeds.shape
-        self._check_length(inputs_embeds)
+        check_length(self, length)
         hidden = self.norm(inputs_embeds + self.position_embeddings[:length])
         if dropout is not None:
             hidden = dropout(hidden, self.config.hidden_dropout)

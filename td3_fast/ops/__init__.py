@@ -2,6 +2,7 @@
 
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
 from td3_fast.ops.dropout import DropoutStream, derive_seed, random_words, seeded_generator
+from td3_fast.ops.inner_gradient import InnerGradient, inner_gradient
 from td3_fast.ops.item_cross_entropy import (
     ItemLogsumexp,
     item_cross_entropy,
@@ -18,6 +19,7 @@ __all__ = [
     "DropoutStream",
     "EncoderShape",
     "FusedUnavailableWarning",
+    "InnerGradient",
     "ItemLogsumexp",
     "Normalize",
     "SoftEmbedding",
@@ -26,6 +28,7 @@ __all__ = [
     "derive_seed",
     "has_causal_encoder",
     "has_fused",
+    "inner_gradient",
     "item_cross_entropy",
     "item_logsumexp",
     "kept_score_bytes",

@@ -63,26 +63,45 @@ def causal_encoder(
         ValueError: sizes or dtypes do not agree.
         IndexError: a position is not one of the inputs.
     """
-    batch, length, d = inputs_embeds.shape
-    words: list[Tensor] = []
-    if dropout is not None:
-        stream, device = dropout, inputs_embeds.device
-
-        def site(count: int, rate: float) -> Tensor:
-            return torch.empty(0, dtype=torch.int16) if rate == 0.0 else stream.words(count, device=device)
-
-        words.append(site(batch * length * d, shape.hidden_dropout))
-        for layer in range(shape.layers):
-            rows = positions.shape[1] if layer == shape.layers - 1 else length
-            words.append(site(batch * shape.heads * rows * length, shape.attention_dropout))
-            words.append(site(batch * rows * d, shape.hidden_dropout))
-            words.append(site(batch * rows * d, shape.hidden_dropout))
-    sizes = [shape.positions, shape.inner, shape.heads, shape.layers]
-    dropped = [dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+    batch, length, _ = inputs_embeds.shape
+    device = inputs_embeds.device
+    words = dropout_words(dropout, shape, batch, length, positions.shape[1], device=device)
     encoded: Tensor = torch.ops.td3_fast.causal_encoder_forward(
-        parameters, inputs_embeds, positions, words, sizes + dropped
+        parameters, inputs_embeds, positions, words, packed_sizes(shape)
     )
     return encoded
+
+
+def dropout_words(
+    dropout: DropoutStream | None,
+    shape: EncoderShape,
+    batch: int,
+    length: int,
+    asked: int,
+    *,
+    device: torch.device,
+) -> list[Tensor]:
+    """The random words of each place where the encoder drops, in the order of its modules; empty without dropout."""
+    if dropout is None:
+        return []
+    stream = dropout
+
+    def site(count: int, rate: float) -> Tensor:
+        return torch.empty(0, dtype=torch.int16) if rate == 0.0 else stream.words(count, device=device)
+
+    words = [site(batch * length * shape.width, shape.hidden_dropout)]
+    for layer in range(shape.layers):
+        rows = asked if layer == shape.layers - 1 else length
+        words.append(site(batch * shape.heads * rows * length, shape.attention_dropout))
+        words.append(site(batch * rows * shape.width, shape.hidden_dropout))
+        words.append(site(batch * rows * shape.width, shape.hidden_dropout))
+    return words
+
+
+def packed_sizes(shape: EncoderShape) -> list[int]:
+    """What the kernels take of a shape."""
+    sizes = [shape.positions, shape.inner, shape.heads, shape.layers]
+    return [*sizes, dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
 
 
 @register_fake("td3_fast::causal_encoder_forward")

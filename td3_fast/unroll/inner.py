@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from td3_fast.learners import FlatParameters, Learner
-from td3_fast.ops import DropoutStream, derive_seed, seeded_generator
+from td3_fast.ops import DropoutStream, EncoderShape, derive_seed, inner_gradient, seeded_generator
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, step_size
@@ -203,20 +203,66 @@ class InnerLoop:
         create_graph: bool,
     ) -> Evaluation:
         """The loss of a step and its gradients; with `create_graph` those can be differentiated again."""
-        leaves = [p.detach().requires_grad_() for p in parameters]
+        trained = len(parameters) > 1
+        table = (parameters[1] if trained else items).detach()
+        embeds = mixture.embed(inputs.users, table)
+        shape = flat.fused_shape(parameters[0])
+        if shape is not None and not self.separate_passes and self.tables is WHOLE:
+            evaluated = self._in_one_call(
+                shape, parameters[0].detach(), table, embeds, inputs, trained=trained
+            )
+        else:
+            leaves = [p.detach().requires_grad_() for p in parameters]
+            evaluated = self._by_autograd(flat, leaves, table, embeds, inputs, create_graph=create_graph)
+        if evaluated.to_embeds is not None:
+            # in the place of the part that may be differentiated again: its values are needed no more, and it may be
+            # large
+            evaluated.gradients[1].add_(mixture.embed_transposed(inputs.users, evaluated.to_embeds))
+        return evaluated
+
+    def _in_one_call(
+        self,
+        shape: EncoderShape,
+        theta: Tensor,
+        table: Tensor,
+        embeds: Tensor,
+        inputs: StepInputs,
+        *,
+        trained: bool,
+    ) -> Evaluation:
+        ((_, dropout),) = self.passes(inputs)
+        made = inner_gradient(theta, table, embeds, inputs.targets, shape, dropout=dropout, trained=trained)
+        gradients = (made.parameters,) if made.items is None else (made.parameters, made.items)
+
+        def second_order(cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+            to_theta, to_table, to_embeds = made.tangent(*cotangents)
+            return (to_theta, to_embeds) if to_table is None else (to_theta, to_table, to_embeds)
+
+        return Evaluation(made.loss, inputs, gradients, made.embeds, second_order)
+
+    def _by_autograd(
+        self,
+        flat: FlatParameters,
+        leaves: list[Tensor],
+        table: Tensor,
+        embeds: Tensor,
+        inputs: StepInputs,
+        *,
+        create_graph: bool,
+    ) -> Evaluation:
         trained = len(leaves) > 1
-        table = leaves[1] if trained else items
-        embeds = mixture.embed(inputs.users, table.detach())
         if trained or create_graph:
             embeds.requires_grad_()
-        loss = self.loss(flat, leaves[0], table, embeds, inputs)
+        loss = self.loss(flat, leaves[0], leaves[1] if trained else table, embeds, inputs)
         sources = [*leaves, embeds]
         first_order = torch.autograd.grad(loss, sources if trained else leaves, create_graph=create_graph)
-        gradients = [g.detach() for g in first_order[: len(leaves)]]
-        if trained:
-            # in the place of the part whose graph is kept: its values are needed no more, and it may be large
-            gradients[1].add_(mixture.embed_transposed(inputs.users, first_order[2].detach()))
-        return Evaluation(loss.detach(), inputs, tuple(gradients), first_order, sources)
+
+        def second_order(cotangents: list[Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(first_order, sources, cotangents)
+
+        gradients = tuple(g.detach() for g in first_order)
+        to_embeds = gradients[-1] if trained else None
+        return Evaluation(loss.detach(), inputs, gradients[: len(leaves)], to_embeds, second_order)
 
     def pull_back(
         self,
@@ -254,20 +300,18 @@ class InnerLoop:
     ) -> None:
         """Take the cotangents of parameters and moments from after a step to before it, overwriting them."""
         state, evaluated = step
-        inputs, first_order, sources = evaluated.inputs, evaluated.first_order, evaluated.sources
-        users = inputs.users
+        inputs, users = evaluated.inputs, evaluated.inputs.users
         to_gradients = [
             adam_adjoint_((p, m, v), gradient, cotangents, inputs.size, self.adam)
             for p, m, v, gradient, cotangents in zip(*state[:3], evaluated.gradients, adjoint, strict=True)
         ]
-        trained = len(adjoint) > 1
-        if trained:
+        if evaluated.to_embeds is not None:
             # the table's gradient has a part that came through X
             to_gradients.append(mixture.embed(users, to_gradients[1]))
-            mixture.note(users, first_order[2].detach(), to_gradients[1])
-        second_order = torch.autograd.grad(first_order, sources, to_gradients)
+            mixture.note(users, evaluated.to_embeds, to_gradients[1])
+        second_order = evaluated.second_order(to_gradients)
         mixture.note(users, second_order[-1], state.parameters[-1])
         for (to_parameter, _, _), more in zip(adjoint, second_order, strict=False):
             to_parameter.add_(more)
-        if trained:
+        if evaluated.to_embeds is not None:
             adjoint[1][0].add_(mixture.embed_transposed(users, second_order[-1]))

@@ -82,7 +82,7 @@ class FixedEmbeddings(_Constants):
         self._gradient = torch.zeros_like(self._embeddings)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        return self._embeddings[users]
+        return self._embeddings.index_select(0, users)
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
         raise TypeError("fixed embeddings do not depend on the learner's item table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,8 +38,10 @@ class Evaluation(NamedTuple):
     loss: Tensor  # ()
     inputs: StepInputs
     gradients: tuple[Tensor, ...]  # of the state's parameters
-    first_order: tuple[Tensor, ...]  # what to differentiate again: the same with X held fixed, then that of X
-    sources: list[Tensor]  # what they can be differentiated by: the state's parameters and X
+    to_embeds: Tensor | None  # the gradient with respect to X, where the item table is trained
+    # From what the gradients with X held fixed, and then that of X where there is one, have as cotangents, to the
+    # cotangents of the state's parameters and of X.
+    second_order: Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
 class WindowStep(NamedTuple):

@@ -1,0 +1,179 @@
+// Calls of the encoder on tensors: their checks, their dropout, and groups of sequences dealt out to threads.
+//
+// Groups of sequences, a vector's lanes each, are dealt out in chunks that depend on shapes alone. Each chunk
+// sums the gradients of the parameters for itself, and the sums are added in the order of chunks: same input,
+// same bits, on any number of threads of the same instruction set.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../checks.h"
+#include "encoder.h"
+#include "panels.h"
+
+namespace td3_fast::cpu {
+
+using at::Tensor;
+
+// Two threads share even the few groups of an inner step.
+constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
+constexpr int64_t kGroupsPerChunk = 8;
+// Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
+constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
+constexpr double kNormEps = 1e-12;
+
+struct EncoderOptions {
+  EncoderSizes sizes;
+  int64_t batch, hidden_dropped, attention_dropped;
+
+  EncoderOptions(const Tensor& parameters,
+                 const Tensor& inputs,
+                 const Tensor& positions,
+                 at::TensorList words,
+                 at::IntArrayRef sizes_in) {
+    TORCH_CHECK_VALUE(sizes_in.size() == 6,
+                      "expected sizes (positions, inner, heads, layers, dropped of hidden, "
+                      "dropped of attention)");
+    TORCH_CHECK_VALUE(inputs.dim() == 3 && positions.dim() == 2 && positions.size(0) == inputs.size(0) &&
+                          positions.scalar_type() == at::kLong,
+                      "expected inputs (batch, length, d) and int64 positions (batch, k), got ",
+                      inputs.sizes(), " and ", positions.sizes());
+    batch = inputs.size(0);
+    hidden_dropped = sizes_in[4], attention_dropped = sizes_in[5];
+    sizes = {inputs.size(1), sizes_in[0], inputs.size(2),   sizes_in[1],
+             sizes_in[2],    sizes_in[3], positions.size(1)};
+    TORCH_CHECK_VALUE(
+        sizes.layers >= 1 && sizes.layers <= kMaxLayers && sizes.heads >= 1 &&
+            sizes.width % sizes.heads == 0 && sizes.length >= 1 && sizes.length <= sizes.positions,
+        "expected 1 to ", kMaxLayers, " layers, heads that divide d, and 1 to ", sizes.positions, " inputs");
+    TORCH_CHECK_VALUE(parameters.dim() == 1 && parameters.size(0) == encoder_parameters(sizes),
+                      "expected a vector of ", encoder_parameters(sizes), " parameters, got ",
+                      parameters.sizes());
+    TORCH_CHECK_VALUE(parameters.scalar_type() == inputs.scalar_type() &&
+                          (inputs.scalar_type() == at::kFloat || inputs.scalar_type() == at::kDouble),
+                      "parameters and inputs must both be float32 or float64");
+    const Tensor each = positions.contiguous();
+    const int64_t* position = each.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < each.numel(); ++i) {
+      TORCH_CHECK_INDEX(position[i] >= 0 && position[i] < sizes.length, "position ", position[i],
+                        " is not one of the ", sizes.length, " inputs");
+    }
+    if (words.empty()) return;
+    TORCH_CHECK_VALUE(static_cast<int64_t>(words.size()) == 1 + 3 * sizes.layers, "expected ",
+                      1 + 3 * sizes.layers, " tensors of random words, got ", words.size());
+    for (int64_t site = 0; site < 1 + 3 * sizes.layers; ++site) {
+      const int64_t size = site_size(site);
+      TORCH_CHECK_VALUE(words[site].scalar_type() == at::kShort && words[site].is_contiguous() &&
+                            (words[site].numel() == 0 || words[site].numel() >= size),
+                        "expected ", size, " int16 words for dropout site ", site);
+    }
+  }
+
+  bool attention_site(int64_t site) const { return site > 0 && site % 3 == 1; }
+  int64_t site_size(int64_t site) const {
+    if (site == 0) return batch * sizes.length * sizes.width;
+    const int64_t rows = (site - 1) / 3 + 1 < sizes.layers ? sizes.length : sizes.asked;
+    return batch * rows * (attention_site(site) ? sizes.heads * sizes.length : sizes.width);
+  }
+};
+
+template <typename T>
+std::vector<EncoderDropout<T>> dropout_of(const EncoderOptions& options, at::TensorList words) {
+  std::vector<EncoderDropout<T>> sites(1 + 3 * options.sizes.layers, {nullptr, 0, T(1)});
+  for (size_t site = 0; site < words.size(); ++site) {
+    if (words[site].numel() == 0) continue;
+    const int64_t dropped = options.attention_site(site) ? options.attention_dropped : options.hidden_dropped;
+    sites[site] = {words[site].const_data_ptr<int16_t>(), static_cast<int16_t>(dropped - 32768),
+                   static_cast<T>(65536.0 / (65536 - dropped))};
+  }
+  return sites;
+}
+
+// run(first, count, scratch, sums) for every group of sequences, with so many bytes of scratch, and with what
+// the chunks sum added up in `total`.
+template <typename T, typename Run>
+void for_groups(const EncoderSizes& sizes,
+                int64_t batch,
+                int64_t scratch_bytes,
+                int64_t cost,
+                const Tensor& total,
+                const Run& run) {
+  const Encoder<T>& e = encoder<T>();
+  const int64_t groups = ceil_div(batch, e.lanes);
+  const int64_t chunks =
+      std::clamp(groups / kGroupsPerChunk, std::clamp<int64_t>(groups, 1, kMinChunks), kMaxChunks);
+  const int64_t size = total.defined() ? total.numel() : 0, sums_size = size * e.lanes;
+  const int64_t scratch_size = ceil_div(scratch_bytes, 64) * 64;
+  // Each parameter meets each asked row, each input a few times the width.
+  const int64_t of_sequence = sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8;
+  const int64_t workers = num_workers(chunks, cost * batch * of_sequence);
+  const Scratch<T> sums(workers * sums_size), parts(chunks * size);
+  const Scratch<uint8_t> scratch(workers * scratch_size);
+  run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
+    T* own = sums.data() + worker * sums_size;
+    std::fill_n(own, sums_size, T(0));
+    const Chunks split{groups, chunks};
+    for (int64_t group = split.begin(chunk); group < split.begin(chunk + 1); ++group) {
+      const int64_t first = group * e.lanes;
+      run(first, std::min(e.lanes, batch - first), scratch.data() + worker * scratch_size, own);
+    }
+    T* part = parts.data() + chunk * size;
+    std::fill_n(part, size, T(0));
+    e.add_lanes(own, size, part);
+  });
+  if (size == 0) return;
+  T* out = total.mutable_data_ptr<T>();
+  std::fill_n(out, size, T(0));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const T* part = parts.data() + chunk * size;
+    for (int64_t i = 0; i < size; ++i) out[i] += part[i];
+  }
+}
+
+template <typename Run>
+auto with_type(const Tensor& inputs, const Run& run) {
+  return inputs.scalar_type() == at::kDouble ? run(double{}) : run(float{});
+}
+
+// The tensors that every order reads, and a call on them whose outputs are still to be filled in.
+template <typename T>
+struct EncoderInputs {
+  Tensor parameters, inputs, positions;
+  std::vector<EncoderDropout<T>> dropout;
+  EncoderCall<T> call;
+
+  EncoderInputs(const EncoderOptions& options,
+                const Tensor& parameters_in,
+                const Tensor& inputs_in,
+                const Tensor& positions_in,
+                at::TensorList words)
+      : parameters(parameters_in.contiguous()),
+        inputs(whole_sequences(inputs_in)),
+        positions(positions_in.contiguous()),
+        dropout(dropout_of<T>(options, words)),
+        call{} {
+    call.sizes = options.sizes;
+    call.norm_eps = static_cast<T>(kNormEps);
+    call.parameters = parameters.const_data_ptr<T>();
+    call.inputs = inputs.const_data_ptr<T>();
+    call.input_stride = inputs.stride(0);
+    call.grad_input_stride = options.sizes.length * options.sizes.width;
+    call.positions = positions.const_data_ptr<int64_t>();
+    call.dropout = dropout.data();
+  }
+
+  // In the direction of whole sequences.
+  void move_inputs(const Tensor& tangent) {
+    call.inputs_tangent = tangent.const_data_ptr<T>();
+    call.input_tangent_stride = tangent.stride(0);
+  }
+
+  // With the elements of each sequence one after the other, as a cut of longer ones has them too.
+  static Tensor whole_sequences(const Tensor& tensor) {
+    const bool whole = tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2);
+    return whole ? tensor : tensor.contiguous();
+  }
+};
+
+}  // namespace td3_fast::cpu

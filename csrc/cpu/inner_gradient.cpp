@@ -1,0 +1,237 @@
+// The gradient of an inner step on the CPU, and its derivative in a direction: an encoder, the cross-entropy
+// of its outputs against soft embeddings, and the encoder backwards, whose forward pass is not made twice.
+
+#include <ATen/ops/dot.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../dispatch.h"
+#include "encoder_calls.h"
+
+namespace td3_fast::cpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The tensors of a step: X (b, ζ, d), of which all but the last position are the encoder's inputs, and the
+// target positions (b, k), each predicted from the positions before it.
+struct StepOptions {
+  Tensor histories, positions;
+  EncoderOptions encoder;
+  int64_t rows, width;
+
+  StepOptions(const Tensor& parameters,
+              const Tensor& embeds,
+              const Tensor& targets,
+              at::TensorList words,
+              at::IntArrayRef sizes)
+      : histories(all_but_last(embeds)),
+        positions(targets - 1),
+        encoder(parameters, histories, positions, words, sizes),
+        rows(targets.numel()),
+        width(embeds.size(2)) {
+    TORCH_CHECK_VALUE(rows > 0, "expected at least one target, got no target in ", targets.sizes());
+  }
+
+  static Tensor all_but_last(const Tensor& embeds) {
+    TORCH_CHECK_VALUE(embeds.dim() == 3 && embeds.size(1) >= 2,
+                      "expected embeds (b, at least 2 positions, d), got ", embeds.sizes());
+    return embeds.narrow(1, 0, embeds.size(1) - 1);
+  }
+};
+
+// Both halves of a pass over every group of sequences, with what is between them kept for all.
+template <typename T>
+class KeptPass {
+ public:
+  KeptPass(const StepOptions& step, bool tangents)
+      : step_(step.encoder),
+        tangents_(tangents),
+        pass_(tangents ? encoder<T>().duals : encoder<T>().values),
+        size_(ceil_div(encoder<T>().scratch_size(step_.sizes, tangents), 64) * 64),
+        scratch_(size_ * ceil_div(step_.batch, encoder<T>().lanes)) {}
+
+  void forward(const EncoderCall<T>& call) const {
+    for_groups<T>(
+        step_.sizes, step_.batch, 0, tangents_ ? kDoubleBackwardCost : kForwardCost, Tensor(),
+        [&](int64_t first, int64_t count, void*, T*) { pass_.forward(call, first, count, kept(first)); });
+  }
+  void backward(const Tensor& grad_parameters) const {
+    for_groups<T>(step_.sizes, step_.batch, 0, tangents_ ? kDoubleBackwardCost : kBackwardCost,
+                  grad_parameters,
+                  [&](int64_t first, int64_t, void*, T* sums) { pass_.backward(kept(first), sums); });
+  }
+
+ private:
+  void* kept(int64_t first) const { return scratch_.data() + first / encoder<T>().lanes * size_; }
+
+  const EncoderOptions& step_;
+  bool tangents_;
+  const EncoderPass<T>& pass_;
+  int64_t size_;
+  Scratch<uint8_t> scratch_;
+};
+
+// to[b, target] += factor * rows[b, i] for the targets of every sequence; to (b, ζ, d), rows (b k, d).
+template <typename T>
+void add_at_targets(const Tensor& to, const Tensor& targets, const Tensor& rows, T factor) {
+  const int64_t width = to.size(2), positions = to.size(1), each = targets.size(1);
+  const Tensor at = targets.contiguous(), from = rows.contiguous();
+  const int64_t* target = at.const_data_ptr<int64_t>();
+  const T* row = from.const_data_ptr<T>();
+  T* out = to.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < targets.numel(); ++i, row += width) {
+    T* sum = out + (i / each * positions + target[i]) * width;
+    for (int64_t f = 0; f < width; ++f) sum[f] += factor * row[f];
+  }
+}
+
+// The rows of embeds (b, ζ, d) at the targets: (b k, d).
+template <typename T>
+Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
+  const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
+  const Tensor at = targets.contiguous(), source = embeds.contiguous();
+  const Tensor rows = at::empty({targets.numel(), width}, embeds.options());
+  const int64_t* target = at.const_data_ptr<int64_t>();
+  const T* from = source.const_data_ptr<T>();
+  T* out = rows.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < targets.numel(); ++i, out += width) {
+    std::copy_n(from + (i / each * positions + target[i]) * width, width, out);
+  }
+  return rows;
+}
+
+Tensor nothing(const Tensor& like) {
+  return at::empty({0}, like.options());
+}
+
+// Gradients of mean over rows of logsumexp(h E^T) - h x, h the outputs and x the embeds at the targets. Those
+// of items and embeds only where `trained`. `saved` is what the derivative needs: the outputs and all of
+// item_logsumexp_forward.
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
+                                                                               const Tensor& embeds,
+                                                                               const Tensor& targets,
+                                                                               const Tensor& items,
+                                                                               at::TensorList words,
+                                                                               at::IntArrayRef sizes,
+                                                                               bool trained) {
+  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, bool, bool);
+  using Backward =
+      std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const Tensor&, const Tensor&, std::array<bool, 2>);
+  static const auto logsumexp_forward = find_operator<Forward>("td3_fast::item_logsumexp_forward");
+  static const auto logsumexp_backward = find_operator<Backward>("td3_fast::item_logsumexp_backward");
+  const StepOptions step(parameters, embeds, targets, words, sizes);
+  return with_type(embeds, [&](auto zero) {
+    using T = decltype(zero);
+    EncoderInputs<T> in(step.encoder, parameters, step.histories, step.positions, words);
+    const Tensor hidden = at::empty({step.rows, step.width}, embeds.options());
+    in.call.outputs = hidden.mutable_data_ptr<T>();
+    const KeptPass<T> pass(step, false);
+    pass.forward(in.call);
+
+    auto [logsumexp, remainder, mean, probabilities] = logsumexp_forward.call(hidden, items, true, trained);
+    const Tensor rows = at_targets<T>(embeds, targets);
+    const T share = T(1) / static_cast<T>(step.rows);
+    const Tensor upstream = at::full({step.rows}, share, embeds.options());
+    const Tensor loss = at::dot(logsumexp, upstream) - at::dot(hidden.view(-1), rows.view(-1)) * share;
+    const Tensor grad_hidden = (mean - rows).mul_(share);
+
+    const Tensor grad_parameters = at::empty_like(in.parameters);
+    Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
+    in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
+    if (trained) {
+      grad_items = std::get<1>(logsumexp_backward.call(upstream, hidden, items, logsumexp, remainder, mean,
+                                                       probabilities, {false, true}));
+      grad_embeds = at::zeros(embeds.sizes(), embeds.options());
+      in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
+      in.call.grad_input_stride = grad_embeds.stride(0);
+    }
+    pass.backward(grad_parameters);
+    if (trained) add_at_targets<T>(grad_embeds, targets, hidden, -share);
+    return std::make_tuple(loss, grad_parameters, grad_items, grad_embeds,
+                           std::vector<Tensor>{hidden, logsumexp, remainder, mean, probabilities});
+  });
+}
+
+// The derivative of those gradients where parameters, items and embeds move by their tangents; equally the
+// gradients of what the tangents and those gradients have as inner product. That of items only where these
+// have a tangent.
+std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_parameters,
+                                                          const OptionalTensor& tangent_items,
+                                                          const OptionalTensor& tangent_embeds,
+                                                          const Tensor& parameters,
+                                                          const Tensor& embeds,
+                                                          const Tensor& targets,
+                                                          const Tensor& items,
+                                                          at::TensorList saved,
+                                                          at::TensorList words,
+                                                          at::IntArrayRef sizes) {
+  using DoubleBackward = std::tuple<Tensor, Tensor, Tensor>(
+      const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>);
+  static const auto logsumexp_double_backward =
+      find_operator<DoubleBackward>("td3_fast::item_logsumexp_double_backward");
+  const StepOptions step(parameters, embeds, targets, words, sizes);
+  TORCH_CHECK_VALUE(saved.size() == 5, "expected the 5 tensors that inner_gradient saved, got ",
+                    saved.size());
+  TORCH_CHECK_VALUE(tangent_parameters.sizes() == parameters.sizes() &&
+                        (!tangent_items || tangent_items->sizes() == items.sizes()) &&
+                        (!tangent_embeds || tangent_embeds->sizes() == embeds.sizes()),
+                    "a tangent has the shape of what it moves");
+  return with_type(embeds, [&](auto zero) {
+    using T = decltype(zero);
+    EncoderInputs<T> in(step.encoder, parameters, step.histories, step.positions, words);
+    const Tensor moved_parameters = tangent_parameters.contiguous();
+    const Tensor moved_embeds = tangent_embeds ? tangent_embeds->contiguous() : Tensor();
+    in.call.parameters_tangent = moved_parameters.const_data_ptr<T>();
+    if (tangent_embeds) in.move_inputs(moved_embeds);
+    const Tensor moved_hidden = at::empty({step.rows, step.width}, embeds.options());
+    in.call.outputs = moved_hidden.mutable_data_ptr<T>();
+    const KeptPass<T> pass(step, true);
+    pass.forward(in.call);
+
+    const T share = T(1) / static_cast<T>(step.rows);
+    const Tensor upstream = at::full({step.rows}, share, embeds.options());
+    const Tensor &hidden = saved[0], &mean = saved[3];
+    auto [to_upstream, moved_grad_hidden, moved_grad_items] =
+        logsumexp_double_backward.call(moved_hidden, tangent_items, upstream, hidden, items, saved[1],
+                                       saved[2], mean, saved[4], {false, true, tangent_items.has_value()});
+    if (tangent_embeds) moved_grad_hidden.sub_(at_targets<T>(moved_embeds, targets), share);
+    const Tensor grad_hidden = (mean - at_targets<T>(embeds, targets)).mul_(share);
+    in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
+    in.call.grad_outputs_tangent = moved_grad_hidden.const_data_ptr<T>();
+
+    const Tensor to_parameters = at::empty_like(in.parameters);
+    const Tensor to_embeds = at::zeros(embeds.sizes(), embeds.options());
+    in.call.grad_inputs = to_embeds.mutable_data_ptr<T>();
+    in.call.grad_input_stride = to_embeds.stride(0);
+    pass.backward(to_parameters);
+    add_at_targets<T>(to_embeds, targets, moved_hidden, -share);
+    return std::make_tuple(to_parameters, moved_grad_items, to_embeds);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
+  m.impl("inner_gradient", inner_gradient);
+  m.impl("inner_gradient_tangent", inner_gradient_tangent);
+}
+
+// What they return has no history: a derivative of it raises instead of being zero.
+TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
+  m.impl("inner_gradient", torch::autograd::autogradNotImplementedFallback());
+  m.impl("inner_gradient_tangent", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace td3_fast::cpu

@@ -1,0 +1,117 @@
+"""The gradient of an inner step in one call, and its derivative in a direction in another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from td3_fast.ops.causal_encoder import EncoderShape, dropout_words, packed_sizes
+from td3_fast.ops.dropout import DropoutStream
+from td3_fast.ops.library import register_fake
+
+
+class InnerGradient(NamedTuple):
+    """What `inner_gradient` returns."""
+
+    loss: Tensor  # ()
+    parameters: Tensor  # (size,), the gradient of the loss
+    items: Tensor | None  # (n, d), and where the table is trained
+    embeds: Tensor | None  # (b, ζ, d)
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]  # of the call
+    saved: list[Tensor]
+    words: list[Tensor]
+    sizes: list[int]
+
+    def tangent(
+        self, parameters: Tensor, items: Tensor | None = None, embeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The derivative of the gradients where the inputs of the call move in that direction; None: not at all.
+
+        Second derivatives being symmetric, these are also the gradients of the inner product of the direction and the
+        gradients. Returns those towards parameters (size,), items (n, d), None where the table does not move, and
+        embeds (b, ζ, d).
+        """
+        to_parameters, to_items, to_embeds = torch.ops.td3_fast.inner_gradient_tangent(
+            parameters, items, embeds, *self.inputs, self.saved, self.words, self.sizes
+        )
+        return to_parameters, None if items is None else to_items, to_embeds
+
+
+def inner_gradient(
+    parameters: Tensor,  # (size,)
+    items: Tensor,  # (n, d)
+    embeds: Tensor,  # (b, ζ, d)
+    targets: Tensor,  # (b, k) int64
+    shape: EncoderShape,
+    *,
+    dropout: DropoutStream | None = None,
+    trained: bool = False,
+) -> InnerGradient:
+    """The mean over sequences and targets of `item_cross_entropy(h, items, x)`, and its gradients.
+
+    x: the rows of `embeds` at the targets; h: what `causal_encoder` makes of the rows before each. The same as by
+    autograd, with the encoder's forward pass made once for both, and the graph of the second order left away. Its
+    reference is `unroll.InnerLoop.loss` and its derivatives.
+
+    Args:
+        parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
+        items: of the dtype of the parameters, or of 16 bits.
+        targets: positions 1 to ζ - 1; ζ - 1 <= shape.positions.
+        trained: whether to differentiate towards items and embeds too.
+
+    Raises:
+        ValueError: sizes or dtypes do not agree.
+        IndexError: a target is not one of the positions, or the first.
+    """
+    batch, positions = embeds.shape[:2]
+    words = dropout_words(dropout, shape, batch, positions - 1, targets.shape[1], device=embeds.device)
+    sizes = packed_sizes(shape)
+    loss, to_parameters, to_items, to_embeds, saved = torch.ops.td3_fast.inner_gradient(
+        parameters, embeds, targets, items, words, sizes, trained
+    )
+    inputs = (parameters, embeds, targets, items)
+    if not trained:
+        return InnerGradient(loss, to_parameters, None, None, inputs, saved, words, sizes)
+    return InnerGradient(loss, to_parameters, to_items, to_embeds, inputs, saved, words, sizes)
+
+
+@register_fake("td3_fast::inner_gradient")
+def _(
+    parameters: Tensor,
+    embeds: Tensor,
+    targets: Tensor,
+    items: Tensor,
+    words: list[Tensor],
+    sizes: list[int],
+    trained: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    hidden = embeds.new_empty(targets.numel(), embeds.shape[2])
+    logsumexp, remainder, mean, probabilities = torch.ops.td3_fast.item_logsumexp_forward(
+        hidden, items, True, trained
+    )
+    return (
+        embeds.new_empty(()),
+        torch.empty_like(parameters),
+        items.new_empty(items.shape if trained else 0),
+        embeds.new_empty(embeds.shape if trained else 0),
+        [hidden, logsumexp, remainder, mean, probabilities],
+    )
+
+
+@register_fake("td3_fast::inner_gradient_tangent")
+def _(
+    tangent_parameters: Tensor,
+    tangent_items: Tensor | None,
+    tangent_embeds: Tensor | None,
+    parameters: Tensor,
+    embeds: Tensor,
+    targets: Tensor,
+    items: Tensor,
+    saved: list[Tensor],
+    words: list[Tensor],
+    sizes: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_items = items.new_empty(0 if tangent_items is None else items.shape)
+    return torch.empty_like(parameters), to_items, embeds.new_empty(embeds.shape)
