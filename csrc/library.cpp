@@ -142,8 +142,22 @@ TORCH_LIBRARY(td3_fast, m) {
       "int[] sizes) -> (Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds)",
       tags);
 
+  m.set_python_module("td3_fast.unroll.adam");
+  m.def(
+      "adam_step_(Tensor(a!) parameter, Tensor(b!) first_moment, Tensor(c!) second_moment, Tensor gradient, "
+      "float[] rates) -> ()",
+      tags);
+  m.def(
+      "adam_adjoint_(Tensor parameter, Tensor first_moment, Tensor second_moment, Tensor gradient, "
+      "Tensor(a!) to_parameter, Tensor(b!) to_first_moment, Tensor(c!) to_second_moment, float[] rates) "
+      "-> Tensor",
+      tags);
+
   m.set_python_module("td3_fast.ops.dropout");
   m.def("random_words(Tensor seed, int site, int count) -> Tensor", tags);
+
+  m.set_python_module("td3_fast.ops.look_up");
+  m.def("sum_rows_by_id(Tensor rows, Tensor ids, int num_ids) -> Tensor", tags);
 
   m.set_python_module("td3_fast.ops.mix_items");
   m.def("mix_items(Tensor probabilities, Tensor items) -> Tensor", tags);

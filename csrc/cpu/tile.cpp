@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "adam.h"
 #include "encoder.h"
 #include "random_words.h"
 
@@ -14,12 +15,16 @@ extern const Tile<double> double_tile_baseline;
 extern const Encoder<float> float_encoder_baseline;
 extern const Encoder<double> double_encoder_baseline;
 extern RandomBlocks* const random_blocks_baseline;
+extern const Adam<float> float_adam_baseline;
+extern const Adam<double> double_adam_baseline;
 #ifdef TD3_FAST_X86_64
 extern const Tile<float> float_tile_avx2, float_tile_avx512;
 extern const Tile<double> double_tile_avx2, double_tile_avx512;
 extern const Encoder<float> float_encoder_avx2, float_encoder_avx512;
 extern const Encoder<double> double_encoder_avx2, double_encoder_avx512;
 extern RandomBlocks *const random_blocks_avx2, *const random_blocks_avx512;
+extern const Adam<float> float_adam_avx2, float_adam_avx512;
+extern const Adam<double> double_adam_avx2, double_adam_avx512;
 #endif
 
 namespace {
@@ -30,22 +35,25 @@ struct InstructionSet {
   const Encoder<float>* float_encoder;
   const Encoder<double>* double_encoder;
   RandomBlocks* const* random_blocks;
+  const Adam<float>* float_adam;
+  const Adam<double>* double_adam;
   bool (*supported)();
 };
 
 const InstructionSet kInstructionSets[] = {
 #ifdef TD3_FAST_X86_64
     {&float_tile_avx512, &double_tile_avx512, &float_encoder_avx512, &double_encoder_avx512,
-     &random_blocks_avx512,
+     &random_blocks_avx512, &float_adam_avx512, &double_adam_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      }},
     {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2, &random_blocks_avx2,
+     &float_adam_avx2, &double_adam_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&float_tile_baseline, &double_tile_baseline, &float_encoder_baseline, &double_encoder_baseline,
-     &random_blocks_baseline, [] { return true; }},
+     &random_blocks_baseline, &float_adam_baseline, &double_adam_baseline, [] { return true; }},
 };
 
 const InstructionSet* best() {
@@ -79,6 +87,16 @@ const Encoder<float>& encoder<float>() {
 template <>
 const Encoder<double>& encoder<double>() {
   return *selected->double_encoder;
+}
+
+template <>
+const Adam<float>& adam<float>() {
+  return *selected->float_adam;
+}
+
+template <>
+const Adam<double>& adam<double>() {
+  return *selected->double_adam;
 }
 
 RandomBlocks* random_blocks() {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from td3_fast.learners.base import FlatParameters, Learner, look_up
+from td3_fast.learners.base import FlatParameters, Learner
 from td3_fast.learners.bert4rec import BERT4Rec, BERT4RecConfig
 from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
 from td3_fast.learners.narm import NARM, NARMConfig
@@ -44,5 +44,4 @@ __all__ = [
     "SASRecConfig",
     "build_learner",
     "learner_named",
-    "look_up",
 ]

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from td3_fast.ops import (
     DropoutStream,
@@ -19,6 +18,7 @@ from td3_fast.ops import (
     causal_encoder,
     has_causal_encoder,
     item_cross_entropy,
+    look_up,
 )
 
 # (rows, d) outputs, (n, d) item table, (rows,) targets -> (rows,): `item_cross_entropy` or what stands in for it
@@ -94,18 +94,6 @@ def check_length(learner: Learner, length: int) -> None:
             f"got sequences of {length} items, but this {type(learner).__name__} has {learner.max_len} positions: "
             "cut the histories or build it with a larger max_len"
         )
-
-
-def look_up(items: Tensor, ids: Tensor) -> Tensor:
-    """The rows of an item table (n, d) at ids (...): (..., d), in float32 where the table is kept in 16 bits."""
-    if items.requires_grad and items.device.type == "cpu":
-        # The same rows with a gradient that all threads sum; F.embedding's is summed by one, and on a GPU it is the
-        # one whose bits do not change from run to run.
-        index = ids.reshape(-1, 1).expand(-1, items.shape[1])
-        rows = items.gather(0, index).view(*ids.shape, items.shape[1])
-    else:
-        rows = F.embedding(ids, items)
-    return rows.to(torch.promote_types(items.dtype, torch.float32))
 
 
 def next_item_loss(

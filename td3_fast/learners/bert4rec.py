@@ -15,11 +15,10 @@ from td3_fast.learners.base import (
     causal_bias,
     check_rates,
     check_sizes,
-    look_up,
     normal_,
 )
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
-from td3_fast.ops import DropoutStream, item_cross_entropy, seeded_generator
+from td3_fast.ops import DropoutStream, item_cross_entropy, look_up, seeded_generator
 
 
 @dataclass(frozen=True, kw_only=True)

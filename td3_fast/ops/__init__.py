@@ -10,6 +10,7 @@ from td3_fast.ops.item_cross_entropy import (
     kept_score_bytes,
 )
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
+from td3_fast.ops.look_up import look_up
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
@@ -32,6 +33,7 @@ __all__ = [
     "item_cross_entropy",
     "item_logsumexp",
     "kept_score_bytes",
+    "look_up",
     "mix_items",
     "mix_items_transposed",
     "normalized_embedding",

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from td3_fast.learners import look_up
 from td3_fast.ops import (
     Normalize,
     item_cross_entropy,
     item_logsumexp,
+    look_up,
     normalized_embedding,
     soft_embedding,
     target_rank,

@@ -7,6 +7,7 @@ last to first.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,32 @@ from td3_fast.unroll.window import (
 
 ItemEmbedding = Literal["frozen", "trained"]
 FIRST_MIDDLE_POSITION = 5
+STEPS_AT_ONCE = 64  # whose target positions are drawn together
+
+
+@functools.lru_cache(maxsize=64)
+def _cyclic(first: int, size: int, num_users: int) -> Tensor:
+    return torch.arange(first, first + size) % num_users
+
+
+@functools.lru_cache(maxsize=8)
+def _targets(
+    seed: int, block: int, users: int, num_positions: int, middle_positions: int
+) -> tuple[Tensor, ...]:
+    """The target positions of `STEPS_AT_ONCE` steps, (users, 1 + middle_positions) each."""
+    shape = (STEPS_AT_ONCE, users, 1)
+    last = torch.full(shape, num_positions - 1)
+    if middle_positions == 0:
+        return last.unbind()
+    high = max(num_positions - 1, 2)
+    low = min(FIRST_MIDDLE_POSITION, high - 1)
+    generator = seeded_generator(seed, "middle", block)
+    if middle_positions == 1:
+        middle = torch.randint(low, high, shape, generator=generator)
+    else:
+        drawn = torch.rand(STEPS_AT_ONCE, users, high - low, generator=generator).argsort(-1)
+        middle = low + drawn[..., :middle_positions]
+    return torch.cat([last, middle], dim=-1).unbind()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +95,18 @@ class InnerLoop:
             )
 
     def batch(self, step: int) -> Tensor:
-        """The synthetic users of a step, cyclic and in order: (b,) int64."""
+        """The synthetic users of a step, cyclic and in order: (b,) int64, not to be written to."""
         size = min(self.batch_size, self.num_users)
         if self.restart_batches_at is not None and step >= self.restart_batches_at:
             step -= self.restart_batches_at
-        return torch.arange(step * size, (step + 1) * size) % self.num_users
+        return _cyclic(step * size % self.num_users, size, self.num_users)
 
     def targets(self, step: int) -> Tensor:
-        """The target positions of a step: (b, 1 + middle positions) int64, the last one first."""
+        """The target positions of a step: (b, 1 + middle positions) int64, the last one first; not to be written to."""
         users = min(self.batch_size, self.num_users)
-        last = torch.full((users, 1), self.num_positions - 1)
-        if not self.augmentation:
-            return last
-        high = max(self.num_positions - 1, 2)
-        low = min(FIRST_MIDDLE_POSITION, high - 1)
-        generator = seeded_generator(self.seed, "middle", step)
-        if self.middle_positions == 1:
-            middle = torch.randint(low, high, (users, 1), generator=generator)
-        else:
-            drawn = torch.rand(users, high - low, generator=generator).argsort(1)
-            middle = low + drawn[:, : self.middle_positions]
-        return torch.cat([last, middle], dim=1)
+        middle = self.middle_positions if self.augmentation else 0
+        block, row = divmod(step, STEPS_AT_ONCE)
+        return _targets(self.seed, block, users, self.num_positions, middle)[row]
 
     def seeds(self, step: int) -> list[int]:
         """Of the dropout of a step, one for each encoder pass; empty without dropout."""

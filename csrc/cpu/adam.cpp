@@ -1,0 +1,96 @@
+// Adam on the CPU: one pass over the elements where a tensor library makes ten.
+
+#include "adam.h"
+
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "../checks.h"
+#include "panels.h"
+
+namespace td3_fast::cpu {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kElementsPerTask = 32768;
+
+void check_alike(std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* tensor : tensors) {
+    TORCH_CHECK_VALUE(tensor->sizes() == first.sizes() && tensor->scalar_type() == first.scalar_type() &&
+                          tensor->is_contiguous() &&
+                          (first.scalar_type() == at::kFloat || first.scalar_type() == at::kDouble),
+                      "expected contiguous tensors alike in shape, all float32 or all float64, got ",
+                      tensor->sizes(), " beside ", first.sizes());
+  }
+}
+
+// run(zero, rates, first, count) for ranges of elements.
+template <typename Run>
+void for_elements(const Tensor& like, at::ArrayRef<double> rates, const Run& run) {
+  TORCH_CHECK_VALUE(rates.size() == 5, "expected rates (beta1, beta2, eps, weight_decay, size)");
+  const auto typed = [&](auto zero) {
+    using T = decltype(zero);
+    const AdamRates<T> of_type = {static_cast<T>(rates[0]), static_cast<T>(rates[1]),
+                                  static_cast<T>(rates[2]), static_cast<T>(rates[3]),
+                                  static_cast<T>(rates[4])};
+    at::parallel_for(0, like.numel(), kElementsPerTask,
+                     [&](int64_t begin, int64_t end) { run(zero, of_type, begin, end - begin); });
+  };
+  like.scalar_type() == at::kDouble ? typed(double{}) : typed(float{});
+}
+
+void adam_step_(const Tensor& parameter,
+                const Tensor& first_moment,
+                const Tensor& second_moment,
+                const Tensor& gradient,
+                at::ArrayRef<double> rates) {
+  check_alike({&parameter, &first_moment, &second_moment, &gradient});
+  for_elements(parameter, rates, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
+    using T = decltype(zero);
+    adam<T>().step(of_type, count, parameter.mutable_data_ptr<T>() + first,
+                   first_moment.mutable_data_ptr<T>() + first, second_moment.mutable_data_ptr<T>() + first,
+                   gradient.const_data_ptr<T>() + first);
+  });
+}
+
+Tensor adam_adjoint_(const Tensor& parameter,
+                     const Tensor& first_moment,
+                     const Tensor& second_moment,
+                     const Tensor& gradient,
+                     const Tensor& to_parameter,
+                     const Tensor& to_first_moment,
+                     const Tensor& to_second_moment,
+                     at::ArrayRef<double> rates) {
+  check_alike({&parameter, &first_moment, &second_moment, &gradient, &to_parameter, &to_first_moment,
+               &to_second_moment});
+  const Tensor to_gradient = at::empty_like(gradient);
+  for_elements(parameter, rates, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
+    using T = decltype(zero);
+    adam<T>().adjoint(
+        of_type, count, parameter.const_data_ptr<T>() + first, first_moment.const_data_ptr<T>() + first,
+        second_moment.const_data_ptr<T>() + first, gradient.const_data_ptr<T>() + first,
+        to_parameter.mutable_data_ptr<T>() + first, to_first_moment.mutable_data_ptr<T>() + first,
+        to_second_moment.mutable_data_ptr<T>() + first, to_gradient.mutable_data_ptr<T>() + first);
+  });
+  return to_gradient;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
+  m.impl("adam_step_", adam_step_);
+  m.impl("adam_adjoint_", adam_adjoint_);
+}
+
+TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
+  m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("adam_adjoint_", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace td3_fast::cpu
