@@ -159,6 +159,13 @@ TORCH_LIBRARY(td3_fast, m) {
   m.set_python_module("td3_fast.ops.look_up");
   m.def("sum_rows_by_id(Tensor rows, Tensor ids, int num_ids) -> Tensor", tags);
 
+  m.set_python_module("td3_fast.ops.next_item_gradient");
+  m.def(
+      "next_item_gradient(Tensor parameters, Tensor items, Tensor histories, Tensor lengths, Tensor targets, "
+      "Tensor? features, float alignment, Tensor[] words, int[] sizes, bool trained) "
+      "-> (Tensor loss, Tensor aligned, Tensor grad_parameters, Tensor grad_items)",
+      tags);
+
   m.set_python_module("td3_fast.ops.mix_items");
   m.def("mix_items(Tensor probabilities, Tensor items) -> Tensor", tags);
   m.def("mix_items_transposed(Tensor probabilities, Tensor cotangent) -> Tensor", tags);

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from td3_fast.data import Batch, Examples, cut_batch
 from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import FlatParameters, Learner
-from td3_fast.ops import DropoutStream, derive_seed
+from td3_fast.ops import DropoutStream, derive_seed, has_next_item_gradient, next_item_gradient
 from td3_fast.parallel import WHOLE, Group, ItemTables
 
 
@@ -59,44 +59,77 @@ class OuterObjective:
 
     def losses(self, encode: Callable[..., Tensor], items: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each micro-batch of this process its share of the cross-entropy and of the alignment."""
-        semantics = self._config.semantics
         for i, part in self.parts:
-            batch = Batch(*(t.to(items.device, non_blocking=True) for t in part))
+            batch = self._on(items.device, part)
             positions = (batch.lengths - 1).unsqueeze(1)
             embeds = self._tables.look_up(batch.histories, items)
-            hidden = encode(
-                embeds, positions, dropout=self._dropout(semantics.outer_dropout, "outer", i)
-            ).squeeze(1)
+            hidden = encode(embeds, positions, dropout=self._outer_dropout(i)).squeeze(1)
             share = len(batch.targets) / self._count
             fit = self._tables.item_cross_entropy(hidden, items, batch.targets).mean() * share
             aligned = hidden.new_zeros(())
-            if self._config.alignment:
-                with torch.no_grad():
-                    dropout = self._dropout(semantics.alignment_dropout, "teacher", i)
-                    known = self._tables.look_up(batch.histories, self._teacher_items)
-                    features = self._flat.encode(
-                        self._teacher_parameters, known, positions, dropout=dropout
-                    ).squeeze(1)
+            features = self._features(i, batch)
+            if features is not None:
                 aligned = F.mse_loss(hidden, features) * (share * self._config.alignment)
             yield fit, aligned
+
+    @staticmethod
+    def _on(device: torch.device, part: Batch) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in part))
+
+    def _outer_dropout(self, i: int) -> DropoutStream | None:
+        return self._dropout(self._config.semantics.outer_dropout, "outer", i)
+
+    @torch.no_grad()
+    def _features(self, i: int, batch: Batch) -> Tensor | None:
+        """What the teacher makes of a micro-batch, if that is asked for: (batch, d)."""
+        if not self._config.alignment:
+            return None
+        dropout = self._dropout(self._config.semantics.alignment_dropout, "teacher", i)
+        known = self._tables.look_up(batch.histories, self._teacher_items)
+        positions = (batch.lengths - 1).unsqueeze(1)
+        return self._flat.encode(self._teacher_parameters, known, positions, dropout=dropout).squeeze(1)
+
+    def _gradients(
+        self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+        """`losses`, with the gradient of their sum with respect to the parameters."""
+        theta = parameters[0]
+        trained = len(parameters) > 1
+        table = parameters[1] if trained else items
+        shape = flat.fused_shape(theta)
+        if shape is not None and self._tables is WHOLE and has_next_item_gradient(table, theta):
+            for i, part in self.parts:
+                share = len(part.targets) / self._count
+                made = next_item_gradient(
+                    theta,
+                    table,
+                    *part,
+                    shape,
+                    dropout=self._outer_dropout(i),
+                    features=self._features(i, part),
+                    alignment=self._config.alignment,
+                    trained=trained,
+                )
+                gradients = (made.parameters,) if made.items is None else (made.parameters, made.items)
+                yield made.loss * share, made.aligned * share, tuple(g * share for g in gradients)
+            return
+        leaves = [p.detach().requires_grad_() for p in parameters]
+
+        def encode(embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None) -> Tensor:
+            return flat.encode(leaves[0], embeds, positions, dropout=dropout)
+
+        for fit, aligned in self.losses(encode, leaves[1] if trained else items):
+            yield fit.detach(), aligned.detach(), torch.autograd.grad(fit + aligned, leaves)
 
     def gradient(
         self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Cross-entropy and alignment (), and the gradient of their sum with respect to the parameters."""
-        leaves = [p.detach().requires_grad_() for p in parameters]
-        table = leaves[1] if len(leaves) > 1 else items
         total = [torch.zeros_like(p) for p in parameters]
         fit, aligned = (torch.zeros((), dtype=torch.float64, device=items.device) for _ in range(2))
-
-        def encode(embeds: Tensor, positions: Tensor, *, dropout: DropoutStream | None) -> Tensor:
-            return flat.encode(leaves[0], embeds, positions, dropout=dropout)
-
-        for part_fit, part_aligned in self.losses(encode, table):
-            for sum_, gradient in zip(
-                total, torch.autograd.grad(part_fit + part_aligned, leaves), strict=True
-            ):
+        for part_fit, part_aligned, gradients in self._gradients(flat, parameters, items):
+            for sum_, gradient in zip(total, gradients, strict=True):
                 sum_ += gradient
-            fit += part_fit.detach()
-            aligned += part_aligned.detach()
+            fit += part_fit
+            aligned += part_aligned
         return fit, aligned, tuple(total)

@@ -219,10 +219,11 @@ class FitStep:
         """The state after the step, in the tensors of `state`, and the loss before it; `seed` draws negatives."""
         if self._sampler is not None:
             return self._with_sampled_loss(state, batch, dropout, self._sampler, seed)
-        theta, items = (p.detach().requires_grad_() for p in state.parameters)
-        loss = self._flat.loss(theta, items, batch.histories, batch.lengths, batch.targets, dropout=dropout)
-        gradients = torch.autograd.grad(loss, (theta, items))
-        return adam_step_(state, gradients, self._adam), float(loss.detach())
+        theta, items = state.parameters
+        loss, gradients = self._flat.loss_gradient(
+            theta, items, batch.histories, batch.lengths, batch.targets, dropout=dropout
+        )
+        return adam_step_(state, gradients, self._adam), float(loss)
 
     def _with_sampled_loss(
         self, state: AdamState, batch: Batch, dropout: DropoutStream, sampler: NegativeSampler, seed: int

@@ -176,4 +176,35 @@ struct EncoderInputs {
   }
 };
 
+// Both halves of a pass over every group of sequences, with what is between them kept for all.
+template <typename T>
+class KeptPass {
+ public:
+  // For passes over at most so many sequences, one after the other.
+  KeptPass(const EncoderSizes& sizes, int64_t sequences, bool tangents)
+      : tangents_(tangents),
+        pass_(tangents ? encoder<T>().duals : encoder<T>().values),
+        size_(ceil_div(encoder<T>().scratch_size(sizes, tangents), 64) * 64),
+        scratch_(size_ * ceil_div(sequences, encoder<T>().lanes)) {}
+
+  void forward(const EncoderOptions& options, const EncoderCall<T>& call) const {
+    for_groups<T>(
+        options.sizes, options.batch, 0, tangents_ ? kDoubleBackwardCost : kForwardCost, Tensor(),
+        [&](int64_t first, int64_t count, void*, T*) { pass_.forward(call, first, count, kept(first)); });
+  }
+  void backward(const EncoderOptions& options, const Tensor& grad_parameters) const {
+    for_groups<T>(options.sizes, options.batch, 0, tangents_ ? kDoubleBackwardCost : kBackwardCost,
+                  grad_parameters,
+                  [&](int64_t first, int64_t, void*, T* sums) { pass_.backward(kept(first), sums); });
+  }
+
+ private:
+  void* kept(int64_t first) const { return scratch_.data() + first / encoder<T>().lanes * size_; }
+
+  bool tangents_;
+  const EncoderPass<T>& pass_;
+  int64_t size_;
+  Scratch<uint8_t> scratch_;
+};
+
 }  // namespace td3_fast::cpu

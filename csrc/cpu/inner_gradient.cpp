@@ -49,38 +49,6 @@ struct StepOptions {
   }
 };
 
-// Both halves of a pass over every group of sequences, with what is between them kept for all.
-template <typename T>
-class KeptPass {
- public:
-  KeptPass(const StepOptions& step, bool tangents)
-      : step_(step.encoder),
-        tangents_(tangents),
-        pass_(tangents ? encoder<T>().duals : encoder<T>().values),
-        size_(ceil_div(encoder<T>().scratch_size(step_.sizes, tangents), 64) * 64),
-        scratch_(size_ * ceil_div(step_.batch, encoder<T>().lanes)) {}
-
-  void forward(const EncoderCall<T>& call) const {
-    for_groups<T>(
-        step_.sizes, step_.batch, 0, tangents_ ? kDoubleBackwardCost : kForwardCost, Tensor(),
-        [&](int64_t first, int64_t count, void*, T*) { pass_.forward(call, first, count, kept(first)); });
-  }
-  void backward(const Tensor& grad_parameters) const {
-    for_groups<T>(step_.sizes, step_.batch, 0, tangents_ ? kDoubleBackwardCost : kBackwardCost,
-                  grad_parameters,
-                  [&](int64_t first, int64_t, void*, T* sums) { pass_.backward(kept(first), sums); });
-  }
-
- private:
-  void* kept(int64_t first) const { return scratch_.data() + first / encoder<T>().lanes * size_; }
-
-  const EncoderOptions& step_;
-  bool tangents_;
-  const EncoderPass<T>& pass_;
-  int64_t size_;
-  Scratch<uint8_t> scratch_;
-};
-
 // to[b, target] += factor * rows[b, i] for the targets of every sequence; to (b, ζ, d), rows (b k, d).
 template <typename T>
 void add_at_targets(const Tensor& to, const Tensor& targets, const Tensor& rows, T factor) {
@@ -136,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
     EncoderInputs<T> in(step.encoder, parameters, step.histories, step.positions, words);
     const Tensor hidden = at::empty({step.rows, step.width}, embeds.options());
     in.call.outputs = hidden.mutable_data_ptr<T>();
-    const KeptPass<T> pass(step, false);
-    pass.forward(in.call);
+    const KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, false);
+    pass.forward(step.encoder, in.call);
 
     auto [logsumexp, remainder, mean, probabilities] = logsumexp_forward.call(hidden, items, true, trained);
     const Tensor rows = at_targets<T>(embeds, targets);
@@ -156,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
       in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
       in.call.grad_input_stride = grad_embeds.stride(0);
     }
-    pass.backward(grad_parameters);
+    pass.backward(step.encoder, grad_parameters);
     if (trained) add_at_targets<T>(grad_embeds, targets, hidden, -share);
     return std::make_tuple(loss, grad_parameters, grad_items, grad_embeds,
                            std::vector<Tensor>{hidden, logsumexp, remainder, mean, probabilities});
@@ -197,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     if (tangent_embeds) in.move_inputs(moved_embeds);
     const Tensor moved_hidden = at::empty({step.rows, step.width}, embeds.options());
     in.call.outputs = moved_hidden.mutable_data_ptr<T>();
-    const KeptPass<T> pass(step, true);
-    pass.forward(in.call);
+    const KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, true);
+    pass.forward(step.encoder, in.call);
 
     const T share = T(1) / static_cast<T>(step.rows);
     const Tensor upstream = at::full({step.rows}, share, embeds.options());
@@ -215,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     const Tensor to_embeds = at::zeros(embeds.sizes(), embeds.options());
     in.call.grad_inputs = to_embeds.mutable_data_ptr<T>();
     in.call.grad_input_stride = to_embeds.stride(0);
-    pass.backward(to_parameters);
+    pass.backward(step.encoder, to_parameters);
     add_at_targets<T>(to_embeds, targets, moved_hidden, -share);
     return std::make_tuple(to_parameters, moved_grad_items, to_embeds);
   });

@@ -17,8 +17,10 @@ from td3_fast.ops import (
     EncoderShape,
     causal_encoder,
     has_causal_encoder,
+    has_next_item_gradient,
     item_cross_entropy,
     look_up,
+    next_item_gradient,
 )
 
 # (rows, d) outputs, (n, d) item table, (rows,) targets -> (rows,): `item_cross_entropy` or what stands in for it
@@ -166,6 +168,34 @@ class FlatParameters:
         """The shape to call `causal_encoder` with in the place of the learner; None where that does not serve."""
         shape = self._shell.encoder_shape()
         return shape if shape is not None and has_causal_encoder(shape, flat) else None
+
+    def loss_gradient(
+        self,
+        flat: Tensor,
+        items: Tensor,
+        histories: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        *,
+        dropout: DropoutStream,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The value of `loss` and its gradients with respect to `flat` and `items`."""
+        shape = self.fused_shape(flat)
+        if (
+            shape is not None
+            and type(self._shell).loss is Learner.loss
+            and has_next_item_gradient(items, flat)
+        ):
+            check_length(self._shell, histories.shape[1])
+            made = next_item_gradient(
+                flat, items, histories, lengths, targets, shape, dropout=dropout, trained=True
+            )
+            if made.items is not None:
+                return made.loss, (made.parameters, made.items)
+        flat, items = (p.detach().requires_grad_() for p in (flat, items))
+        loss = self.loss(flat, items, histories, lengths, targets, dropout=dropout)
+        to_flat, to_items = torch.autograd.grad(loss, (flat, items))
+        return loss.detach(), (to_flat, to_items)
 
     def loss(
         self,

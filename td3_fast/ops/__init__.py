@@ -12,6 +12,7 @@ from td3_fast.ops.item_cross_entropy import (
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.look_up import look_up
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
+from td3_fast.ops.next_item_gradient import has_next_item_gradient, next_item_gradient
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
 from td3_fast.ops.tucker import Normalize, normalized_embedding, tucker_queries, tucker_soft_embedding
@@ -29,6 +30,7 @@ __all__ = [
     "derive_seed",
     "has_causal_encoder",
     "has_fused",
+    "has_next_item_gradient",
     "inner_gradient",
     "item_cross_entropy",
     "item_logsumexp",
@@ -36,6 +38,7 @@ __all__ = [
     "look_up",
     "mix_items",
     "mix_items_transposed",
+    "next_item_gradient",
     "normalized_embedding",
     "random_words",
     "seeded_generator",

@@ -1,0 +1,155 @@
+// The gradient of the loss on real examples, on the CPU: sequences are looked up, encoded, compared with
+// every item and pulled back a few hundred at a time, so that what lies between stays in cache and no forward
+// pass is made twice.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../dispatch.h"
+#include "encoder_calls.h"
+
+namespace td3_fast::cpu {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kSequencesAtOnce = 256;
+
+// Adds to every item the rows of gradient that its look-ups have.
+template <typename T>
+void add_look_ups(const Tensor& ids, const Tensor& rows, const Tensor& grad_items) {
+  const int64_t width = grad_items.size(1);
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  const T* __restrict row = rows.const_data_ptr<T>();
+  T* to = grad_items.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < ids.numel(); ++i, row += width) {
+    T* __restrict sum = to + id[i] * width;
+    for (int64_t f = 0; f < width; ++f) sum[f] += row[f];
+  }
+}
+
+// The random words of some of the sequences.
+std::vector<Tensor> words_of(at::TensorList words, int64_t batch, int64_t first, int64_t count) {
+  std::vector<Tensor> own;
+  for (const Tensor& site : words) {
+    const int64_t each = site.numel() / batch;
+    own.push_back(site.narrow(0, first * each, count * each));
+  }
+  return own;
+}
+
+using Backward = std::tuple<Tensor, Tensor>(const Tensor&,
+                                            const Tensor&,
+                                            const Tensor&,
+                                            const Tensor&,
+                                            const Tensor&,
+                                            const Tensor&,
+                                            const Tensor&,
+                                            const Tensor&,
+                                            std::array<bool, 2>);
+
+// Mean cross-entropy of the targets, and `alignment` times the mean square of what the outputs differ from
+// `features`; the gradients of their sum, that of items only where `trained`.
+std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& parameters,
+                                                              const Tensor& items,
+                                                              const Tensor& histories,
+                                                              const Tensor& lengths,
+                                                              const Tensor& targets,
+                                                              const OptionalTensor& features,
+                                                              double alignment,
+                                                              at::TensorList words,
+                                                              at::IntArrayRef sizes,
+                                                              bool trained) {
+  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                     const Tensor&, bool, bool);
+  static const auto loss_forward = find_operator<Forward>("td3_fast::class_cross_entropy_forward");
+  static const auto loss_backward = find_operator<Backward>("td3_fast::class_cross_entropy_backward");
+  TORCH_CHECK_VALUE(items.dim() == 2 && items.scalar_type() == parameters.scalar_type(),
+                    "expected items (n, d) of the dtype of the parameters, got ", items.sizes());
+  TORCH_CHECK_VALUE(
+      histories.dim() == 2 && histories.size(0) > 0 && lengths.dim() == 1 && targets.dim() == 1 &&
+          lengths.size(0) == histories.size(0) && targets.size(0) == histories.size(0) &&
+          histories.scalar_type() == at::kLong && lengths.scalar_type() == at::kLong,
+      "expected int64 histories (batch, length), lengths (batch,) and targets (batch,) of at least one "
+      "example, got ",
+      histories.sizes(), ", ", lengths.sizes(), " and ", targets.sizes());
+  const int64_t batch = histories.size(0), width = items.size(1);
+  TORCH_CHECK_VALUE(!features || (features->sizes() == at::IntArrayRef({batch, width}) &&
+                                  features->scalar_type() == items.scalar_type()),
+                    "expected features (batch, d) of the dtype of the items");
+  const Tensor ids = histories.contiguous(), positions = (lengths - 1).unsqueeze(1);
+  return with_type(items, [&](auto zero) {
+    using T = decltype(zero);
+    const T share = T(1) / static_cast<T>(batch);
+    const T pull = static_cast<T>(alignment / static_cast<double>(batch * width));
+    const Tensor loss = at::zeros({}, items.options().dtype(at::kDouble)), aligned = at::zeros_like(loss);
+    const Tensor grad_parameters = at::zeros_like(parameters);
+    const Tensor grad_items =
+        trained ? at::zeros(items.sizes(), items.options()) : at::empty({0}, items.options());
+    std::optional<KeptPass<T>> pass;
+    for (int64_t first = 0; first < batch; first += kSequencesAtOnce) {
+      const int64_t count = std::min(kSequencesAtOnce, batch - first);
+      const Tensor own_ids = ids.narrow(0, first, count), own_targets = targets.narrow(0, first, count);
+      const Tensor own_positions = positions.narrow(0, first, count);
+      const std::vector<Tensor> own_words = words_of(words, batch, first, count);
+      const Tensor embeds = at::index_select(items, 0, own_ids.view(-1)).view({count, -1, width});
+      const EncoderOptions options(parameters, embeds, own_positions, own_words, sizes);
+      EncoderInputs<T> in(options, parameters, embeds, own_positions, own_words);
+      const Tensor hidden = at::empty({count, width}, items.options());
+      in.call.outputs = hidden.mutable_data_ptr<T>();
+      if (!pass) pass.emplace(options.sizes, count, false);
+      pass->forward(options, in.call);
+
+      const auto [losses, logsumexp, remainder, mean, probabilities] =
+          loss_forward.call(hidden, items, own_targets, true, trained);
+      loss.add_(losses.sum(), share);
+      const Tensor upstream = at::full({count}, share, items.options());
+      auto [grad_hidden, own_grad_items] = loss_backward.call(
+          upstream, hidden, items, own_targets, logsumexp, remainder, mean, probabilities, {true, trained});
+      if (features) {
+        const Tensor apart = hidden - features->narrow(0, first, count);
+        aligned.add_((apart * apart).sum(), pull);
+        grad_hidden.add_(apart, 2 * pull);
+      }
+      grad_hidden = grad_hidden.contiguous();
+      in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
+      const Tensor own_grad_parameters = at::empty_like(grad_parameters);
+      Tensor grad_embeds;
+      if (trained) {
+        grad_items.add_(own_grad_items);
+        grad_embeds = at::empty(embeds.sizes(), embeds.options());
+        in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
+      }
+      pass->backward(options, own_grad_parameters);
+      grad_parameters.add_(own_grad_parameters);
+      if (trained) add_look_ups<T>(own_ids, grad_embeds, grad_items);
+    }
+    return std::make_tuple(loss.to(items.scalar_type()), aligned.to(items.scalar_type()), grad_parameters,
+                           grad_items);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
+  m.impl("next_item_gradient", next_item_gradient);
+}
+
+// What it returns has no history: a derivative of it raises instead of being zero.
+TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
+  m.impl("next_item_gradient", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace td3_fast::cpu
