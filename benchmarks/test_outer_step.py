@@ -7,7 +7,8 @@ and `torch.func` with the adjoint's products with second derivatives by jvp of g
 Peak memory stands beside the time in `extra_info`, in MiB above what was in use before the step. All but "at every
 position", whose dropout falls elsewhere, must give the meta-gradient of the native engine before they are timed.
 
-On a GPU, 160 + 40 inner steps: captured as CUDA graphs, launched kernel by kernel, and `higher`.
+On a GPU, 160 + 40 inner steps: captured as CUDA graphs, launched kernel by kernel, 16 trajectories side by side, and
+`higher`.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def test_outer_step(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("engine", ["native", "native, no graphs", "higher"])
+@pytest.mark.parametrize("engine", ["native", "native, no graphs", "native, 16 trajectories", "higher"])
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_outer_step_on_a_gpu(
     benchmark: Any,
@@ -182,6 +183,7 @@ def test_outer_step_on_a_gpu(
     options: dict[str, Any] = {
         "item_embedding": item_embedding,
         "semantics": Semantics(separate_passes=separate),
+        "trajectories": 16 if engine == "native, 16 trajectories" else 1,
     }
     distiller = distillers("cuda", engine=engine.split(",")[0], **options)
     if engine == "native, no graphs":

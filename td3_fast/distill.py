@@ -40,6 +40,7 @@ from td3_fast.unroll import (
     FixedEmbeddings,
     InnerLoop,
     ItemMixture,
+    Lanes,
     RecordedLoop,
     Recorder,
     adam_step_,
@@ -144,7 +145,10 @@ class Distiller:
         self.recorder: Callable[[], Recorder] | None = None
         if device.type == "cuda":
             self.recorder = functools.partial(CudaGraphs, device)
-        self._recorded: RecordedLoop | None = None
+        self._recorded: dict[int, RecordedLoop] = {}  # by lane
+        own = len(self.sharing_trajectories.turns(config.trajectories))
+        # a limit of memory is kept by one trajectory after another
+        self.lanes = Lanes(device, own if config.memory_limit is None else 1)
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
 
@@ -269,9 +273,10 @@ class Distiller:
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """The gradient of one outer step with respect to the summary's factors, and its losses.
 
-        Both are means over the trajectories. Those of a process run one after another, so that the memory is that of
-        one; on a CPU no batching of theirs is as fast: a step of 16 learners of ml-100k's size takes 15 ms in a loop
-        and 18 under `torch.vmap`, which cannot have the fused encoder, and its adjoint 38 ms against 67.
+        Both are means over the trajectories. On a GPU those of a process run side by side, unless `memory_limit` is
+        set; elsewhere one after another, so that the memory is that of one: on a CPU no batching of theirs is as fast.
+        A step of 16 learners of ml-100k's size took 15 ms in a loop and 18 under `torch.vmap`, which cannot have the
+        fused encoder, and its adjoint 38 ms against 67.
 
         window: (warm-up, differentiated) steps instead of the drawn ones.
         """
@@ -281,11 +286,14 @@ class Distiller:
         made, mixture = self._mixture(factors)
         count = self.config.trajectories
         cotangents, losses, carried = [], [], []
-        for index in self.sharing_trajectories.turns(count):
-            cotangent, loss, between = self._follow(self.draw(state, index, window=window), mixture)
-            cotangents.append(cotangent)
-            losses.append(loss)
-            carried.append(between)
+        with self.lanes.side_by_side() as lanes:
+            for turn, index in enumerate(self.sharing_trajectories.turns(count)):
+                with lanes.lane(turn) as lane:
+                    drawn = self.draw(state, index, window=window)
+                    cotangent, loss, between = self._follow(drawn, mixture.apart(), lane)
+                cotangents.append(cotangent)
+                losses.append(loss)
+                carried.append(between)
         gradients = torch.autograd.grad(made, factors, torch.stack(cotangents).sum(0) / count)
         shares = {
             name: torch.stack([loss[name] for loss in losses]).double().sum() / count for name in FIGURES
@@ -349,8 +357,8 @@ class Distiller:
             sharing=self.sharing_examples,
         )
 
-    def _engine(self, trajectory: Trajectory, mixture: ItemMixture) -> InnerLoop | RecordedLoop:
-        """What takes the steps of a trajectory."""
+    def _engine(self, trajectory: Trajectory, mixture: ItemMixture, lane: int) -> InnerLoop | RecordedLoop:
+        """What takes the steps of a trajectory on a lane."""
         loop, config = self._inner_loop(trajectory), self.config
         window = config.inner_steps if config.window_kind == "full" else config.window
         size = sum(p.nbytes for p in trajectory.start)
@@ -360,8 +368,9 @@ class Distiller:
             return loop
         steps = max(config.inner_steps, trajectory.warm_up + trajectory.differentiated)
         window = max(window, trajectory.differentiated)
-        if self._recorded is None or self._recorded.limits != (steps, window):
-            self._recorded = RecordedLoop(
+        recorded = self._recorded.get(lane)
+        if recorded is None or recorded.limits != (steps, window):
+            recorded = self._recorded[lane] = RecordedLoop(
                 loop,
                 trajectory.start,
                 self.items,
@@ -370,14 +379,14 @@ class Distiller:
                 window=window,
                 record=self.recorder(),
             )
-        return self._recorded.begin(loop, mixture)
+        return recorded.begin(loop, mixture)
 
     def _follow(
-        self, trajectory: Trajectory, mixture: ItemMixture
+        self, trajectory: Trajectory, mixture: ItemMixture, lane: int
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         """A trajectory's gradient of what the mixture was made from, its losses, and the learner after warm-up where
         the next outer step goes on with it."""
-        loop: Any = self._engine(trajectory, mixture)  # either takes what it has returned
+        loop: Any = self._engine(trajectory, mixture, lane)  # either takes what it has returned
         learner = initial_state(trajectory.start)
         learner, _ = loop.run(learner, self.items, mixture, until=trajectory.warm_up)
         between: tuple[Tensor, ...] = ()

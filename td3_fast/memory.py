@@ -43,6 +43,7 @@ LARGEST_BLOCK_OF_HEAP = 32 * MIB
 LOST_IN_HEAP = 0.25
 SCRATCH = 16 * MIB  # of a kernel, at most
 LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
+OF_AUTOGRAD = 32 * MIB  # of these, what the first derivative by autograd brings
 
 POOL = "pretrained learner and its pool"
 TEACHER = "teacher, shared item table"
@@ -112,6 +113,7 @@ class _Twin(NamedTuple):
     step: int  # kept of an inner step, with a frozen table: state, gradients and graph
     adjoint: int  # beside that, while a step is taken or pulled back
     length: int  # of the longest history that is read
+    by_autograd: bool  # whether that is how its derivatives are taken
     real: tuple[float, float]  # of a pass over real examples: at none, and of each
     ranked: tuple[float, float]  # of ranking, likewise
 
@@ -230,8 +232,11 @@ def _plan(
         GRAPHS: stride * graph,
     }
     moments = {
-        # built with a table of its own before it takes the pretrained one, and before the kernels have any scratch
-        "where the learner is built": {TEACHER: max(table - SCRATCH, 0)},
+        # built with a table of its own before it takes the pretrained one, and before the kernels have any scratch; its
+        # derivatives have been measured by then
+        "where the learner is built": {
+            TEACHER: max(table - SCRATCH - (0 if twin.by_autograd else OF_AUTOGRAD), 0)
+        },
         "where the probabilities are made": {PROBABILITIES: 2 * probabilities if cached else 0},
         "in the window": {**standing, LEARNER: state, **held, **step},
         "in the outer loss": {
@@ -320,6 +325,7 @@ def _measure(
         step=step,
         adjoint=adjoint,
         length=min(int(split.train.lengths.max(initial=1)), teacher.max_len),
+        by_autograd=flat.fused_shape(theta) is None,
         real=_line(TWIN_EXAMPLES, real),
         ranked=_line(TWIN_EXAMPLES, ranked),
     )
@@ -341,6 +347,8 @@ def _measure_steps(config: DistillConfig, teacher: Any, items: Tensor, theta: Te
     mixture = FixedEmbeddings(items.new_zeros(config.users, config.positions, items.shape[1]))
     state = initial_state((theta,))
     steps = 2
+    for step in range(steps):
+        loop.inputs(step)  # drawn once for many steps
     with LiveBytes() as live:
         state, window = loop.run_window(state, items, mixture, until=steps)
         kept = live.now

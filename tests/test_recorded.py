@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from td3_fast.distill import Distiller, DistillState
 from td3_fast.training import fresh_like
-from td3_fast.unroll import Recorder, called, fit_on_summary, initial_state
+from td3_fast.unroll import Lanes, Recorder, called, fit_on_summary, initial_state
 
 HOST_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
@@ -55,11 +55,12 @@ def taped(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def outer_steps(
-    name: str, record: Recorder | None, count: int = 2, **changes: object
+    name: str, record: Recorder | None, count: int = 2, lanes: int = 1, **changes: object
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
     """Meta-gradients and figures of outer steps that differ in seeds, window and summary."""
     distiller, state = small_distiller(name=name, **changes)
     distiller.recorder = None if record is None else lambda: record
+    distiller.lanes = Lanes(torch.device("cpu"), lanes)
     gradients, figures = [], []
     for _ in range(count):
         by_factor, losses = distiller.meta_gradient(state)
@@ -95,6 +96,18 @@ def test_mixtures_and_trajectories(normalize: str, trajectories: int) -> None:
     actual, _ = outer_steps("SASRec", taped, **changes)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+@pytest.mark.parametrize("lanes", [2, 3])
+def test_trajectories_side_by_side_have_the_bits_of_one_after_another(
+    lanes: int, item_embedding: str
+) -> None:
+    changes = {"item_embedding": item_embedding, "trajectories": 3}
+    expected, figures = outer_steps("SASRec", taped, lanes=1, **changes)
+    actual, own_figures = outer_steps("SASRec", taped, lanes=lanes, **changes)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert own_figures == figures
 
 
 @pytest.mark.parametrize("limit", [1.01, 1.5, 4.0, 1e9])
@@ -150,7 +163,7 @@ def test_another_kind_of_loop_is_refused() -> None:
     distiller, state = small_distiller()
     distiller.recorder = lambda: called
     distiller.meta_gradient(state)
-    recorded = distiller._recorded
+    recorded = distiller._recorded[0]
     assert recorded is not None
     other, other_state = small_distiller(users_per_step=2)
     _, mixture = other._mixture([f.detach() for f in other_state.factors.parameters])
@@ -162,7 +175,7 @@ def test_more_steps_than_were_provided_for_are_refused() -> None:
     distiller, state = small_distiller()
     distiller.recorder = lambda: called
     distiller.meta_gradient(state)
-    recorded = distiller._recorded
+    recorded = distiller._recorded[0]
     assert recorded is not None
     _, mixture = distiller._mixture([f.detach() for f in state.factors.parameters])
     start = initial_state(distiller.draw(state).start)
@@ -183,14 +196,18 @@ def on_gpu(**changes: object) -> tuple[Distiller, DistillState]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("trajectories", [1, 4])
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
-def test_graphs_on_a_gpu(item_embedding: str) -> None:
-    """Replays have the bits of calls, and are what the CPU gives in float64."""
-    distiller, state = small_distiller(item_embedding=item_embedding)
+def test_graphs_on_a_gpu(item_embedding: str, trajectories: int) -> None:
+    """Replays have the bits of calls, side by side or not, and are what the CPU gives in float64."""
+    changes: dict[str, object] = {"item_embedding": item_embedding, "trajectories": trajectories}
+    distiller, state = small_distiller(**changes)
     expected, _ = distiller.meta_gradient(state)
     results = []
     for record in (None, called):
-        moved, moved_state = on_gpu(item_embedding=item_embedding)
+        moved, moved_state = on_gpu(**changes)
+        if record is not None:
+            moved.lanes = Lanes(torch.device("cuda"), 1)
         if record is not None:
             moved.recorder = lambda: called
         moved.meta_gradient(moved_state)  # records

@@ -36,7 +36,8 @@ void for_elements(const Tensor& like, at::ArrayRef<double> rates, const Run& run
   TORCH_CHECK_VALUE(rates.size() == 5, "expected rates (beta1, beta2, eps, weight_decay, size)");
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
-    const AdamRates<T> of_type = {static_cast<T>(rates[0]), static_cast<T>(rates[1]),
+    const AdamRates<T> of_type = {static_cast<T>(rates[0]), static_cast<T>(1 - rates[0]),
+                                  static_cast<T>(rates[1]), static_cast<T>(1 - rates[1]),
                                   static_cast<T>(rates[2]), static_cast<T>(rates[3]),
                                   static_cast<T>(rates[4])};
     at::parallel_for(0, like.numel(), kElementsPerTask,

@@ -5,10 +5,11 @@
 
 namespace td3_fast::cpu {
 
-// As td3_fast/unroll/adam.py has them; `size` is what m / (sqrt(v) + eps) is multiplied by.
+// As td3_fast/unroll/adam.py has them; `size` is what m / (sqrt(v) + eps) is multiplied by. The shares of the
+// new gradient, 1 - beta, are rounded after they are taken.
 template <typename T>
 struct AdamRates {
-  T beta1, beta2, eps, weight_decay, size;
+  T beta1, share1, beta2, share2, eps, weight_decay, size;
 };
 
 template <typename T>

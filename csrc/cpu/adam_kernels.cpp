@@ -20,11 +20,11 @@ void step(const AdamRates<T>& rates,
           T* __restrict m,
           T* __restrict v,
           const T* __restrict g) {
-  const auto [beta1, beta2, eps, weight_decay, size] = rates;
+  const auto [beta1, share1, beta2, share2, eps, weight_decay, size] = rates;
   for (int64_t i = 0; i < count; ++i) {
     const T gradient = g[i] + weight_decay * p[i];
-    m[i] += (1 - beta1) * (gradient - m[i]);
-    v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+    m[i] += share1 * (gradient - m[i]);
+    v[i] = beta2 * v[i] + share2 * gradient * gradient;
     p[i] -= size * m[i] / (root_of(v[i]) + eps);
   }
 }
@@ -40,18 +40,18 @@ void adjoint(const AdamRates<T>& rates,
              T* __restrict to_m,
              T* __restrict to_v,
              T* __restrict to_g) {
-  const auto [beta1, beta2, eps, weight_decay, size] = rates;
+  const auto [beta1, share1, beta2, share2, eps, weight_decay, size] = rates;
   for (int64_t i = 0; i < count; ++i) {
     const T gradient = g[i] + weight_decay * p[i];
-    const T new_m = m[i] + (1 - beta1) * (gradient - m[i]);
-    const T new_v = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+    const T new_m = m[i] + share1 * (gradient - m[i]);
+    const T new_v = beta2 * v[i] + share2 * gradient * gradient;
     const T root = root_of(new_v);
     const T scaled = size * to_p[i] / (root + eps);
     const T to_new_m = to_m[i] - scaled;
     // the root has an infinite slope at 0
     const T positive = new_v == 0 ? T(1) : root;
     const T to_new_v = new_v == 0 ? T(0) : to_v[i] + scaled * new_m / (2 * positive * (positive + eps));
-    const T to_gradient = (1 - beta1) * to_new_m + 2 * (1 - beta2) * gradient * to_new_v;
+    const T to_gradient = share1 * to_new_m + 2 * share2 * gradient * to_new_v;
     to_p[i] += weight_decay * to_gradient;
     to_m[i] = beta1 * to_new_m;
     to_v[i] = beta2 * to_new_v;

@@ -176,7 +176,10 @@ struct EncoderInputs {
   }
 };
 
-// Both halves of a pass over every group of sequences, with what is between them kept for all.
+// Bytes between the halves of a pass that are kept; where there would be more, the first half is made again.
+constexpr int64_t kKeptBytes = int64_t{16} << 20;
+
+// Both halves of a pass over every group of sequences, with what is between them kept for all if it is little.
 template <typename T>
 class KeptPass {
  public:
@@ -184,27 +187,38 @@ class KeptPass {
   KeptPass(const EncoderSizes& sizes, int64_t sequences, bool tangents)
       : tangents_(tangents),
         pass_(tangents ? encoder<T>().duals : encoder<T>().values),
-        size_(ceil_div(encoder<T>().scratch_size(sizes, tangents), 64) * 64),
-        scratch_(size_ * ceil_div(sequences, encoder<T>().lanes)) {}
-
-  void forward(const EncoderOptions& options, const EncoderCall<T>& call) const {
-    for_groups<T>(
-        options.sizes, options.batch, 0, tangents_ ? kDoubleBackwardCost : kForwardCost, Tensor(),
-        [&](int64_t first, int64_t count, void*, T*) { pass_.forward(call, first, count, kept(first)); });
+        size_(ceil_div(encoder<T>().scratch_size(sizes, tangents), 64) * 64) {
+    const int64_t bytes = size_ * ceil_div(sequences, encoder<T>().lanes);
+    if (bytes <= kKeptBytes) scratch_ = Scratch<uint8_t>(bytes);
   }
+
+  void forward(const EncoderOptions& options, const EncoderCall<T>& call) {
+    call_ = &call;
+    for_groups<T>(options.sizes, options.batch, keeps() ? 0 : size_,
+                  tangents_ ? kDoubleBackwardCost : kForwardCost, Tensor(),
+                  [&](int64_t first, int64_t count, void* scratch, T*) {
+                    pass_.forward(call, first, count, keeps() ? kept(first) : scratch);
+                  });
+  }
+  // Of the same options and call.
   void backward(const EncoderOptions& options, const Tensor& grad_parameters) const {
-    for_groups<T>(options.sizes, options.batch, 0, tangents_ ? kDoubleBackwardCost : kBackwardCost,
-                  grad_parameters,
-                  [&](int64_t first, int64_t, void*, T* sums) { pass_.backward(kept(first), sums); });
+    for_groups<T>(options.sizes, options.batch, keeps() ? 0 : size_,
+                  tangents_ ? kDoubleBackwardCost : kBackwardCost, grad_parameters,
+                  [&](int64_t first, int64_t count, void* scratch, T* sums) {
+                    if (!keeps()) pass_.forward(*call_, first, count, scratch);
+                    pass_.backward(keeps() ? kept(first) : scratch, sums);
+                  });
   }
 
  private:
+  bool keeps() const { return scratch_.data() != nullptr; }
   void* kept(int64_t first) const { return scratch_.data() + first / encoder<T>().lanes * size_; }
 
   bool tangents_;
   const EncoderPass<T>& pass_;
   int64_t size_;
   Scratch<uint8_t> scratch_;
+  const EncoderCall<T>* call_ = nullptr;
 };
 
 }  // namespace td3_fast::cpu

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
     EncoderInputs<T> in(step.encoder, parameters, step.histories, step.positions, words);
     const Tensor hidden = at::empty({step.rows, step.width}, embeds.options());
     in.call.outputs = hidden.mutable_data_ptr<T>();
-    const KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, false);
+    KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, false);
     pass.forward(step.encoder, in.call);
 
     auto [logsumexp, remainder, mean, probabilities] = logsumexp_forward.call(hidden, items, true, trained);
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     if (tangent_embeds) in.move_inputs(moved_embeds);
     const Tensor moved_hidden = at::empty({step.rows, step.width}, embeds.options());
     in.call.outputs = moved_hidden.mutable_data_ptr<T>();
-    const KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, true);
+    KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, true);
     pass.forward(step.encoder, in.call);
 
     const T share = T(1) / static_cast<T>(step.rows);

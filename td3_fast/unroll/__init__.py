@@ -4,6 +4,7 @@ from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step
 from td3_fast.unroll.fit import CACHED_PROBABILITIES_LIMIT, fit_on_summary, make_mixture
 from td3_fast.unroll.higher import pull_back_with_higher
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
+from td3_fast.unroll.lanes import Lanes
 from td3_fast.unroll.lazy_adam import lazy_adam_step_
 from td3_fast.unroll.mixture import (
     NOTED_LIMIT,
@@ -39,6 +40,7 @@ __all__ = [
     "InnerLoop",
     "ItemEmbedding",
     "ItemMixture",
+    "Lanes",
     "LinearMixture",
     "RecordedLoop",
     "RecordedWindow",

@@ -50,14 +50,19 @@ class ItemMixture(Embeddings, Protocol):
     def assign(self, other: Self) -> None:
         """Take the constants of a mixture of the same kind and size, into the tensors that are there."""
 
+    def apart(self) -> Self:
+        """The same soft embeddings, with cotangents of its own to note; nothing may be noted here yet."""
+
     def gradient(self) -> Tensor:
         """What was noted since the last call, as the gradient of the tensor that the mixture was made from."""
 
 
 class _Constants:
-    """`twin` and `assign` by the names of the tensors that soft embeddings are a function of."""
+    """`twin` and `assign` by the names of the tensors that soft embeddings are a function of, `apart` by those that
+    cotangents are added to."""
 
     constants: ClassVar[tuple[str, ...]]
+    sums: ClassVar[tuple[str, ...]] = ("_gradient", "_of_keys")
     by_index = False  # whether rows are taken by an index on the device even where a view would do
 
     def twin(self) -> Self:
@@ -71,11 +76,19 @@ class _Constants:
         for name in self.constants:
             getattr(self, name).copy_(getattr(other, name))
 
+    def apart(self) -> Self:
+        apart = copy.copy(self)
+        for name in self.sums:
+            sum_ = getattr(self, name)
+            setattr(apart, name, None if sum_ is None else torch.zeros_like(sum_))
+        return apart
+
 
 class FixedEmbeddings(_Constants):
     """For a frozen table: X (μ, ζ, d) is made once and every step takes its rows. The gradient is that of X."""
 
     constants = ("_embeddings",)
+    sums = ("_gradient",)
 
     def __init__(self, embeddings: Tensor) -> None:
         self._embeddings = embeddings.detach()
@@ -116,6 +129,11 @@ class CachedMixture(_Constants):
         self._noted_bytes = 0
         self._gradient = torch.zeros_like(queries)
         self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
+
+    def apart(self) -> Self:
+        apart = super().apart()
+        apart._noted = {}
+        return apart
 
     def _rows(self, users: Tensor) -> Tensor:
         rows = self._probabilities[users] if self.by_index else rows_of(self._probabilities, users)

@@ -66,6 +66,7 @@ def in_one_call(shape, theta, items, embeds, targets, dropout, *, trained):
         {"batch": 1, "asked": 1},
         {"positions": 2},
         {"batch": 70, "asked": 3, "items": 400},
+        {"batch": 800, "layers": 2, "heads": 2},  # too much to keep it between the halves of a pass
     ],
     ids=str,
 )

@@ -59,7 +59,9 @@ def in_one_call(learner, tensors, dropout, features, alignment, *, trained):
 @pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
 @pytest.mark.parametrize("dropout", [None, 7], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"layers": 2, "heads": 2}, {"batch": 1}, {"length": 1}, {"batch": 300}], ids=str
+    "changes",
+    [{}, {"layers": 2, "heads": 2}, {"batch": 1}, {"length": 1}, {"batch": 300}, {"batch": 300, "layers": 3}],
+    ids=str,
 )
 def test_equals_autograd_through_the_modules(changes, dropout, aligned, trained):
     learner, flat, tensors = setting(**changes)

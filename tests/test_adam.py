@@ -1,0 +1,92 @@
+"""Adam's step and adjoint in one pass on the CPU, against the same as separate operations."""
+
+import pytest
+import torch
+
+from td3_fast import ops
+from td3_fast.unroll import AdamConfig, AdamState, adam_adjoint_, adam_step_
+
+pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
+
+RATES = [0.9, 0.999, 1e-8, 0.0, 0.1]
+
+
+def drawn(count, dtype, seed=0):
+    """Parameters, both moments, a gradient, and cotangents of the first three."""
+    generator = torch.Generator().manual_seed(seed)
+    p, m, g, *cotangents = (
+        torch.randn(count, generator=generator, dtype=torch.float64).to(dtype) for _ in range(6)
+    )
+    v = torch.rand(count, generator=generator, dtype=torch.float64).to(dtype)
+    v[: count // 3] = 0  # no step has been taken there, and the gradient of some is nothing
+    g[: count // 4] = 0
+    return (p, m, v), g, tuple(cotangents)
+
+
+def stepped(before, gradient, config, size):
+    state = AdamState(*((t.clone(),) for t in before), 0)
+    state = adam_step_(state, (gradient,), config, size)
+    return [part[0] for part in state[:3]]
+
+
+def both(before, gradient, cotangents, config, size):
+    """What a step and its adjoint give."""
+    adjoint = tuple(c.clone() for c in cotangents)
+    to_gradient = adam_adjoint_(before, gradient, adjoint, size, config)
+    return [*stepped(before, gradient, config, size), *adjoint, to_gradient]
+
+
+@pytest.mark.parametrize("count", [0, 7, 100_003])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_separate_operations(count, weight_decay):
+    config = AdamConfig(learning_rate=0.1, weight_decay=weight_decay)
+    tensors = drawn(count, torch.float64)
+    own = both(*tensors, config, 0.05)
+    separate = both(
+        *tensors, config, torch.tensor(0.05, dtype=torch.float64)
+    )  # for a size that lies in a tensor
+    for a, b in zip(own, separate, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_float32_is_as_near_to_float64_as_separate_operations_are(weight_decay):
+    config = AdamConfig(learning_rate=0.1, weight_decay=weight_decay)
+    tensors = drawn(10_007, torch.float32)
+    before, gradient, cotangents = tensors
+    exact_before, exact_cotangents = (tuple(t.double() for t in part) for part in (before, cotangents))
+    truth = both(exact_before, gradient.double(), exact_cotangents, config, 0.05)
+    own = both(*tensors, config, 0.05)
+    separate = both(*tensors, config, torch.tensor(0.05))
+    for exact, a, b in zip(truth, own, separate, strict=True):
+        # by element: where the second moment is small its root is steep, and roundings are seen
+        budget = 4 * (b - exact).abs().max() + 1e-6 * exact.abs().max()
+        assert (a - exact).abs().max() <= budget
+
+
+def test_what_is_not_contiguous_is_stepped_too():
+    (p, m, v), gradient, _ = drawn(12, torch.float64)
+    config = AdamConfig(learning_rate=0.1)
+    views = [t.view(3, 4).T for t in (p, m, v)]
+    own = stepped(views, gradient.view(3, 4).T, config, 0.05)
+    expected = stepped((p, m, v), gradient, config, 0.05)
+    for a, b in zip(own, expected, strict=True):
+        torch.testing.assert_close(a.T.reshape(-1), b)
+
+
+def test_schemas():
+    before, gradient, cotangents = drawn(9, torch.float64)
+    adam = torch.ops.td3_fast
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(adam.adam_step_.default, (*before, gradient, RATES), test_utils=checks)
+    torch.library.opcheck(
+        adam.adam_adjoint_.default, (*before, gradient, *cotangents, RATES), test_utils=checks
+    )
+
+
+def test_tensors_that_are_not_alike_are_refused():
+    before, gradient, _ = drawn(9, torch.float64)
+    with pytest.raises(ValueError, match="alike in shape"):
+        torch.ops.td3_fast.adam_step_(*before, gradient[:-1], RATES)
+    with pytest.raises(ValueError, match="expected rates"):
+        torch.ops.td3_fast.adam_step_(*before, gradient, RATES[:-1])
