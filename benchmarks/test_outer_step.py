@@ -187,7 +187,7 @@ def test_outer_step_on_a_gpu(
     }
     distiller = distillers("cuda", engine=engine.split(",")[0], **options)
     if engine == "native, no graphs":
-        distiller.recorder = lambda: called
+        distiller.follower.recorder = lambda: called
     assert_same_gradient(distiller, distillers(**options), (2, 3))
     state = spread_state(distiller)
 

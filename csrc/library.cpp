@@ -142,7 +142,7 @@ TORCH_LIBRARY(td3_fast, m) {
       "int[] sizes) -> (Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds)",
       tags);
 
-  m.set_python_module("td3_fast.unroll.adam");
+  m.set_python_module("td3_fast.ops.adam");
   m.def(
       "adam_step_(Tensor(a!) parameter, Tensor(b!) first_moment, Tensor(c!) second_moment, Tensor gradient, "
       "float[] rates) -> ()",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,12 +15,11 @@ from td3_fast.data import Split, shuffled
 from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.initial import summary_of_sequences, training_sequences
 from td3_fast.learners import FlatParameters
-from td3_fast.objective import OuterObjective
 from td3_fast.ops import (
     derive_seed,
     seeded_generator,
 )
-from td3_fast.parallel import ALONE, WHOLE, Group, Ranks, item_tables
+from td3_fast.parallel import ALONE, Group, Ranks, item_tables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import (
     FarziSummary,
@@ -33,24 +30,18 @@ from td3_fast.summary import (
     TuckerSummary,
 )
 from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker, fresh_like
+from td3_fast.trajectory import Follower, Trajectory
 from td3_fast.unroll import (
     AdamConfig,
     AdamState,
-    CudaGraphs,
     FixedEmbeddings,
-    InnerLoop,
     ItemMixture,
     Lanes,
-    RecordedLoop,
-    Recorder,
     adam_step_,
     fit_on_summary,
     flat_pair,
     initial_state,
     make_mixture,
-    may_be_recorded,
-    pull_back_with_higher,
-    stride_of,
 )
 
 VALIDATION_LOSS = "validation_cross_entropy"
@@ -87,17 +78,6 @@ class DistillState:
             validation_items=None if items is None else items.to(device),
             best=to(self.best),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """One learner of an outer step: where it starts, the steps it takes and the examples that judge it."""
-
-    start: tuple[Tensor, ...]  # flat parameters, and the item table if it is trained; not to be overwritten
-    warm_up: int
-    differentiated: int
-    examples: np.ndarray  # (batch,) indices
-    seed: int
 
 
 class Distiller:
@@ -140,17 +120,20 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
-        # makes what records the steps of the inner loop; None where they are taken one by one
-        device = self.items.device
-        self.recorder: Callable[[], Recorder] | None = None
-        if device.type == "cuda":
-            self.recorder = functools.partial(CudaGraphs, device)
-        self._recorded: dict[int, RecordedLoop] = {}  # by lane
         own = len(self.sharing_trajectories.turns(config.trajectories))
         # a limit of memory is kept by one trajectory after another
-        self.lanes = Lanes(device, own if config.memory_limit is None else 1)
+        self.lanes = Lanes(self.items.device, own if config.memory_limit is None else 1)
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
+        self.follower = Follower(
+            config,
+            self.teacher,
+            self.flat,
+            split.train,
+            self.limits,
+            tables=self.tables,
+            sharing=self.sharing_examples,
+        )
 
     def _initial_summary(self) -> Summary:
         config = self.config
@@ -290,7 +273,7 @@ class Distiller:
             for turn, index in enumerate(self.sharing_trajectories.turns(count)):
                 with lanes.lane(turn) as lane:
                     drawn = self.draw(state, index, window=window)
-                    cotangent, loss, between = self._follow(drawn, mixture.apart(), lane)
+                    cotangent, loss, between = self.follower.follow(drawn, mixture.apart(), lane)
                 cotangents.append(cotangent)
                 losses.append(loss)
                 carried.append(between)
@@ -327,90 +310,6 @@ class Distiller:
         )
         return embeddings, FixedEmbeddings(embeddings)
 
-    def _inner_loop(self, trajectory: Trajectory) -> InnerLoop:
-        config = self.config
-        return InnerLoop(
-            learner=self.teacher,
-            num_users=config.users,
-            num_positions=config.positions,
-            batch_size=config.users_per_step,
-            adam=AdamConfig(learning_rate=config.learner_lr, weight_decay=config.learner_weight_decay),
-            seed=derive_seed(trajectory.seed, "inner"),
-            augmentation=config.augmentation,
-            middle_positions=config.middle_positions,
-            dropout=config.inner_dropout,
-            separate_passes=config.semantics.separate_passes,
-            restart_batches_at=trajectory.warm_up if config.semantics.restart_batches else None,
-            tables=self.tables,
-        )
-
-    def _objective(self, trajectory: Trajectory) -> OuterObjective:
-        return OuterObjective(
-            self.config,
-            self.teacher,
-            self.flat,
-            self.split.train,
-            trajectory.examples,
-            seed=derive_seed(trajectory.seed, "real"),
-            micro_batch=self.limits.micro_batch,
-            tables=self.tables,
-            sharing=self.sharing_examples,
-        )
-
-    def _engine(self, trajectory: Trajectory, mixture: ItemMixture, lane: int) -> InnerLoop | RecordedLoop:
-        """What takes the steps of a trajectory on a lane."""
-        loop, config = self._inner_loop(trajectory), self.config
-        window = config.inner_steps if config.window_kind == "full" else config.window
-        size = sum(p.nbytes for p in trajectory.start)
-        kept_whole = stride_of(window, size, self.limits.kept_states) == window
-        worth = kept_whole and may_be_recorded(trajectory.start)
-        if self.recorder is None or not worth or self.tables is not WHOLE:
-            return loop
-        steps = max(config.inner_steps, trajectory.warm_up + trajectory.differentiated)
-        window = max(window, trajectory.differentiated)
-        recorded = self._recorded.get(lane)
-        if recorded is None or recorded.limits != (steps, window):
-            recorded = self._recorded[lane] = RecordedLoop(
-                loop,
-                trajectory.start,
-                self.items,
-                mixture,
-                steps=steps,
-                window=window,
-                record=self.recorder(),
-            )
-        return recorded.begin(loop, mixture)
-
-    def _follow(
-        self, trajectory: Trajectory, mixture: ItemMixture, lane: int
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-        """A trajectory's gradient of what the mixture was made from, its losses, and the learner after warm-up where
-        the next outer step goes on with it."""
-        loop: Any = self._engine(trajectory, mixture, lane)  # either takes what it has returned
-        learner = initial_state(trajectory.start)
-        learner, _ = loop.run(learner, self.items, mixture, until=trajectory.warm_up)
-        between: tuple[Tensor, ...] = ()
-        if self.config.semantics.reload_learner == "epoch":
-            between = learner.clone().parameters
-        end = trajectory.warm_up + trajectory.differentiated
-        learner, window = loop.run_window(
-            learner, self.items, mixture, until=end, kept_limit=self.limits.kept_states
-        )
-        inner = window.loss
-        fit, aligned, cotangents = self._objective(trajectory).gradient(
-            self.flat, learner.parameters, self.items
-        )
-        del learner  # as large as three item tables
-        limit = self.config.growth_limit
-        if limit is not None and self.sharing_examples.size > 1:
-            # all processes go back as far as one would, each with the mean of their cotangents
-            size = self.sharing_examples.size
-            cotangents = tuple(self.sharing_examples.total(c) / size for c in cotangents)
-        gradient = loop.pull_back(window, cotangents, mixture, growth_limit=limit)
-        window_length = torch.as_tensor(window.pulled_back, dtype=fit.dtype, device=fit.device)
-        losses = {"cross_entropy": fit, "alignment": aligned, "inner": inner, "window": window_length}
-        return gradient, losses, between
-
     def _over_ranks(
         self, gradients: tuple[Tensor, ...], figures: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
@@ -432,44 +331,13 @@ class Distiller:
             raise ValueError('engine="higher" reloads the learner at every outer step: use engine="native"')
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
         followed = [
-            self._follow_with_higher(self.draw(state, index, window=window), factors)
+            self.follower.follow_with_higher(
+                self.draw(state, index, window=window), factors, self.form.queries_and_keys
+            )
             for index in range(self.config.trajectories)
         ]
         by_factor = zip(*(gradients for gradients, _ in followed), strict=True)
         return tuple(torch.stack(g).mean(0) for g in by_factor), mean_of([losses for _, losses in followed])
-
-    def _follow_with_higher(
-        self, trajectory: Trajectory, factors: list[Tensor]
-    ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-        learner = copy.deepcopy(self.teacher)
-        self.flat.write(learner, *trajectory.start)
-        objective = self._objective(trajectory)
-        parts: list[float] = [0.0, 0.0]
-
-        def probabilities(users: Tensor, sources: Sequence[Tensor]) -> Tensor:
-            queries, keys = self.form.queries_and_keys(tuple(sources), users)
-            scores = queries @ keys.T
-            return scores.softmax(-1) if self.config.normalize == "softmax" else scores
-
-        def outer_loss(encode: Callable[..., Tensor], items: Tensor) -> Tensor:
-            total = items.new_zeros(())
-            for fit, aligned in objective.losses(encode, items):
-                parts[0] += float(fit.detach())
-                parts[1] += float(aligned.detach())
-                total = total + fit + aligned
-            return total
-
-        loss, gradients = pull_back_with_higher(
-            self._inner_loop(trajectory),
-            learner,
-            probabilities,
-            outer_loss,
-            factors,
-            warm_up=trajectory.warm_up,
-            window=trajectory.differentiated,
-            trained=self.config.item_embedding == "trained",
-        )
-        return gradients, {"loss": loss, "cross_entropy": parts[0], "alignment": parts[1]}
 
     def outer_step(self, state: DistillState) -> dict[str, float]:
         """One outer step, overwriting `state`; returns its losses."""

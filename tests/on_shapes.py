@@ -108,7 +108,7 @@ def test_an_outer_step_is_under_way_before_the_host_reads_a_figure(
 ) -> None:
     changes = {"item_embedding": item_embedding, **VARIANTS[variant], **SHORT}
     distiller, state = moved(name, **changes)
-    distiller.recorder = lambda: mode.record
+    distiller.follower.recorder = lambda: mode.record
     assert first_read(lambda: distiller.meta_gradient(state)) == "_over_ranks"
 
 

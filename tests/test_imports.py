@@ -25,6 +25,7 @@ LAYERS = (
     {"faults", "figures", "recipes", "search"},
     {"memory"},
     {"distill", "pretrain", "evaluate"},
+    {"trajectory"},
     {"objective"},
     {"distill_config"},
     {"training", "export", "initial"},

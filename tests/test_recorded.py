@@ -59,7 +59,7 @@ def outer_steps(
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
     """Meta-gradients and figures of outer steps that differ in seeds, window and summary."""
     distiller, state = small_distiller(name=name, **changes)
-    distiller.recorder = None if record is None else lambda: record
+    distiller.follower.recorder = None if record is None else lambda: record
     distiller.lanes = Lanes(torch.device("cpu"), lanes)
     gradients, figures = [], []
     for _ in range(count):
@@ -150,20 +150,20 @@ def test_training_on_a_summary_may_be_recorded(item_embedding: str) -> None:
 
 def test_a_window_too_large_to_be_kept_is_not_recorded() -> None:
     distiller, state = small_distiller(item_embedding="trained")
-    distiller.limits = type(distiller.limits)(**{**vars(distiller.limits), "kept_states": 1})
+    distiller.follower.limits = type(distiller.limits)(**{**vars(distiller.limits), "kept_states": 1})
 
     def refuse(step: Callable[[], None]) -> Callable[[], None]:
         raise AssertionError("recorded")
 
-    distiller.recorder = lambda: refuse
+    distiller.follower.recorder = lambda: refuse
     distiller.meta_gradient(state)
 
 
 def test_another_kind_of_loop_is_refused() -> None:
     distiller, state = small_distiller()
-    distiller.recorder = lambda: called
+    distiller.follower.recorder = lambda: called
     distiller.meta_gradient(state)
-    recorded = distiller._recorded[0]
+    recorded = distiller.follower.recorded[0]
     assert recorded is not None
     other, other_state = small_distiller(users_per_step=2)
     _, mixture = other._mixture([f.detach() for f in other_state.factors.parameters])
@@ -173,9 +173,9 @@ def test_another_kind_of_loop_is_refused() -> None:
 
 def test_more_steps_than_were_provided_for_are_refused() -> None:
     distiller, state = small_distiller()
-    distiller.recorder = lambda: called
+    distiller.follower.recorder = lambda: called
     distiller.meta_gradient(state)
-    recorded = distiller._recorded[0]
+    recorded = distiller.follower.recorded[0]
     assert recorded is not None
     _, mixture = distiller._mixture([f.detach() for f in state.factors.parameters])
     start = initial_state(distiller.draw(state).start)
@@ -209,7 +209,7 @@ def test_graphs_on_a_gpu(item_embedding: str, trajectories: int) -> None:
         if record is not None:
             moved.lanes = Lanes(torch.device("cuda"), 1)
         if record is not None:
-            moved.recorder = lambda: called
+            moved.follower.recorder = lambda: called
         moved.meta_gradient(moved_state)  # records
         results.append(moved.meta_gradient(moved_state)[0])
     for replayed, by_call, theirs in zip(*results, expected, strict=True):

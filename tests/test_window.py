@@ -19,7 +19,7 @@ def pulled_back(name: str, variant: str, item_embedding: str, *, kept_limit: int
     distiller, state = small_distiller(name=name, item_embedding=item_embedding, **VARIANTS[variant])
     _, made_of = distiller._mixture([f.detach() for f in state.factors.parameters])
     trajectory = distiller.draw(state, window=(WARM_UP, WINDOW))
-    loop = distiller._inner_loop(trajectory)
+    loop = distiller.follower.inner_loop(trajectory)
     learner, _ = loop.run(initial_state(trajectory.start), distiller.items, made_of, until=WARM_UP)
     learner, window = loop.run_window(
         learner, distiller.items, made_of, until=WARM_UP + WINDOW, kept_limit=kept_limit
@@ -51,7 +51,7 @@ def test_a_checkpointed_window_has_the_bits_of_one_kept_whole(
 def test_a_window_whose_adjoint_grows_is_cut_short(item_embedding: str, kept_limit: int) -> None:
     distiller, state = small_distiller(item_embedding=item_embedding, learner_lr=0.1)
     trajectory = distiller.draw(state, window=(WARM_UP, WINDOW))
-    loop = distiller._inner_loop(trajectory)
+    loop = distiller.follower.inner_loop(trajectory)
     end = WARM_UP + WINDOW
 
     def gradient(length: int, growth_limit: float | None = None) -> tuple[Tensor, int]:

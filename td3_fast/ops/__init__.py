@@ -1,5 +1,6 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
+from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
 from td3_fast.ops.dropout import DropoutStream, derive_seed, random_words, seeded_generator
 from td3_fast.ops.inner_gradient import InnerGradient, inner_gradient
@@ -31,6 +32,7 @@ __all__ = [
     "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",
+    "has_one_pass_adam",
     "inner_gradient",
     "item_cross_entropy",
     "item_logsumexp",
@@ -40,6 +42,8 @@ __all__ = [
     "mix_items_transposed",
     "next_item_gradient",
     "normalized_embedding",
+    "one_pass_adam_adjoint_",
+    "one_pass_adam_step_",
     "random_words",
     "seeded_generator",
     "soft_embedding",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import has_fused, register_fake
+from td3_fast.ops import has_one_pass_adam, one_pass_adam_step_
 
 ELEMENTS_AT_ONCE = 2**20  # of an item table
 
@@ -63,8 +63,8 @@ def adam_step_(
     if size is None:
         size = step_size(step, config)
     for tensors in zip(*state[:3], gradients, strict=True):
-        if not isinstance(size, Tensor) and _in_one_pass(*tensors):
-            torch.ops.td3_fast.adam_step_(*tensors, _rates(config, size))
+        if not isinstance(size, Tensor) and has_one_pass_adam(*tensors):
+            one_pass_adam_step_(*tensors, _rates(config, size))
             continue
         for p, m, v, g in pieces(*tensors):
             if config.weight_decay:
@@ -92,11 +92,8 @@ def adam_adjoint_(
     the gradient. Where the second moment is exactly 0, its square root has an infinite slope; no derivative flows
     there, as in `higher`.
     """
-    if not isinstance(size, Tensor) and _in_one_pass(*before, gradient, *cotangents):
-        adjoint: Tensor = torch.ops.td3_fast.adam_adjoint_(
-            *before, gradient, *cotangents, _rates(config, size)
-        )
-        return adjoint
+    if not isinstance(size, Tensor) and has_one_pass_adam(*before, gradient, *cotangents):
+        return one_pass_adam_adjoint_(*before, gradient, *cotangents, _rates(config, size))
     to_gradient = torch.empty_like(gradient)
     for p, m, v, g, to_p, to_m, to_v, to_g in pieces(*before, gradient, *cotangents, to_gradient):
         if config.weight_decay:
@@ -121,40 +118,8 @@ def adam_adjoint_(
     return to_gradient
 
 
-def _in_one_pass(*tensors: Tensor) -> bool:
-    """Whether the CPU's kernels take these."""
-    first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.float64)
-        and has_fused("cpu")
-        and all(t.dtype == first.dtype and t.is_contiguous() for t in tensors)
-    )
-
-
 def _rates(config: AdamConfig, size: float) -> list[float]:
     return [config.beta1, config.beta2, config.eps, config.weight_decay, size]
-
-
-@register_fake("td3_fast::adam_step_")
-def _(
-    parameter: Tensor, first_moment: Tensor, second_moment: Tensor, gradient: Tensor, rates: list[float]
-) -> None:
-    return None
-
-
-@register_fake("td3_fast::adam_adjoint_")
-def _(
-    parameter: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    gradient: Tensor,
-    to_parameter: Tensor,
-    to_first_moment: Tensor,
-    to_second_moment: Tensor,
-    rates: list[float],
-) -> Tensor:
-    return torch.empty_like(gradient)
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
