@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from td3_fast.ops import has_one_pass_adam, one_pass_adam_step_
+from td3_fast.ops import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 
 ELEMENTS_AT_ONCE = 2**20  # of an item table
 
