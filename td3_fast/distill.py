@@ -32,6 +32,7 @@ from td3_fast.summary import (
 from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker, fresh_like
 from td3_fast.trajectory import Follower, Trajectory
 from td3_fast.unroll import (
+    TENSORS_PER_STEP,
     AdamConfig,
     AdamState,
     FixedEmbeddings,
@@ -120,9 +121,6 @@ class Distiller:
         self.steps_per_epoch = -(-len(split.train) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self._order: tuple[int, np.ndarray] | None = None
-        own = len(self.sharing_trajectories.turns(config.trajectories))
-        # a limit of memory is kept by one trajectory after another
-        self.lanes = Lanes(self.items.device, own if config.memory_limit is None else 1)
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
         self.follower = Follower(
@@ -133,6 +131,11 @@ class Distiller:
             self.limits,
             tables=self.tables,
             sharing=self.sharing_examples,
+        )
+        own = len(self.sharing_trajectories.turns(config.trajectories))
+        # a limit of memory is kept by one trajectory after another
+        self.lanes = Lanes(
+            self.items.device, own if config.memory_limit is None else 1, bytes_each=self._bytes_of_lane()
         )
 
     def _initial_summary(self) -> Summary:
@@ -177,6 +180,19 @@ class Distiller:
             pool=len(pretrained.pool),
             dtype=self.items.dtype,
         ).limits
+
+    def _bytes_of_lane(self) -> int:
+        """What the recorded steps of a trajectory hold: the states of a window, and the probabilities if these are
+        kept."""
+        config = self.config
+        moving = self.flat.size * self.items.element_size()
+        held = 0
+        if config.item_embedding == "trained":
+            moving += self.items.nbytes
+            probabilities = config.users * config.positions * len(self.items) * self.items.element_size()
+            held = probabilities if 2 * probabilities <= self.limits.cached_probabilities else 0
+        window = config.inner_steps if config.window_kind == "full" else config.window
+        return held + (window + 1) * TENSORS_PER_STEP * moving
 
     def initial_state(self) -> DistillState:
         """The factors before the first outer step."""
@@ -256,8 +272,9 @@ class Distiller:
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """The gradient of one outer step with respect to the summary's factors, and its losses.
 
-        Both are means over the trajectories. On a GPU those of a process run side by side, unless `memory_limit` is
-        set; elsewhere one after another, so that the memory is that of one: on a CPU no batching of theirs is as fast.
+        Both are means over the trajectories. On a GPU those of a process run side by side, as many as `LANES_LIMIT`
+        allows and none with a `memory_limit`, which is for one; elsewhere one after another, so that the memory is that
+        of one: on a CPU no batching of theirs is as fast.
         A step of 16 learners of ml-100k's size took 15 ms in a loop and 18 under `torch.vmap`, which cannot have the
         fused encoder, and its adjoint 38 ms against 67.
 

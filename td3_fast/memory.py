@@ -22,7 +22,7 @@ from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.learners import FlatParameters, build_learner
 from td3_fast.live_bytes import LiveBytes
 from td3_fast.objective import OuterObjective
-from td3_fast.ops import kept_score_bytes
+from td3_fast.ops import EXAMPLES_AT_ONCE, SMALL_TABLE, has_next_item_gradient, kept_score_bytes
 from td3_fast.training import RANKED_AT_ONCE
 from td3_fast.unroll import (
     NOTED_LIMIT,
@@ -36,14 +36,14 @@ from td3_fast.unroll import (
 
 MIB = 2**20
 SMALLEST_MICRO_BATCH = 64
-TWIN_ITEMS = 64
+TWIN_ITEMS = 64  # or as many as make its table one that is not small, where the learner's is none
 TWIN_EXAMPLES = (32, 96)  # passes over so many tell what an example takes
 # glibc gives blocks up to a size that it learns back to its heap, and some of that stays between others; as measured
 LARGEST_BLOCK_OF_HEAP = 32 * MIB
 LOST_IN_HEAP = 0.25
 SCRATCH = 16 * MIB  # of a kernel, at most
 LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
-OF_AUTOGRAD = 32 * MIB  # of these, what the first derivative by autograd brings
+OF_AUTOGRAD = 32 * MIB  # of these, what the first step by autograd brings, its derivative among it
 
 POOL = "pretrained learner and its pool"
 TEACHER = "teacher, shared item table"
@@ -113,7 +113,7 @@ class _Twin(NamedTuple):
     step: int  # kept of an inner step, with a frozen table: state, gradients and graph
     adjoint: int  # beside that, while a step is taken or pulled back
     length: int  # of the longest history that is read
-    by_autograd: bool  # whether that is how its derivatives are taken
+    by_autograd: bool  # whether that is how steps are differentiated
     real: tuple[float, float]  # of a pass over real examples: at none, and of each
     ranked: tuple[float, float]  # of ranking, likewise
 
@@ -233,7 +233,7 @@ def _plan(
     }
     moments = {
         # built with a table of its own before it takes the pretrained one, and before the kernels have any scratch; its
-        # derivatives have been measured by then
+        # steps have been measured by then
         "where the learner is built": {
             TEACHER: max(table - SCRATCH - (0 if twin.by_autograd else OF_AUTOGRAD), 0)
         },
@@ -296,10 +296,16 @@ def _plan(
 def _measure(
     split: Split, config: DistillConfig, name: str, learner_config: dict[str, Any], dtype: torch.dtype
 ) -> _Twin:
-    teacher = build_learner(name, {**learner_config, "num_items": TWIN_ITEMS}, seed=0).to(dtype)
+    num_items = TWIN_ITEMS
+    of_item = learner_config["hidden"] * dtype.itemsize
+    if learner_config["num_items"] * of_item > SMALL_TABLE:
+        num_items = SMALL_TABLE // of_item + 1
+    teacher = build_learner(name, {**learner_config, "num_items": num_items}, seed=0).to(dtype)
     items = teacher.item_embeddings.detach()
     flat = FlatParameters(teacher)
     theta = flat.gather(teacher.state_dict())
+    fused = flat.fused_shape(theta) is not None
+    real_fused = fused and has_next_item_gradient(items, theta)
     step, adjoint = _measure_steps(config, teacher, items, theta)
     real: list[float] = []
     ranked: list[float] = []
@@ -308,7 +314,7 @@ def _measure(
         index = np.argsort(split.train.lengths, kind="stable")[-count:]
         objective = OuterObjective(config, teacher, flat, split.train, index, seed=0, micro_batch=count)
         ((_, part),) = objective.parts
-        short = Batch(part.histories % TWIN_ITEMS, part.lengths, part.targets % TWIN_ITEMS)
+        short = Batch(part.histories % num_items, part.lengths, part.targets % num_items)
         objective.parts = [
             (0, short),
             (1, short),
@@ -319,14 +325,20 @@ def _measure(
         with LiveBytes() as live, torch.no_grad():
             teacher(short.histories, short.lengths)
         ranked.append(live.peak)
+    length = min(int(split.train.lengths.max(initial=1)), teacher.max_len)
+    real_line = _line(TWIN_EXAMPLES, real)
+    if real_fused:
+        # embeddings and what comes back for them, of the examples that the op has at once, and more scratch than others
+        within = 2 * EXAMPLES_AT_ONCE * length * items.shape[1] * items.element_size() + SCRATCH
+        real_line = (real_line[0] + within, real_line[1])
     return _Twin(
         width=items.shape[1],
         parameters=theta.nbytes,
         step=step,
         adjoint=adjoint,
-        length=min(int(split.train.lengths.max(initial=1)), teacher.max_len),
-        by_autograd=flat.fused_shape(theta) is None,
-        real=_line(TWIN_EXAMPLES, real),
+        length=length,
+        by_autograd=not fused or config.semantics.separate_passes,
+        real=real_line,
         ranked=_line(TWIN_EXAMPLES, ranked),
     )
 

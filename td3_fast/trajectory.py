@@ -74,7 +74,7 @@ class Follower:
         device = self.items.device
         self.recorder: Callable[[], Recorder] | None = None
         if device.type == "cuda":
-            self.recorder = functools.partial(CudaGraphs, device)
+            self.recorder = functools.partial(CudaGraphs, device, use="outer step")
         self.recorded: dict[int, RecordedLoop] = {}  # by lane
 
     def inner_loop(self, trajectory: Trajectory) -> InnerLoop:
@@ -169,6 +169,7 @@ class Follower:
         factors: list[Tensor],
         queries_and_keys: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        """The gradient of a trajectory by the engine "higher", of the factors, and its losses."""
         learner = copy.deepcopy(self.teacher)
         self.flat.write(learner, *trajectory.start)
         objective = self.objective(trajectory)

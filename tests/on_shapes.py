@@ -133,6 +133,6 @@ def test_fresh_learners_are_made_where_the_pretrained_one_is(mode: OnlyShapes, n
 
 def test_a_mixture_of_devices_is_noticed(mode: OnlyShapes) -> None:
     distiller, state = moved("SASRec", **SHORT)
-    distiller.items = distiller.items.cpu()
+    distiller.follower.items = distiller.items.cpu()
     with pytest.raises((RuntimeError, ValueError), match="device"):
         distiller.meta_gradient(state)

@@ -90,3 +90,28 @@ def test_tensors_that_are_not_alike_are_refused():
         torch.ops.td3_fast.adam_step_(*before, gradient[:-1], RATES)
     with pytest.raises(ValueError, match="expected rates"):
         torch.ops.td3_fast.adam_step_(*before, gradient, RATES[:-1])
+
+
+def test_equal_bits_on_any_number_of_threads():
+    tensors = drawn(200_003, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(both(*tensors, AdamConfig(learning_rate=0.1), 0.05))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_autograd_notices_that_a_parameter_was_overwritten():
+    (p, m, v), gradient, cotangents = drawn(9, torch.float64)
+    source = torch.ones(9, dtype=torch.float64, requires_grad=True)
+    product = source * p  # keeps p
+    adam_step_(AdamState((p,), (m,), (v,), 0), (gradient,), AdamConfig(learning_rate=0.1), 0.05)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    versions = [c._version for c in cotangents]
+    adam_adjoint_((p, m, v), gradient, cotangents, 0.05, AdamConfig(learning_rate=0.1))
+    assert all(c._version > version for c, version in zip(cotangents, versions, strict=True))

@@ -110,6 +110,11 @@ def test_trajectories_side_by_side_have_the_bits_of_one_after_another(
     assert own_figures == figures
 
 
+@pytest.mark.parametrize(("bytes_each", "lanes"), [(0, 16), (2**28, 16), (2**30, 4), (2**40, 1)])
+def test_no_more_lanes_than_memory_is_meant_for(bytes_each: int, lanes: int) -> None:
+    assert Lanes(torch.device("cpu"), 100, bytes_each=bytes_each).count == lanes
+
+
 @pytest.mark.parametrize("limit", [1.01, 1.5, 4.0, 1e9])
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 def test_a_window_is_cut_short_where_the_adjoint_grows(item_embedding: str, limit: float) -> None:
@@ -168,7 +173,7 @@ def test_another_kind_of_loop_is_refused() -> None:
     other, other_state = small_distiller(users_per_step=2)
     _, mixture = other._mixture([f.detach() for f in other_state.factors.parameters])
     with pytest.raises(ValueError, match="differ in seed"):
-        recorded.begin(other._inner_loop(other.draw(other_state)), mixture)
+        recorded.begin(other.follower.inner_loop(other.draw(other_state)), mixture)
 
 
 def test_more_steps_than_were_provided_for_are_refused() -> None:
@@ -208,7 +213,6 @@ def test_graphs_on_a_gpu(item_embedding: str, trajectories: int) -> None:
         moved, moved_state = on_gpu(**changes)
         if record is not None:
             moved.lanes = Lanes(torch.device("cuda"), 1)
-        if record is not None:
             moved.follower.recorder = lambda: called
         moved.meta_gradient(moved_state)  # records
         results.append(moved.meta_gradient(moved_state)[0])

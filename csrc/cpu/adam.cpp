@@ -30,6 +30,11 @@ void check_alike(std::initializer_list<const Tensor*> tensors) {
   }
 }
 
+// What autograd saved of these tensors is no more: it raises rather than reads them.
+void overwritten(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* tensor : tensors) tensor->unsafeGetTensorImpl()->bump_version();
+}
+
 // run(zero, rates, first, count) for ranges of elements.
 template <typename Run>
 void for_elements(const Tensor& like, at::ArrayRef<double> rates, const Run& run) {
@@ -40,8 +45,14 @@ void for_elements(const Tensor& like, at::ArrayRef<double> rates, const Run& run
                                   static_cast<T>(rates[1]), static_cast<T>(1 - rates[1]),
                                   static_cast<T>(rates[2]), static_cast<T>(rates[3]),
                                   static_cast<T>(rates[4])};
-    at::parallel_for(0, like.numel(), kElementsPerTask,
-                     [&](int64_t begin, int64_t end) { run(zero, of_type, begin, end - begin); });
+    // cut by the number of elements alone: same bits on any number of threads
+    const int64_t tasks = ceil_div(like.numel(), kElementsPerTask);
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task * kElementsPerTask;
+        run(zero, of_type, first, std::min(kElementsPerTask, like.numel() - first));
+      }
+    });
   };
   like.scalar_type() == at::kDouble ? typed(double{}) : typed(float{});
 }
@@ -52,6 +63,7 @@ void adam_step_(const Tensor& parameter,
                 const Tensor& gradient,
                 at::ArrayRef<double> rates) {
   check_alike({&parameter, &first_moment, &second_moment, &gradient});
+  overwritten({&parameter, &first_moment, &second_moment});
   for_elements(parameter, rates, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
     using T = decltype(zero);
     adam<T>().step(of_type, count, parameter.mutable_data_ptr<T>() + first,
@@ -70,6 +82,7 @@ Tensor adam_adjoint_(const Tensor& parameter,
                      at::ArrayRef<double> rates) {
   check_alike({&parameter, &first_moment, &second_moment, &gradient, &to_parameter, &to_first_moment,
                &to_second_moment});
+  overwritten({&to_parameter, &to_first_moment, &to_second_moment});
   const Tensor to_gradient = at::empty_like(gradient);
   for_elements(parameter, rates, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
     using T = decltype(zero);

@@ -18,7 +18,7 @@ using at::Tensor;
 
 // Two threads share even the few groups of an inner step.
 constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
-constexpr int64_t kGroupsPerChunk = 8;
+constexpr int64_t kGroupsPerChunk = 4;
 // Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
 constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
 constexpr double kNormEps = 1e-12;
@@ -177,9 +177,10 @@ struct EncoderInputs {
 };
 
 // Bytes between the halves of a pass that are kept; where there would be more, the first half is made again.
-constexpr int64_t kKeptBytes = int64_t{16} << 20;
+constexpr int64_t kKeptPassBytes = int64_t{32} << 20;
 
-// Both halves of a pass over every group of sequences, with what is between them kept for all if it is little.
+// Both halves of a pass over every group of sequences, with what is between them kept for all if it is
+// little.
 template <typename T>
 class KeptPass {
  public:
@@ -189,7 +190,14 @@ class KeptPass {
         pass_(tangents ? encoder<T>().duals : encoder<T>().values),
         size_(ceil_div(encoder<T>().scratch_size(sizes, tangents), 64) * 64) {
     const int64_t bytes = size_ * ceil_div(sequences, encoder<T>().lanes);
-    if (bytes <= kKeptBytes) scratch_ = Scratch<uint8_t>(bytes);
+    if (bytes <= kKeptPassBytes) scratch_ = Scratch<uint8_t>(bytes);
+  }
+
+  // At most so many sequences, whole groups, as can be kept of a pass.
+  static int64_t most_sequences(const EncoderSizes& sizes, int64_t wanted) {
+    const int64_t lanes = encoder<T>().lanes;
+    const int64_t fitting = kKeptPassBytes / (encoder<T>().scratch_size(sizes, false) + 64) * lanes;
+    return fitting > 0 ? std::min(wanted, fitting) : wanted;
   }
 
   void forward(const EncoderOptions& options, const EncoderCall<T>& call) {

@@ -1,5 +1,6 @@
 // The gradient of an inner step on the CPU, and its derivative in a direction: an encoder, the cross-entropy
-// of its outputs against soft embeddings, and the encoder backwards, whose forward pass is not made twice.
+// of its outputs against soft embeddings, and the encoder backwards, whose forward pass is made once unless
+// there is too much to keep.
 
 #include <ATen/ops/dot.h>
 #include <ATen/ops/empty.h>

@@ -1,6 +1,6 @@
 // The gradient of the loss on real examples, on the CPU: sequences are looked up, encoded, compared with
-// every item and pulled back a few hundred at a time, so that what lies between stays in cache and no forward
-// pass is made twice.
+// every item and pulled back a few hundred at a time: as many as the halves of an encoder pass can be kept
+// for, so that the first is not made twice.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -25,7 +25,7 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kSequencesAtOnce = 256;
+constexpr int64_t kSequencesAtOnce = 512;
 
 // Adds to every item the rows of gradient that its look-ups have.
 template <typename T>
@@ -98,9 +98,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
     const Tensor grad_parameters = at::zeros_like(parameters);
     const Tensor grad_items =
         trained ? at::zeros(items.sizes(), items.options()) : at::empty({0}, items.options());
-    std::optional<KeptPass<T>> pass;
-    for (int64_t first = 0; first < batch; first += kSequencesAtOnce) {
-      const int64_t count = std::min(kSequencesAtOnce, batch - first);
+    // of the whole batch, whose embeddings are never made
+    const Tensor shaped = items.narrow(0, 0, 1).unsqueeze(0).expand({batch, ids.size(1), width});
+    const EncoderSizes all = EncoderOptions(parameters, shaped, positions, words, sizes).sizes;
+    const int64_t at_once = KeptPass<T>::most_sequences(all, std::min(batch, kSequencesAtOnce));
+    KeptPass<T> pass(all, at_once, false);
+    for (int64_t first = 0; first < batch; first += at_once) {
+      const int64_t count = std::min(at_once, batch - first);
       const Tensor own_ids = ids.narrow(0, first, count), own_targets = targets.narrow(0, first, count);
       const Tensor own_positions = positions.narrow(0, first, count);
       const std::vector<Tensor> own_words = words_of(words, batch, first, count);
@@ -109,8 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
       EncoderInputs<T> in(options, parameters, embeds, own_positions, own_words);
       const Tensor hidden = at::empty({count, width}, items.options());
       in.call.outputs = hidden.mutable_data_ptr<T>();
-      if (!pass) pass.emplace(options.sizes, count, false);
-      pass->forward(options, in.call);
+      pass.forward(options, in.call);
 
       const auto [losses, logsumexp, remainder, mean, probabilities] =
           loss_forward.call(hidden, items, own_targets, true, trained);
@@ -132,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
         grad_embeds = at::empty(embeds.sizes(), embeds.options());
         in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
       }
-      pass->backward(options, own_grad_parameters);
+      pass.backward(options, own_grad_parameters);
       grad_parameters.add_(own_grad_parameters);
       if (trained) add_look_ups<T>(own_ids, grad_embeds, grad_items);
     }

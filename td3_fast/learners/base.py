@@ -190,8 +190,8 @@ class FlatParameters:
             made = next_item_gradient(
                 flat, items, histories, lengths, targets, shape, dropout=dropout, trained=True
             )
-            if made.items is not None:
-                return made.loss, (made.parameters, made.items)
+            assert made.items is not None
+            return made.loss, (made.parameters, made.items)
         flat, items = (p.detach().requires_grad_() for p in (flat, items))
         loss = self.loss(flat, items, histories, lengths, targets, dropout=dropout)
         to_flat, to_items = torch.autograd.grad(loss, (flat, items))

@@ -13,12 +13,19 @@ from td3_fast.ops.item_cross_entropy import (
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.look_up import look_up
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
-from td3_fast.ops.next_item_gradient import has_next_item_gradient, next_item_gradient
+from td3_fast.ops.next_item_gradient import (
+    EXAMPLES_AT_ONCE,
+    SMALL_TABLE,
+    has_next_item_gradient,
+    next_item_gradient,
+)
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
 from td3_fast.ops.tucker import Normalize, normalized_embedding, tucker_queries, tucker_soft_embedding
 
 __all__ = [
+    "EXAMPLES_AT_ONCE",
+    "SMALL_TABLE",
     "DropoutStream",
     "EncoderShape",
     "FusedUnavailableWarning",

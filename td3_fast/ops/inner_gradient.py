@@ -52,7 +52,7 @@ def inner_gradient(
     """The mean over sequences and targets of `item_cross_entropy(h, items, x)`, and its gradients.
 
     x: the rows of `embeds` at the targets; h: what `causal_encoder` makes of the rows before each. The same as by
-    autograd, with the encoder's forward pass made once for both, and the graph of the second order left away. Its
+    autograd, with the encoder's forward pass made once for both (unless that keeps more than 32 MiB), and no graph. Its
     reference is `unroll.InnerLoop.loss` and its derivatives.
 
     Args:

@@ -33,29 +33,68 @@ def _gathered(items: Tensor, ids: Tensor) -> Tensor:
     return items.gather(0, index).view(*ids.shape, items.shape[1])
 
 
+# What torch.func and torch.vmap ask for is said in terms of the reference.
+
+
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, items: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.num_ids = len(items)
+    def forward(items: Tensor, ids: Tensor) -> Tensor:
         return F.embedding(ids, items)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        items, ids = inputs
+        ctx.save_for_backward(ids)
+        ctx.save_for_forward(ids)
+        ctx.num_ids = len(items)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (ids,) = ctx.saved_tensors
         return _SumById.apply(grad, ids, ctx.num_ids), None
 
+    @staticmethod
+    def jvp(ctx: Any, items: Tensor, ids: None) -> Tensor:
+        return _gathered(items, ctx.saved_tensors[0])
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], items: Tensor, ids: Tensor
+    ) -> tuple[Tensor, int]:
+        return torch.vmap(_gathered, in_dims=in_dims)(items, ids), 0
+
 
 class _SumById(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
-        ctx.save_for_backward(ids)
+    def forward(rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
         return torch.ops.td3_fast.sum_rows_by_id(rows.flatten(0, -2), ids.flatten(), num_ids)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        _, ids, ctx.num_ids = inputs
+        ctx.save_for_backward(ids)
+        ctx.save_for_forward(ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
         return look_up(grad, ids), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, rows: Tensor, ids: None, num_ids: None) -> Tensor:
+        return _summed(rows, ctx.saved_tensors[0], ctx.num_ids)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None, None], rows: Tensor, ids: Tensor, num_ids: int
+    ) -> tuple[Tensor, int]:
+        summed = torch.vmap(lambda r, i: _summed(r, i, num_ids), in_dims=in_dims[:2])
+        return summed(rows, ids), 0
+
+
+def _summed(rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
+    sums = rows.new_zeros(num_ids, rows.shape[-1])
+    return sums.index_add(0, ids.flatten(), rows.flatten(0, -2))
 
 
 @register_fake("td3_fast::sum_rows_by_id")

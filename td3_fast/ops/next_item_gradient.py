@@ -13,6 +13,7 @@ from td3_fast.ops.library import register_fake
 
 # Of the item table, in bytes: every few hundred examples meet all of it.
 SMALL_TABLE = 2**21
+EXAMPLES_AT_ONCE = 512  # at most, as in csrc/cpu/next_item_gradient.cpp
 
 
 class NextItemGradient(NamedTuple):

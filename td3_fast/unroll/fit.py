@@ -99,7 +99,7 @@ def fit_on_summary(
             tables.normalized_embedding(queries, keys, items, normalize=summary.normalize)
         )
     if record is None and items.device.type == "cuda":
-        record = CudaGraphs(items.device)
+        record = CudaGraphs(items.device, use="fit")
     run = loop.run
     if record is not None and tables is WHOLE and may_be_recorded(start):
         run = RecordedLoop(loop, start, items, mixture, steps=steps, window=1, record=record).run

@@ -236,7 +236,8 @@ class InnerLoop:
             # in the place of the part that may be differentiated again: its values are needed no more, and it may be
             # large
             evaluated.gradients[1].add_(mixture.embed_transposed(inputs.users, evaluated.to_embeds))
-        return evaluated
+        # what it holds may be as large as the table
+        return evaluated if create_graph else evaluated._replace(second_order=None)
 
     def _in_one_call(
         self,
@@ -327,6 +328,7 @@ class InnerLoop:
             # the table's gradient has a part that came through X
             to_gradients.append(mixture.embed(users, to_gradients[1]))
             mixture.note(users, evaluated.to_embeds, to_gradients[1])
+        assert evaluated.second_order is not None, "evaluated without create_graph"
         second_order = evaluated.second_order(to_gradients)
         mixture.note(users, second_order[-1], state.parameters[-1])
         for (to_parameter, _, _), more in zip(adjoint, second_order, strict=False):

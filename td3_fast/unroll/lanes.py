@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-# The steps of a small learner leave most of a GPU idle; each lane holds the buffers and graphs of a recorded loop.
+# The steps of a small learner leave most of a GPU idle.
 MOST_LANES = 16
+LANES_LIMIT = 4 * 2**30  # bytes that they may hold in all
 
 
 class Lanes:
@@ -19,8 +20,9 @@ class Lanes:
     stream that they read must live until then; those that they make may be used by the current stream afterwards.
     """
 
-    def __init__(self, device: torch.device, count: int) -> None:
-        self.count = min(count, MOST_LANES)
+    def __init__(self, device: torch.device, count: int, *, bytes_each: int = 0) -> None:
+        """bytes_each: what a lane holds; there are no more lanes than `LANES_LIMIT` is enough for."""
+        self.count = max(min(count, MOST_LANES, LANES_LIMIT // max(bytes_each, 1)), 1)
         self._streams: list[torch.cuda.Stream] = []
         if device.type == "cuda" and self.count > 1:
             self._streams = [torch.cuda.Stream(device) for _ in range(self.count)]

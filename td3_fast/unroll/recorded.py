@@ -38,8 +38,12 @@ class GraphsUnavailableWarning(UserWarning):
 
 
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a device: libraries keep a workspace for each stream that they have worked on."""
+def _capture_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """One for all captures of a use on a device: libraries keep a workspace for each stream that they have worked on.
+
+    Graphs that may be replayed at the same time must not share one, nor may those that outlive others: the workspace of
+    a stream is given up when a graph that was captured on it is. So graphs of a lane are captured on its own stream.
+    """
     return torch.cuda.Stream(device)
 
 
@@ -47,10 +51,13 @@ class CudaGraphs:
     """Records the steps of one `RecordedLoop` as CUDA graphs, which share a memory pool.
 
     They may: what a step leaves for the next lies in tensors that are older than the graphs.
+
+    use: loops of the same are never there at the same time, unless each has a stream of its own for the current one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, use: str) -> None:
         self._device = device
+        self._use = use
         self._pool: Any = None
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -64,7 +71,9 @@ class CudaGraphs:
         return replay
 
     def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        stream = _capture_stream(self._device)
+        stream = torch.cuda.current_stream()
+        if stream == torch.cuda.default_stream():
+            stream = _capture_stream(self._device, self._use)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):

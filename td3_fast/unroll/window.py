@@ -40,8 +40,8 @@ class Evaluation(NamedTuple):
     gradients: tuple[Tensor, ...]  # of the state's parameters
     to_embeds: Tensor | None  # the gradient with respect to X, where the item table is trained
     # From what the gradients with X held fixed, and then that of X where there is one, have as cotangents, to the
-    # cotangents of the state's parameters and of X.
-    second_order: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    # cotangents of the state's parameters and of X. None where that was not asked for.
+    second_order: Callable[[list[Tensor]], tuple[Tensor, ...]] | None
 
 
 class WindowStep(NamedTuple):

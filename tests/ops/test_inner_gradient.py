@@ -66,7 +66,7 @@ def in_one_call(shape, theta, items, embeds, targets, dropout, *, trained):
         {"batch": 1, "asked": 1},
         {"positions": 2},
         {"batch": 70, "asked": 3, "items": 400},
-        {"batch": 800, "layers": 2, "heads": 2},  # too much to keep it between the halves of a pass
+        {"batch": 3200, "layers": 2, "heads": 2},  # too much to keep it between the halves of a pass
     ],
     ids=str,
 )
@@ -92,6 +92,35 @@ def test_float32_is_as_near_to_float64_as_autograd_is(trained):
     for exact, near, own in zip(truth, modules, fused, strict=True):
         budget = 3 * (near - exact).abs().max() + 1e-5 * exact.abs().max()
         assert (own - exact).abs().max() <= budget
+
+
+def test_a_direction_of_some_of_the_inputs():
+    learner, _, (theta, items, embeds, targets) = setting()
+    made = inner_gradient(theta, items, embeds, targets, learner.encoder_shape(), trained=True)
+    directions_of = directions([theta, items, embeds])
+    none = [torch.zeros_like(x) for x in directions_of]
+    whole = made.tangent(*directions_of)
+    parts = [made.tangent(*(d if i == j else z for j, (d, z) in enumerate(zip(directions_of, none, strict=True))))
+             for i in range(3)]  # fmt: skip
+    for total, *each in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(sum(each), total)  # it is linear
+    left_out = made.tangent(none[0], None, directions_of[2])
+    assert left_out[1] is None
+    for a, b in zip((left_out[0], left_out[2]), (parts[2][0], parts[2][2]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_items_of_16_bits_are_those_numbers(dtype):
+    learner, _, (theta, items, embeds, targets) = setting(dtype=torch.float32)
+    few_bits = items.to(dtype)
+    results = []
+    for table in (few_bits, few_bits.float()):
+        made = inner_gradient(theta, table, embeds, targets, learner.encoder_shape())
+        results.append((made.loss, made.parameters, *made.tangent(*directions([theta]))))
+    for a, b in zip(*results, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_embeds_that_are_a_cut_of_longer_sequences():

@@ -161,3 +161,29 @@ def test_the_gradient_of_looked_up_rows(width):
     )
     with pytest.raises(IndexError, match="not one of 3"):
         torch.ops.td3_fast.sum_rows_by_id(cotangent.flatten(0, 1), ids.flatten(), 3)
+
+
+def test_looking_up_under_the_transforms_of_torch_func():
+    table = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(9, (5, 6), generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(5, 6, 4, dtype=torch.float64)
+
+    def total(look_up):
+        return lambda table, ids: (look_up(table, ids) ** 3 * weights).sum()
+
+    own, theirs = total(look_up), total(lambda table, ids: F.embedding(ids, table))
+    for transform in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(transform(own)(table, ids), transform(theirs)(table, ids))
+    tangent = torch.randn_like(table)
+    for a, b in zip(
+        torch.func.jvp(lambda t: own(t, ids), (table,), (tangent,)),
+        torch.func.jvp(lambda t: theirs(t, ids), (table,), (tangent,)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    many = torch.stack([ids, ids.flip(0)])
+    torch.testing.assert_close(
+        torch.vmap(lambda i: look_up(table, i))(many), torch.stack([F.embedding(i, table) for i in many])
+    )
+    by_element = torch.vmap(torch.func.grad(own), in_dims=(None, 0))(table, many)
+    torch.testing.assert_close(by_element, torch.stack([torch.func.grad(theirs)(table, i) for i in many]))

@@ -123,7 +123,7 @@ def test_meta_gradient_is_that_of_one_process(variant: str, processes: Any) -> N
 def followed(group: Group, count: int) -> list[tuple[int, int, int]]:
     """Of each trajectory that this process follows: its number, its real examples, and those that are taken here."""
     distiller, state = small(ranks_of(1), trajectories=count)
-    draw, make_objective = distiller.draw, distiller._objective
+    draw, make_objective = distiller.draw, distiller.follower.objective
     drawn: list[int] = []
     noted: list[tuple[int, int, int]] = []
 
@@ -137,7 +137,8 @@ def followed(group: Group, count: int) -> list[tuple[int, int, int]]:
         noted.append((drawn[-1], len(trajectory.examples), taken))
         return objective
 
-    vars(distiller).update(draw=note_draw, _objective=note_objective)
+    vars(distiller).update(draw=note_draw)
+    vars(distiller.follower).update(objective=note_objective)
     distiller.meta_gradient(state, window=(3, 5))
     return noted
 
