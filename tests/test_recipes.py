@@ -33,3 +33,9 @@ def test_bad_sizes_are_refused(size: str) -> None:
 def test_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="magazine"):
         recipe_named("netflix")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_improved_learners_move_no_faster_than_the_long_window_bears(name: str) -> None:
+    recipe = recipe_named(name)
+    assert recipe.improved().distill.learner_lr == min(recipe.distill.learner_lr, 0.005)
