@@ -19,6 +19,7 @@
 
 #include "../dispatch.h"
 #include "encoder_calls.h"
+#include "row_sums.h"
 
 namespace td3_fast::cpu {
 namespace {
@@ -26,19 +27,6 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kSequencesAtOnce = 512;
-
-// Adds to every item the rows of gradient that its look-ups have.
-template <typename T>
-void add_look_ups(const Tensor& ids, const Tensor& rows, const Tensor& grad_items) {
-  const int64_t width = grad_items.size(1);
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  const T* __restrict row = rows.const_data_ptr<T>();
-  T* to = grad_items.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < ids.numel(); ++i, row += width) {
-    T* __restrict sum = to + id[i] * width;
-    for (int64_t f = 0; f < width; ++f) sum[f] += row[f];
-  }
-}
 
 // The random words of some of the sequences.
 std::vector<Tensor> words_of(at::TensorList words, int64_t batch, int64_t first, int64_t count) {
@@ -137,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
       }
       pass.backward(options, own_grad_parameters);
       grad_parameters.add_(own_grad_parameters);
-      if (trained) add_look_ups<T>(own_ids, grad_embeds, grad_items);
+      if (trained) add_rows<T>(grad_embeds, own_ids, grad_items);
     }
     return std::make_tuple(loss.to(items.scalar_type()), aligned.to(items.scalar_type()), grad_parameters,
                            grad_items);
