@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from td3_fast.recipes import Recipe
 
 Table = Literal["2", "3", "4", "5", "6", "faults"]
-OF_ONE_SIZE = ("4", "5", "faults")  # tables that are of the recipe's size
+OF_ONE_SIZE = ("4", "5", "faults")  # tables that are of one size: the recipe's, unless it is named
 
 
 @guarded
@@ -37,7 +37,10 @@ def reproduce(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", help="Of summaries in tables 4, 5 and faults; the recipe's if left out."),
+        typer.Option(
+            "--size",
+            help="Of summaries in tables 4, 5 and faults, the recipe's if left out; of 2, 3 and 6 its cells alone.",
+        ),
     ] = None,
     distillations: Annotated[int, typer.Option(min=1, help="Summaries per cell, from as many seeds.")] = 1,
     seeds: Annotated[
@@ -69,12 +72,11 @@ def reproduce(
     from td3_fast.recipes import recipe_named
 
     dataset = Path(data).name.split(".")[0] if dataset is None else dataset
-    if size is not None and table not in OF_ONE_SIZE:
-        raise ValueError(f"table {table} has sizes of its own: leave --size out")
     if table == "faults" and (improved or semantics != "paper"):
         raise ValueError("the table of faults is of the paper's method: leave --improved and --semantics out")
     cells = _cells(table, dataset, size)
-    recipe = _recipe(recipe_named(dataset), table, size, semantics, improved)
+    own_size = size if table in OF_ONE_SIZE else None
+    recipe = _recipe(recipe_named(dataset), table, own_size, semantics, improved)
     if epochs is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))
     recipe = recipe.fitted(max_epochs=max_epochs)
@@ -110,7 +112,7 @@ def _cells(table: Table, dataset: str, size: str | None) -> Sequence[Cell]:
     from td3_fast.recipes import recipe_named
 
     if table not in OF_ONE_SIZE:
-        return cells_of(table, dataset)
+        return cells_of(table, dataset, size)
     if table == "5":
         return []
     config = recipe_named(dataset).distill

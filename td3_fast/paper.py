@@ -63,19 +63,25 @@ def tables() -> dict[str, tuple[str, ...]]:
     return {table: tuple(datasets) for table, datasets in found.items()}
 
 
-def cells_of(table: str, dataset: str) -> list[Cell]:
-    """The cells of table 2, 3 or 6 for one data set, in its order.
+def cells_of(table: str, dataset: str, size: str | None = None) -> list[Cell]:
+    """The cells of table 2, 3 or 6 for one data set, in its order; of one size and those without one, if it is named.
 
     Raises:
-        ValueError: there is no such table, or not for these data.
+        ValueError: there is no such table, or not for these data or of this size.
     """
     known = tables()
     if dataset not in known.get(table, ()):
         offered = "; ".join(f"table {number} on {', '.join(names)}" for number, names in known.items())
         raise ValueError(f"table {table} on {dataset!r} cannot be reproduced: there are {offered}")
-    return [
+    cells = [
         _cell(table, dataset, *where, published) for where, published in _published(table, dataset).items()
     ]
+    sizes = dict.fromkeys(cell.size for cell in cells if cell.size is not None)
+    if size is not None and size not in sizes:
+        raise ValueError(
+            f"table {table} on {dataset} has no summary of {size}: there are {', '.join(sizes)}"
+        )
+    return [cell for cell in cells if size is None or cell.size in (None, size)]
 
 
 def cross_cells(dataset: str, size: str) -> list[Cell]:

@@ -265,7 +265,7 @@ def test_another_table_is_not_written_over(
     ("words", "refusal"),
     [
         (["2", "synthetic"], "cannot be reproduced"),
-        (["2", "ml-100k", "--size", "5x5"], "leave --size out"),
+        (["2", "ml-100k", "--size", "5x5"], "there are 25x150, 30x50, 50x50"),
         (["faults", "synthetic", "--improved"], "leave --improved"),
         (["4", "unheard-of"], "unknown recipe"),
     ],
