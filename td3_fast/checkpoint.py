@@ -15,6 +15,7 @@ from torch import Tensor
 
 from td3_fast.artefact import ArtefactError, from_json, read_artefact, write_artefact
 from td3_fast.distill import DistillState
+from td3_fast.ensemble import Member
 from td3_fast.learners import Learner, build_learner
 from td3_fast.pretrain import PretrainState
 from td3_fast.training import FitState, Pretrained
@@ -73,6 +74,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         _put(tensors, "best", fit.best)
         for index, entry in enumerate(state.pool):
             _put(tensors, f"pool.{index}", entry)
+        for index, member in enumerate(state.members):
+            _put(tensors, f"members.{index}", member)
         document |= {
             "stage": "pretrain",
             "progress": {
@@ -285,10 +288,13 @@ def _pretrain_state(tensors: dict[str, Tensor], progress: _PretrainProgress) -> 
         best_score=float("-inf") if progress.best_score is None else progress.best_score,
         history=list(progress.history),
     )
-    pool = []
-    for index in range(progress.pool):
-        pool.append(_take(tensors, f"pool.{index}"))
-    return PretrainState(fit=fit, pool=pool)
+    pool = [_take(tensors, f"pool.{index}") for index in range(progress.pool)]
+    members: list[Member] = []
+    while member := _take(tensors, f"members.{len(members)}"):
+        if len(member) != 2:
+            raise ValueError(f"member {len(members)} of its ensemble has {len(member)} tensors instead of 2")
+        members.append((member[0], member[1]))
+    return PretrainState(fit=fit, pool=pool, members=members)
 
 
 def _distill_state(tensors: dict[str, Tensor], progress: _DistillProgress) -> DistillState:

@@ -180,6 +180,13 @@ def distill(
         Literal["adam", "lazy-adam"] | None,
         typer.Option(help="Pretraining's; lazy-adam leaves alone items that a batch does not meet."),
     ] = None,
+    ensemble: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learners that are pretrained first and teach the one of the summary, by their mean prediction.",
+        ),
+    ] = 0,
     memory_limit: Annotated[
         str | None,
         typer.Option("--memory-limit", help="Of distilling, above data and libraries, as in 2GiB or 512MiB."),
@@ -216,6 +223,12 @@ def distill(
 
     chosen = chosen_recipe(recipe, data, size, max_epochs, learner, pretrained)
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
+    if ensemble:
+        if pretrained is not None:
+            raise ValueError(
+                "--ensemble and --pretrained exclude each other: the file's learner is trained already"
+            )
+        chosen = replace(chosen, pretrain=replace(chosen.pretrain, ensemble=ensemble))
     if improved:
         chosen = chosen.improved(inner_steps=inner_steps, batch_size=batch_size)
     changes: dict[str, Any] = {

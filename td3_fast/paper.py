@@ -78,9 +78,7 @@ def cells_of(table: str, dataset: str, size: str | None = None) -> list[Cell]:
     ]
     sizes = dict.fromkeys(cell.size for cell in cells if cell.size is not None)
     if size is not None and size not in sizes:
-        raise ValueError(
-            f"table {table} on {dataset} has no summary of {size}: there are {', '.join(sizes)}"
-        )
+        raise ValueError(f"table {table} on {dataset} has no summary of {size}: there are {', '.join(sizes)}")
     return [cell for cell in cells if size is None or cell.size in (None, size)]
 
 

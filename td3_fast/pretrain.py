@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from td3_fast.data import Split
-from td3_fast.learners import FlatParameters, Learner
+from td3_fast.ensemble import Ensemble, Member, check_taught
+from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.training import FitConfig, FitState, Pretrained, Ranker, fit_examples
@@ -21,12 +24,29 @@ class PretrainConfig:
 
     A distillation with a frozen item table takes all of a checkpoint but its table: `pool_items=False` leaves these
     out, which are nearly the whole pool where items are many.
+
+    With an ensemble, as many learners of other seeds are trained first, each as without one; half of what the learner
+    itself is then taught is the mean of their predictions. It takes their time, and that of their predictions.
     """
 
     fit: FitConfig = field(default_factory=FitConfig)
     pool_first: int = 5
     pool_last: int = 30
     pool_items: bool = True
+    ensemble: int = 0
+    ensemble_share: float = 0.5  # of the targets
+
+    def __post_init__(self) -> None:
+        if self.ensemble < 0:
+            raise ValueError(f"PretrainConfig.ensemble must be at least 0, got {self.ensemble}")
+        if self.ensemble and self.fit.loss == "sampled":
+            raise ValueError(
+                'an ensemble teaches all items: choose FitConfig.loss="full", or PretrainConfig.ensemble=0'
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What the pretrained learner depends on; as it was before there were ensembles, where there is none."""
+        return {k: v for k, v in asdict(self).items() if self.ensemble or not k.startswith("ensemble")}
 
     @property
     def pool_size(self) -> int:
@@ -40,11 +60,13 @@ class PretrainState:
 
     fit: FitState
     pool: list[tuple[Tensor, ...]]  # flat parameters, and the item table where the pool has it
+    members: list[Member] = field(default_factory=list)  # of the ensemble, that are trained
 
     def to(self, device: torch.device) -> PretrainState:
         """The same with every tensor on a device."""
         pool = [tuple(t.to(device) for t in entry) for entry in self.pool]
-        return PretrainState(fit=self.fit.to(device), pool=pool)
+        members = [(theta.to(device), items.to(device)) for theta, items in self.members]
+        return PretrainState(fit=self.fit.to(device), pool=pool, members=members)
 
 
 def pretrain(
@@ -63,24 +85,48 @@ def pretrain(
     A run that stops before `pool_first` has its best checkpoint for a pool.
     """
     flat = FlatParameters(learner)
+    if config.ensemble:
+        check_taught(flat)
     pool = [] if state is None else state.pool
+    members = [] if state is None else state.members
+    ranker = Ranker(split.validation, seed=derive_seed(seed, "ranker"), protocols=(config.fit.selection,))
 
-    def keep(fit: FitState) -> None:
-        if fit.batch == 0 and config.pool_first <= fit.epoch <= config.pool_last:
+    def keep(fit: FitState, *, pooled: bool) -> None:
+        if pooled and fit.batch == 0 and config.pool_first <= fit.epoch <= config.pool_last:
             kept = fit.optimiser.parameters[: 2 if config.pool_items else 1]
             pool.append(tuple(p.clone() for p in kept))
         if on_step is not None:
-            on_step(PretrainState(fit=fit, pool=pool))
+            on_step(PretrainState(fit=fit, pool=pool, members=members))
 
+    def report(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        progress(stage, len(members) * total + done, (config.ensemble + 1) * total, values)
+
+    in_progress = None if state is None else state.fit
+    for number in range(len(members), config.ensemble):
+        own_seed = derive_seed(seed, "ensemble", number)
+        member = build_learner(type(learner).__name__, learner.hyperparameters(), seed=own_seed)
+        trained = fit_examples(
+            member.to(learner.item_embeddings),
+            split.train,
+            ranker,
+            config.fit,
+            seed=own_seed,
+            state=in_progress,
+            on_step=functools.partial(keep, pooled=False),
+            progress=report,
+        )
+        in_progress = None
+        members.append((trained.best[0], trained.best[1]))
     fit = fit_examples(
         learner,
         split.train,
-        Ranker(split.validation, seed=derive_seed(seed, "ranker"), protocols=(config.fit.selection,)),
+        ranker,
         config.fit,
         seed=seed,
-        state=None if state is None else state.fit,
-        on_step=keep,
-        progress=progress,
+        state=in_progress,
+        ensemble=Ensemble(flat, members, share=config.ensemble_share) if members else None,
+        on_step=functools.partial(keep, pooled=True),
+        progress=report,
     )
     best = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     checkpoints = [

@@ -195,7 +195,7 @@ class Run:
             "seed": self.seed,
             "learner": self.recipe.learner_name,
             "learner_config": learner,
-            "pretrain": asdict(self.recipe.pretrain),
+            "pretrain": self.recipe.pretrain.settings(),
         }
 
     def _run_settings(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class Run:
             return False
         if state is None:
             return (self.folder / PRETRAINED).exists()
-        return bool(entry.get("epoch", 0) <= state.fit.epoch)
+        return (entry.get("member", 0), entry.get("epoch", 0)) <= (len(state.members), state.fit.epoch)
 
     def _tell_others(self, *, go: bool) -> bool:
         """Meet the other processes; whether process 0 says that there is something to distil."""
@@ -324,7 +324,8 @@ class Run:
             ended = state.fit.batch == 0
             if ended:
                 seconds = self._clock.so_far()["pretrain"]
-                log.write({"event": "pretrain", "seconds": seconds, **state.fit.history[-1]})
+                which = {"member": len(state.members)} if self.recipe.pretrain.ensemble else {}
+                log.write({"event": "pretrain", **which, "seconds": seconds, **state.fit.history[-1]})
             self._checkpoint(state, due=ended, stop=self.watcher.stop())
 
         pretrained = pretrain(

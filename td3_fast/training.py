@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
+from td3_fast.ensemble import Ensemble
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.metrics import metrics_from_ranks
 from td3_fast.ops import DropoutStream, derive_seed
@@ -202,9 +203,17 @@ class FitState:
 
 
 class FitStep:
-    """One optimiser step on a batch of real examples, by the loss and the optimiser of a `FitConfig`."""
+    """One optimiser step on a batch of real examples, by the loss and the optimiser of a `FitConfig`.
 
-    def __init__(self, learner: Learner, train: Examples, config: FitConfig) -> None:
+    ensemble: what else its targets come from; not with a sampled loss.
+    """
+
+    def __init__(
+        self, learner: Learner, train: Examples, config: FitConfig, *, ensemble: Ensemble | None = None
+    ) -> None:
+        if ensemble is not None and config.loss == "sampled":
+            raise ValueError('an ensemble teaches all items: choose FitConfig.loss="full", or leave it out')
+        self._ensemble = ensemble
         self._flat = FlatParameters(learner)
         self._adam = AdamConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
         self._lazy = config.optimiser == "lazy-adam"
@@ -221,7 +230,13 @@ class FitStep:
             return self._with_sampled_loss(state, batch, dropout, self._sampler, seed)
         theta, items = state.parameters
         loss, gradients = self._flat.loss_gradient(
-            theta, items, batch.histories, batch.lengths, batch.targets, dropout=dropout
+            theta,
+            items,
+            batch.histories,
+            batch.lengths,
+            batch.targets,
+            dropout=dropout,
+            cross_entropy=None if self._ensemble is None else self._ensemble.cross_entropy(batch),
         )
         return adam_step_(state, gradients, self._adam), float(loss)
 
@@ -269,13 +284,14 @@ def fit_examples(
     *,
     seed: int,
     state: FitState | None = None,
+    ensemble: Ensemble | None = None,
     on_step: Callable[[FitState], None] | None = None,
     progress: Progress = silent,
 ) -> FitState:
     """Train `learner` in place until validation stops improving, and leave the best epoch's parameters in it.
 
-    `state` continues an interrupted run; `on_step` sees the state after every batch, an epoch's last one after its
-    validation.
+    ensemble: trained learners whose predictions are part of its targets. `state` continues an interrupted run;
+    `on_step` sees the state after every batch, an epoch's last one after its validation.
     """
     if len(train) == 0:
         raise ValueError("there is no training example: every training sequence has fewer than 2 items")
@@ -283,7 +299,7 @@ def fit_examples(
     if state is None:
         start = (flat.gather(learner.state_dict()), learner.item_embeddings.detach())
         state = FitState(optimiser=initial_state(start), best=tuple(t.clone() for t in start))
-    take_step = FitStep(learner, train, config)
+    take_step = FitStep(learner, train, config, ensemble=ensemble)
     num_batches = -(-len(train) // config.batch_size)
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch < config.patience:
         order = shuffled(len(train), seed=derive_seed(seed, "order", state.epoch))

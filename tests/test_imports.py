@@ -29,7 +29,7 @@ LAYERS = (
     {"objective"},
     {"distill_config"},
     {"training", "export", "initial"},
-    {"unroll", "sampled_softmax"},
+    {"unroll", "sampled_softmax", "ensemble"},
     {"summary"},
     {"farzi"},
     {"summary_base"},

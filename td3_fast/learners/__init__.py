@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from td3_fast.learners.base import FlatParameters, Learner
+from td3_fast.learners.base import CrossEntropy, FlatParameters, Learner
 from td3_fast.learners.bert4rec import BERT4Rec, BERT4RecConfig
 from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
 from td3_fast.learners.narm import NARM, NARMConfig
@@ -35,6 +35,7 @@ __all__ = [
     "NARM",
     "BERT4Rec",
     "BERT4RecConfig",
+    "CrossEntropy",
     "FlatParameters",
     "GRU4Rec",
     "GRU4RecConfig",

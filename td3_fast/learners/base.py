@@ -127,6 +127,9 @@ class FlatParameters:
         self.size = sum(self._sizes)
         # the learner's modules without its tensors, to be filled with views of the vector at each call
         self._shell = copy.deepcopy(learner, {id(p): None for p in learner.parameters()})
+        self.learner_name = type(learner).__name__
+        # and on nothing else: its loss is `next_item_loss`
+        self.predicts_next_item = type(learner).loss is Learner.loss
         self._slots: list[tuple[dict[str, Any], str]] = []
         for name in parameters:
             owner, _, attribute = name.rpartition(".")
@@ -178,12 +181,14 @@ class FlatParameters:
         targets: Tensor,
         *,
         dropout: DropoutStream,
+        cross_entropy: CrossEntropy | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The value of `loss` and its gradients with respect to `flat` and `items`."""
         shape = self.fused_shape(flat)
         if (
-            shape is not None
-            and type(self._shell).loss is Learner.loss
+            cross_entropy is None
+            and shape is not None
+            and self.predicts_next_item
             and has_next_item_gradient(items, flat)
         ):
             check_length(self._shell, histories.shape[1])
@@ -193,7 +198,15 @@ class FlatParameters:
             assert made.items is not None
             return made.loss, (made.parameters, made.items)
         flat, items = (p.detach().requires_grad_() for p in (flat, items))
-        loss = self.loss(flat, items, histories, lengths, targets, dropout=dropout)
+        loss = self.loss(
+            flat,
+            items,
+            histories,
+            lengths,
+            targets,
+            dropout=dropout,
+            cross_entropy=cross_entropy or item_cross_entropy,
+        )
         to_flat, to_items = torch.autograd.grad(loss, (flat, items))
         return loss.detach(), (to_flat, to_items)
 
@@ -209,7 +222,7 @@ class FlatParameters:
         cross_entropy: CrossEntropy = item_cross_entropy,
     ) -> Tensor:
         """`learner.loss` with the parameters of `flat` (size,)."""
-        if type(self._shell).loss is Learner.loss:
+        if self.predicts_next_item:
             encode = functools.partial(self.encode, flat)
             return next_item_loss(
                 encode, items, histories, lengths, targets, dropout=dropout, cross_entropy=cross_entropy
