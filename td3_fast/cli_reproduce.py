@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from td3_fast.figures import Figure
     from td3_fast.paper import Cell
     from td3_fast.recipes import Recipe
+    from td3_fast.reproduce_page import Section
 
-Table = Literal["2", "3", "4", "5", "6", "faults"]
+Table = Literal["2", "3", "4", "5", "6", "faults", "all"]
+ALL = ("2", "3", "6", "4", "faults", "5")
 OF_ONE_SIZE = ("4", "5", "faults")  # tables that are of one size: the recipe's, unless it is named
 
 
 @guarded
 def reproduce(
     table: Annotated[
-        Table, typer.Argument(help="As the paper numbers them; faults: of its released program.")
+        Table,
+        typer.Argument(help="As the paper numbers them; faults: of its released program; all of these."),
     ],
     data: Data,
     out: Annotated[
@@ -63,50 +66,89 @@ def reproduce(
 
     2: quality by size; 3: baselines; 4: four learners on one summary; 5: time and memory; 6: ablation; faults: what
     each fault of the released program is worth. Tables 2, 3 and 6 are of the paper's data sets and sizes; the others
-    can be made of any that has a recipe.
+    can be made of any that has a recipe. all: every table of these data, with report.html, which shows them together.
 
     Cell by cell into table.csv and table.html, one file with its pictures inside. The same command goes on where it was
     stopped, or where more distillations or learners are asked for.
     """
     set_threads(threads)
     from td3_fast.recipes import recipe_named
+    from td3_fast.table_files import PAGE, TABLE
 
     dataset = Path(data).name.split(".")[0] if dataset is None else dataset
-    if table == "faults" and (improved or semantics != "paper"):
-        raise ValueError("the table of faults is of the paper's method: leave --improved and --semantics out")
-    cells = _cells(table, dataset, size)
-    own_size = size if table in OF_ONE_SIZE else None
-    recipe = _recipe(recipe_named(dataset), table, own_size, semantics, improved)
-    if epochs is not None:
-        recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))
-    recipe = recipe.fitted(max_epochs=max_epochs)
+    if table in ("faults", "all") and (improved or semantics != "paper"):
+        which = "the table of faults is" if table == "faults" else "all tables are"
+        raise ValueError(f"{which} of the paper's method: leave --improved and --semantics out")
+    if table == "all" and size is not None:
+        raise ValueError("all tables have sizes of their own: leave --size out")
+    known = recipe_named(dataset)
+    chosen = _all_of(dataset) if table == "all" else (table,)
+    cells = {one: _cells(one, dataset, size, together=len(chosen) > 1) for one in chosen}
+    recipes = {}
+    for one in chosen:
+        recipe = _recipe(known, one, size if one in OF_ONE_SIZE else None, semantics, improved)
+        if epochs is not None:
+            recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))
+        recipes[one] = recipe.fitted(max_epochs=max_epochs)
     minima = {
-        "min_item_interactions": recipe.min_item_interactions,
-        "min_user_interactions": recipe.min_user_interactions,
+        "min_item_interactions": known.min_item_interactions,
+        "min_user_interactions": known.min_user_interactions,
     }
     filters = {name: minimum for name, minimum in minima.items() if minimum}
     folder = Path("results") / f"table-{table}-{dataset}" if out is None else out
     split = read_split(data, format=format, columns=columns, **filters)
     common = {
-        "folder": folder,
         "split": split,
         "source": data,
-        "recipe": recipe,
         "filters": filters,
         "distillations": distillations,
         "seeds": seeds,
         "seed": seed,
     }
-    say(f"{split.interactions!r}; {len(cells) or 'all'} cells of table {table}; into {folder}")
-    if table == "5":
-        _make_costs(dataset, common)
-    else:
-        _make_cells(cells, common)
-    say(f"\nwritten: {folder / 'table.csv'} and {folder / 'table.html'}")
+    say(f"{split.interactions!r}; into {folder}")
+    report = _Report(folder, dataset) if table == "all" else None
+    for one in chosen:
+        own: dict[str, Any] = {**common, "recipe": recipes[one], "folder": folder}
+        if report is not None:
+            own |= {"folder": folder / f"table-{one}", "on_written": report.take}
+        say(f"\ntable {one}: {len(cells[one]) or 'all'} cells")
+        if one == "5":
+            _make_costs(dataset, own)
+        else:
+            _make_cells(cells[one], own, shared=None if report is None else folder)
+        say(f"\nwritten: {own['folder'] / TABLE} and {own['folder'] / PAGE}")
+    if report is not None:
+        say(f"all tables together: {report.path}")
 
 
-def _cells(table: Table, dataset: str, size: str | None) -> Sequence[Cell]:
-    """The cells of a table of qualities."""
+class _Report:
+    """The page of several tables, written anew whenever one of them is."""
+
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.path = folder / "report.html"
+        self._title = f"The tables of TD3 on {dataset}"
+        self._sections: dict[str, Section] = {}
+
+    def take(self, section: Section) -> None:
+        """A table as it is now."""
+        from td3_fast.files import write_text
+        from td3_fast.reproduce_page import collection
+
+        self._sections[section.title] = section
+        write_text(self.path, collection(self._title, list(self._sections.values())))
+
+
+def _all_of(dataset: str) -> tuple[str, ...]:
+    """The tables that can be made of these data."""
+    from td3_fast.paper import tables
+
+    one_size = (table for table in ALL if table in OF_ONE_SIZE)
+    made = {table for table, datasets in tables().items() if dataset in datasets}.union(one_size)
+    return tuple(table for table in ALL if table in made)
+
+
+def _cells(table: str, dataset: str, size: str | None, *, together: bool) -> Sequence[Cell]:
+    """The cells of a table of qualities; `together` with the other tables, in one folder."""
     from td3_fast.faults import fault_cells
     from td3_fast.paper import cells_of, cross_cells, published_size
     from td3_fast.recipes import recipe_named
@@ -118,12 +160,14 @@ def _cells(table: Table, dataset: str, size: str | None) -> Sequence[Cell]:
     config = recipe_named(dataset).distill
     own = f"{config.users}x{config.positions}"
     if table == "faults":
-        return fault_cells(dataset, size or own)
+        # where the recipe is the paper's method, the other tables have its summaries
+        same = together and recipe_named(dataset).as_published() == recipe_named(dataset)
+        return fault_cells(dataset, size or own, same_run_as="TD3" if same else None)
     return cross_cells(dataset, size or published_size(dataset) or own)
 
 
 def _recipe(
-    recipe: Recipe, table: Table, size: str | None, semantics: Literal["paper", "authors"], improved: bool
+    recipe: Recipe, table: str, size: str | None, semantics: Literal["paper", "authors"], improved: bool
 ) -> Recipe:
     from td3_fast.distill_config import with_semantics
 
@@ -156,11 +200,11 @@ def _make_costs(dataset: str, common: dict[str, Any]) -> None:
         say(f"a learner is trained {faster:.1f} times faster on the summary")
 
 
-def _make_cells(cells: Sequence[Cell], common: dict[str, Any]) -> None:
+def _make_cells(cells: Sequence[Cell], common: dict[str, Any], *, shared: Path | None) -> None:
     from td3_fast.reproduce import Reproduction
 
     with watching(go_on()) as watcher:
-        work = Reproduction(cells=cells, notes=_notes(cells[0]), watcher=watcher, **common)
+        work = Reproduction(cells=cells, notes=_notes(cells[0]), watcher=watcher, shared=shared, **common)
         figures = work.run(lambda cell: watcher.say(f"cell: {cell.label}"))
     say()
     for figure in figures:

@@ -21,7 +21,7 @@ from td3_fast.ops import derive_seed
 from td3_fast.own_process import in_own_process
 from td3_fast.recipes import Recipe
 from td3_fast.report import JsonLines, read_json_lines, read_results
-from td3_fast.reproduce_page import document, html_table
+from td3_fast.reproduce_page import Section, document, html_table
 from td3_fast.run import Run
 from td3_fast.run_folder import LOG, PRETRAINED, RESULTS, SUMMARY, Watcher, peak_memory_mib
 from td3_fast.summary import load_summary
@@ -157,6 +157,7 @@ class CostTable:
     seeds: int = 3  # learners on each summary; on the full data, in all
     seed: int = 0
     watcher: Watcher = field(default_factory=Watcher)
+    on_written: Callable[[Section], None] = lambda section: None  # hears of the table anew after each step
 
     def run(self, on_step: Callable[[Step], None] = lambda step: None) -> list[Cost]:
         """The costs of all operations; `on_step` hears of each step before it is done.
@@ -242,7 +243,9 @@ class CostTable:
         )
         lines = [self._line(cost) for cost in costs]
         title = f"Table {TABLE} of TD3 on {self.dataset}"
-        write_table(self.folder, FIELDS, lines, document(title, about, _parts(costs)))
+        made = Section(title, about, _parts(costs))
+        write_table(self.folder, FIELDS, lines, document(made))
+        self.on_written(made)
 
     def _line(self, cost: Cost) -> dict[str, Any]:
         config = self.recipe.distill

@@ -28,18 +28,21 @@ MEANINGS = {
 }
 
 
-def fault_cells(dataset: str, size: str) -> list[Cell]:
+def fault_cells(dataset: str, size: str, *, same_run_as: str | None = None) -> list[Cell]:
     """The paper's semantics, each departure of the released program alone, all of them, a frozen table, full data.
 
-    `DistillConfig` is to be that of `Recipe.as_published`.
+    `DistillConfig` is to be that of `Recipe.as_published`. same_run_as: a method of another table whose summaries are
+    those of the paper's semantics, where the two share a folder.
     """
     common: dict[str, Any] = {"table": FAULTS, "dataset": dataset}
-    cells = [Cell(method=PAPER, size=size, changes={"semantics": SEMANTICS[PAPER]}, **common)]
+    plain = {"semantics": SEMANTICS[PAPER]}
+    cells = [Cell(method=PAPER, size=size, changes=plain, same_run_as=same_run_as, **common)]
     common["against"] = PAPER
     for entry in fields(Semantics):
         value = getattr(SEMANTICS["authors"], entry.name)
         if entry.name == "ddof":  # changes what is reported of a summary, not the summary
-            changes: dict[str, Any] = {"changes": cells[0].changes, "same_run_as": PAPER, "ddof": value}
+            changes: dict[str, Any] = {"changes": cells[0].changes, "ddof": value}
+            changes["same_run_as"] = same_run_as or PAPER
         else:
             changes = {"changes": {"semantics": Semantics(**{entry.name: value})}}
         cells.append(Cell(method=entry.name, size=size, **changes, **common))

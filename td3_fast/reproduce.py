@@ -13,7 +13,7 @@ from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.figures import CONTROL, FIELDS, Figure, Made, figures_of
 from td3_fast.paper import Cell
 from td3_fast.recipes import Recipe
-from td3_fast.reproduce_page import page
+from td3_fast.reproduce_page import Section, document, section
 from td3_fast.run import Run
 from td3_fast.run_folder import PRETRAINED, SUMMARY, Watcher
 from td3_fast.summary import load_summary
@@ -24,9 +24,9 @@ from td3_fast.table_files import check_place, write_table
 class Reproduction:
     """The cells of one table on one data set.
 
-    Every cell has a folder in `folder` and goes on where it was; a pretrained learner is shared by the cells that have
-    histories of one length, a distillation by those that differ in what is trained on it. After each cell `table.csv`
-    and `table.html` are written anew.
+    Every cell has a folder in `shared` and goes on where it was; a pretrained learner is shared by the cells that have
+    histories of one length, a distillation by those that differ in what is trained on it, or are of another table.
+    After each cell `table.csv` and `table.html` are written anew.
     """
 
     folder: Path
@@ -40,6 +40,8 @@ class Reproduction:
     seed: int = 0
     notes: Sequence[str] = ()  # sentences below the tables of the page
     watcher: Watcher = field(default_factory=Watcher)
+    shared: Path | None = None  # the folder of cells and pretrained learners; None: `folder`
+    on_written: Callable[[Section], None] = lambda section: None  # hears of the table anew after each cell
 
     def run(self, on_cell: Callable[[Cell], None] = lambda cell: None) -> list[Figure]:
         """The figures of all cells; `on_cell` hears of each before it is made.
@@ -80,7 +82,7 @@ class Reproduction:
         """Where a row of a cell is made; the control is scored beside the summary."""
         method = "TD3" if cell.row == CONTROL else cell.same_run_as or cell.method
         parts = [method.replace(" ", "-"), cell.size, cell.learner if learner else None, str(seed)]
-        return self.folder / "cells" / "-".join(filter(None, parts))
+        return (self.shared or self.folder) / "cells" / "-".join(filter(None, parts))
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -103,7 +105,7 @@ class Reproduction:
 
     def _on_summary(self, cell: Cell, recipe: Recipe, seed: int, folder: Path) -> list[Row]:
         """The summary and the control, of the learner that it is distilled for or, in `folder`, of another."""
-        learner = self.folder / f"pretrained-{recipe.learner['max_len']}-{seed}"
+        learner = (self.shared or self.folder) / f"pretrained-{recipe.learner['max_len']}-{seed}"
         Run(folder=learner, recipe=recipe, seed=seed, **self._common()).pretrained()
         distilled = self._folder(cell, seed, learner=False)
         run = Run(
@@ -141,9 +143,6 @@ class Reproduction:
             f"{self.seeds} learners each, seed {self.seed}; data {self.source}"
         )
         lines = [figure.line() for figure in figures]
-        write_table(
-            self.folder,
-            FIELDS,
-            lines,
-            page(lines, title=f"{name} on {first.dataset}", about=about, notes=self.notes),
-        )
+        made = section(lines, title=f"{name} on {first.dataset}", about=about, notes=self.notes)
+        write_table(self.folder, FIELDS, lines, document(made))
+        self.on_written(made)

@@ -8,7 +8,7 @@ import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from td3_fast.report import BLUE, GREY
 
@@ -29,10 +29,18 @@ HEADLINE = ("HR@10", "NDCG@10")
 Line = Mapping[str, Any]
 
 
-def page(lines: Sequence[Line], *, title: str, about: str, notes: Sequence[str] = ()) -> str:
-    """The page from the lines of a table's CSV file; `about` says how they were made, `notes` are sentences more.
+class Section(NamedTuple):
+    """A table under its heading; `about` says how it was made, `parts` are HTML."""
 
-    Pictures are left out, and the page says so, where matplotlib is not installed.
+    title: str
+    about: str
+    parts: Sequence[str]
+
+
+def section(lines: Sequence[Line], *, title: str, about: str, notes: Sequence[str] = ()) -> Section:
+    """What is shown of the lines of a table's CSV file; `notes` are sentences more.
+
+    Pictures are left out, and it says so, where matplotlib is not installed.
     """
     parts = []
     for protocol, heading in PROTOCOLS.items():
@@ -55,14 +63,32 @@ def page(lines: Sequence[Line], *, title: str, about: str, notes: Sequence[str] 
     parts.append(f"<p>{escape(' '.join(said))}</p>")
     parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else "")
     parts.append(_picture([line for line in lines if line["protocol"] == "uni100"]))
-    return document(title, about, parts)
+    return Section(title, about, parts)
 
 
-def document(title: str, about: str, parts: Sequence[str]) -> str:
-    """A whole page of HTML `parts` under its heading."""
+def document(section: Section) -> str:
+    """A whole page of HTML of one section."""
+    return _html(section.title, _inner(section))
+
+
+def collection(title: str, sections: Sequence[Section]) -> str:
+    """A whole page of HTML of several sections, with links to each at its head."""
+    links = "".join(f'<li><a href="#{i}">{escape(one.title)}</a></li>' for i, one in enumerate(sections))
+    parts = "".join(
+        f'<section id="{i}"><h1>{escape(one.title)}</h1>{_inner(one)}</section>'
+        for i, one in enumerate(sections)
+    )
+    return _html(title, f"<ul>{links}</ul>{parts}")
+
+
+def _inner(section: Section) -> str:
+    return f"<p>{escape(section.about)}.</p>{''.join(section.parts)}"
+
+
+def _html(title: str, body: str) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{escape(title)}</h1><p>{escape(about)}.</p>{''.join(parts)}</html>\n"
+        f"<style>{STYLE}</style><h1>{escape(title)}</h1>{body}</html>\n"
     )
 
 

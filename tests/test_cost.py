@@ -25,6 +25,7 @@ from td3_fast.cost import (
 from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
 from td3_fast.paper import published_costs
 from td3_fast.recipes import Recipe, recipe_named
+from td3_fast.reproduce_page import Section
 from td3_fast.run_folder import RunError, Stopped, Watcher
 
 
@@ -56,7 +57,10 @@ def make(folder: Path, split: Split, recipe: Recipe, **changes: Any) -> CostTabl
 
 def test_every_operation_has_its_time_and_memory(split: Split, recipe: Recipe, tmp_path: Path) -> None:
     published = {DISTILLATION: (7104.0, 3460.0)}
-    costs = make(tmp_path, split, recipe, published=published, seeds=1).run()
+    heard: list[Section] = []
+    options = {"published": published, "seeds": 1, "on_written": heard.append}
+    costs = make(tmp_path, split, recipe, **options).run()
+    assert [section.title for section in heard] == ["Table 5 of TD3 on toy"] * 4
     assert tuple(cost.operation for cost in costs) == OPERATIONS
     assert [cost.times for cost in costs] == [1, 1, 1, 1]
     assert all(cost.seconds > 0 for cost in costs)

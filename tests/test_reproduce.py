@@ -18,7 +18,7 @@ from td3_fast.distill_config import Semantics
 from td3_fast.faults import FROZEN, MEANINGS, fault_cells
 from td3_fast.figures import Figure
 from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables
-from td3_fast.recipes import Recipe, recipe_named
+from td3_fast.recipes import RECIPES, Recipe, recipe_named
 from td3_fast.reproduce import Reproduction
 from td3_fast.run_folder import RunError, Stopped, Watcher
 
@@ -267,6 +267,8 @@ def test_another_table_is_not_written_over(
         (["2", "synthetic"], "cannot be reproduced"),
         (["2", "ml-100k", "--size", "5x5"], "there are 25x150, 30x50, 50x50"),
         (["faults", "synthetic", "--improved"], "leave --improved"),
+        (["all", "synthetic", "--semantics", "authors"], "all tables are of the paper's method"),
+        (["all", "synthetic", "--size", "6x6"], "leave --size out"),
         (["4", "unheard-of"], "unknown recipe"),
     ],
 )
@@ -286,3 +288,37 @@ def test_the_command_prints_the_share_of_the_full_data(split: Split, tmp_path: P
     for learner in ("SASRec", "GRU4Rec", "NARM", "BERT4Rec"):
         assert re.search(rf"TD3 6x6 {learner} +NDCG@10 .* % of full", result.stdout)
     assert "on Epinions: SASRec 101.5 %" in result.stdout
+
+
+def test_all_tables_stand_on_one_page_and_share_their_summaries(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "toy.inter"
+    write_interactions(split.interactions, data)
+    tiny = recipe_named("synthetic").sized("6x6").as_published()
+    config = replace(tiny.distill, user_rank=3, position_rank=3, inner_steps=6, window=3, batch_size=100)
+    monkeypatch.setitem(RECIPES, "toy", replace(tiny, name="toy", distill=config))
+    few = [replace(cell, table="4") for cell in (CELLS[1], CELLS[3])]
+    monkeypatch.setattr("td3_fast.paper.cross_cells", lambda dataset, size: few)
+    monkeypatch.setattr("td3_fast.cli_reproduce.ALL", ("2", "4", "faults"))
+    faults = [
+        cell for cell in fault_cells("toy", "6x6", same_run_as="TD3") if cell.method in ("paper", "ddof")
+    ]
+    monkeypatch.setattr(
+        "td3_fast.faults.fault_cells", lambda *args, same_run_as: faults if same_run_as else []
+    )
+    out = tmp_path / "results"
+    options = "--seeds 1 --epochs 1 --max-epochs 1"
+    result = CliRunner().invoke(app, ["reproduce", "all", str(data), *options.split(), "--out", str(out)])
+    assert result.exit_code == 0, result.stderr
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<a href="#\d">([^<]*)</a>', text) == re.findall(
+        r"<section id=\"\d\"><h1>([^<]*)</h1>", text
+    )
+    for table, title in (("4", "Table 4 of TD3 on toy"), ("faults", "faults on toy")):
+        assert title in text
+        assert (out / f"table-{table}" / "table.csv").exists()
+    # the paper's semantics are the other tables' method, whose summary is there already
+    assert (out / "cells" / "TD3-6x6-0").exists()
+    assert not (out / "cells" / "paper-6x6-0").exists()
+    assert not (out / "table-4" / "cells").exists()
