@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -31,6 +31,15 @@ Settings: TypeAlias = Mapping[str, Any]  # JSON values, nested by name
 
 class CheckpointError(ValueError):
     """A file of a run cannot be used; the message names it, what is wrong and what to do."""
+
+
+class PretrainedDescription(NamedTuple):
+    """What a pretrained learner is, and what it was made with."""
+
+    learner_name: str
+    learner_config: dict[str, Any]
+    pool: int  # checkpoints beside the best one
+    settings: Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +191,22 @@ def load_pretrained(
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a valid pretrained learner, {reason}: make it anew") from error
     return pretrained, contents.settings
+
+
+def describe_pretrained(path: str | os.PathLike[str]) -> PretrainedDescription:
+    """What is in a file of `save_pretrained`, without its tensors, which are neither read nor checked.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    _, document = _read(path, kind=PRETRAINED_KIND, rows=lambda name: slice(0, 0))
+    try:
+        contents: _PretrainedDocument = from_json(_PretrainedDocument, document, "metadata")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a valid pretrained learner, {error}: make it anew") from error
+    return PretrainedDescription(
+        contents.learner_name, contents.learner_config, contents.pool, contents.settings
+    )
 
 
 def load_item_factors(path: str | os.PathLike[str]) -> Tensor:

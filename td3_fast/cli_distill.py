@@ -298,13 +298,11 @@ def distill(
 
 def _plan_of_memory(split: Split, recipe: Recipe, pretrained: Path | None) -> None:
     """Say what distilling will take; MemoryLimitError where it does not fit."""
-    from td3_fast.checkpoint import load_pretrained
+    from td3_fast.checkpoint import describe_pretrained
     from td3_fast.memory import plan_memory
 
     if pretrained is not None:
-        made, _ = load_pretrained(pretrained)
-        name, sizes, pool = made.learner_name, made.learner_config, len(made.pool)
-        del made
+        name, sizes, pool, _ = describe_pretrained(pretrained)
     else:
         name, sizes = recipe.learner_name, {**recipe.learner, "num_items": split.interactions.num_items}
         pool = recipe.pretrain.pool_size

@@ -15,6 +15,7 @@ from td3_fast.checkpoint import (
     Checkpoint,
     Settings,
     check_settings,
+    describe_pretrained,
     differences,
     load_checkpoint,
     load_item_factors,
@@ -201,7 +202,7 @@ class Run:
     def _run_settings(self) -> dict[str, Any]:
         made_with: Settings = self.pretrain_settings()
         if self.pretrained_from is not None:
-            _, made_with = load_pretrained(self.pretrained_from)
+            made_with = describe_pretrained(self.pretrained_from).settings
             if made_with.get("data") != self.split.interactions.fingerprint:
                 raise RunError(
                     f"{self.pretrained_from} was pretrained on other data than {self.source}, or under other "

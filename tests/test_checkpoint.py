@@ -15,6 +15,7 @@ from td3_fast.checkpoint import (
     Checkpoint,
     CheckpointError,
     check_settings,
+    describe_pretrained,
     differences,
     load_checkpoint,
     load_item_factors,
@@ -114,6 +115,8 @@ def test_a_pretrained_learner_comes_back(pretrained: Pretrained, split: Split, t
     path = tmp_path / "pretrained.safetensors"
     save_pretrained(path, pretrained, SETTINGS)
     loaded, settings = load_pretrained(path)
+    described = describe_pretrained(path)
+    assert described == (loaded.learner_name, loaded.learner_config, len(loaded.pool), settings)
     assert settings == SETTINGS
     assert equal(loaded, pretrained)
     summary, _ = distill(split, pretrained, CONFIG, seed=1)
