@@ -46,7 +46,13 @@ class SearchConfig:
     protocol: Protocol = "uni100"  # that the candidates are ranked by, on validation data
     metric: str = "NDCG@10"
     steps: int | None = None  # of training on the summary; None: as it was distilled for
+    dropout: bool | None = True  # in that training: each candidate's own; None: as it was distilled for
     fit: FitConfig = field(default_factory=FitConfig)  # of the learners trained on the full data
+
+    def fit_changes(self) -> dict[str, Any]:
+        """What is different from training on the summary as it was distilled for."""
+        changes = {"steps": self.steps, "dropout": self.dropout}
+        return {name: value for name, value in changes.items() if value is not None}
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.full_seeds < 0:
@@ -131,7 +137,8 @@ def search(
     """Train each candidate on `summary`, rank it on the validation part of `split`, and order them, best first.
 
     candidates: `grid(summary)` by default. A learner starts from the summary's pretrained tables (`teacher_of`) and is
-    trained as the summary was distilled for, whatever its class. With `config.full_seeds` each candidate is also
+    trained as the summary was distilled for, whatever its class, but with dropout: candidates may differ in nothing
+    else, and there are summaries that leave it out. With `config.full_seeds` each candidate is also
     trained on all of the training part, from nothing and with early stopping, after all of them are on the summary.
     known: finished trials, which are not run again; on_trial: sees each one that is run. The test part is not touched.
     """
@@ -245,8 +252,7 @@ def _scores(
         summary, name=candidate.learner, hyperparameters=candidate.hyperparameters, seed=seed
     )
     if source == "summary":
-        steps = {} if config.steps is None else {"steps": config.steps}
-        summary.fit(learner, seed=seed, progress=progress, **steps)
+        summary.fit(learner, seed=seed, progress=progress, **config.fit_changes())
     else:
         learner = build_learner(candidate.learner, learner.hyperparameters(), seed=seed)
         fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)

@@ -131,8 +131,7 @@ class SearchRun:
             "seed": self.seed,
             "learner": metadata.training.learner,
             "learner_config": metadata.training.learner_config,
-            "fit_options": metadata.training.fit_options()
-            | ({} if self.config.steps is None else {"steps": self.config.steps}),
+            "fit_options": metadata.training.fit_options() | self.config.fit_changes(),
             "fit": asdict(self.config.fit),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,30 @@ def summary(split: Split) -> TuckerSummary:
         ),
     )  # fmt: skip
     return made
+
+
+def test_candidates_that_differ_in_dropout_alone_are_told_apart(summary: TuckerSummary, split: Split) -> None:
+    metadata = summary.metadata
+    assert metadata is not None
+    without = replace(metadata, training=replace(metadata.training, dropout=False))
+    rates = [
+        Candidate(learner="SASRec", hyperparameters={"layers": 1, "hidden_dropout": r}) for r in (0.0, 0.7)
+    ]
+
+    def scores(config: SearchConfig) -> list[float]:
+        summary.metadata = without
+        try:
+            found = search(summary, split, rates, config=config)
+        finally:
+            summary.metadata = metadata
+        return [standing.summary["full"]["MRR@20"]["mean"] for standing in found]
+
+    # many steps, so that dropout moves ranks
+    config = SearchConfig(seeds=1, steps=60)
+    first, second = scores(config)
+    assert first != second
+    first, second = scores(replace(config, dropout=None))
+    assert first == second
 
 
 def test_the_grid_has_every_architecture_width_depth_and_dropout(summary: TuckerSummary) -> None:
