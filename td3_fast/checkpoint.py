@@ -16,7 +16,7 @@ from torch import Tensor
 from td3_fast.artefact import ArtefactError, from_json, read_artefact, write_artefact
 from td3_fast.distill import DistillState
 from td3_fast.ensemble import Member
-from td3_fast.learners import Learner, build_learner
+from td3_fast.learners import LEARNERS, Learner, build_learner, learner_named
 from td3_fast.pretrain import PretrainState
 from td3_fast.training import FitState, Pretrained
 from td3_fast.unroll import AdamState
@@ -38,7 +38,7 @@ class PretrainedDescription(NamedTuple):
 
     learner_name: str
     learner_config: dict[str, Any]
-    pool: int  # checkpoints beside the best one
+    pool_size: int  # checkpoints beside the best one
     settings: Settings
 
 
@@ -194,7 +194,7 @@ def load_pretrained(
 
 
 def describe_pretrained(path: str | os.PathLike[str]) -> PretrainedDescription:
-    """What is in a file of `save_pretrained`, without its tensors, which are neither read nor checked.
+    """What is in a file of `save_pretrained`; no tensor comes to lie in memory, nor is tried in the learner.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
@@ -202,7 +202,9 @@ def describe_pretrained(path: str | os.PathLike[str]) -> PretrainedDescription:
     _, document = _read(path, kind=PRETRAINED_KIND, rows=lambda name: slice(0, 0))
     try:
         contents: _PretrainedDocument = from_json(_PretrainedDocument, document, "metadata")
-    except ValueError as error:
+        _, config = LEARNERS[learner_named(contents.learner_name)]
+        config(**contents.learner_config)
+    except (ValueError, TypeError) as error:  # a config with another version's fields
         raise CheckpointError(f"{path} is not a valid pretrained learner, {error}: make it anew") from error
     return PretrainedDescription(
         contents.learner_name, contents.learner_config, contents.pool, contents.settings

@@ -218,6 +218,8 @@ def distill(
     set_threads(threads)
     where = device_named(device)
     from td3_fast.distill_config import with_semantics
+    from td3_fast.ensemble import check_taught
+    from td3_fast.learners import LEARNERS
     from td3_fast.run import Run
     from td3_fast.run_folder import SUMMARY, check_free
 
@@ -225,9 +227,12 @@ def distill(
     chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
     if ensemble:
         if pretrained is not None:
+            raise ValueError("--ensemble and --pretrained exclude each other: the file's learner is trained")
+        if chosen.pretrain.fit.loss == "sampled":
             raise ValueError(
-                "--ensemble and --pretrained exclude each other: the file's learner is trained already"
+                "--ensemble teaches all items: give --loss full --optimiser adam, or leave it out"
             )
+        check_taught(LEARNERS[chosen.learner_name][0])
         chosen = replace(chosen, pretrain=replace(chosen.pretrain, ensemble=ensemble))
     if improved:
         chosen = chosen.improved(inner_steps=inner_steps, batch_size=batch_size)

@@ -199,6 +199,10 @@ def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
         f"at most {fit.max_epochs} epochs of {-(-examples // fit.batch_size):,} batches"
     )
+    if recipe.pretrain.ensemble:
+        say(
+            f"          after {recipe.pretrain.ensemble} others, which then teach it by their mean prediction"
+        )
     if fit.loss == "sampled":
         say(
             f"          softmax over {fit.num_sampled:,} items drawn for each batch ({fit.proposal}), {fit.optimiser}"

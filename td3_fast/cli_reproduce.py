@@ -72,24 +72,29 @@ def reproduce(
     stopped, or where more distillations or learners are asked for.
     """
     set_threads(threads)
-    from td3_fast.recipes import recipe_named
+    from td3_fast.recipes import parse_size, recipe_named
     from td3_fast.table_files import PAGE, TABLE
 
     dataset = Path(data).name.split(".")[0] if dataset is None else dataset
     if table in ("faults", "all") and (improved or semantics != "paper"):
-        which = "the table of faults is" if table == "faults" else "all tables are"
+        which = "the table of faults is" if table == "faults" else "the tables together are"
         raise ValueError(f"{which} of the paper's method: leave --improved and --semantics out")
     if table == "all" and size is not None:
-        raise ValueError("all tables have sizes of their own: leave --size out")
+        raise ValueError("--size is of one table: name that, or leave --size out")
+    if size is not None:
+        size = "{}x{}".format(*parse_size(size))
     known = recipe_named(dataset)
     chosen = _all_of(dataset) if table == "all" else (table,)
-    cells = {one: _cells(one, dataset, size, together=len(chosen) > 1) for one in chosen}
+    cells = {one: _cells(one, dataset, size, together=table == "all") for one in chosen}
     recipes = {}
     for one in chosen:
         recipe = _recipe(known, one, size if one in OF_ONE_SIZE else None, semantics, improved)
         if epochs is not None:
             recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))
         recipes[one] = recipe.fitted(max_epochs=max_epochs)
+    if any(recipe.pretrain.pool_items for recipe in recipes.values()):
+        # tables that share a pretrained learner need all that any of them needs
+        recipes = {one: _with_pool_items(recipe) for one, recipe in recipes.items()}
     minima = {
         "min_item_interactions": known.min_item_interactions,
         "min_user_interactions": known.min_user_interactions,
@@ -107,25 +112,31 @@ def reproduce(
     }
     say(f"{split.interactions!r}; into {folder}")
     report = _Report(folder, dataset) if table == "all" else None
+    places = dict.fromkeys(chosen, folder)
+    if table == "all":
+        places = {one: folder / f"table-{one}" for one in chosen}
+    elif size is not None and table not in OF_ONE_SIZE:
+        places = {table: folder / size}  # beside the whole table, whose cells they are
     for one in chosen:
-        own: dict[str, Any] = {**common, "recipe": recipes[one], "folder": folder}
+        own: dict[str, Any] = {**common, "recipe": recipes[one], "folder": places[one]}
         if report is not None:
-            own |= {"folder": folder / f"table-{one}", "on_written": report.take}
-        say(f"\ntable {one}: {len(cells[one]) or 'all'} cells")
+            own["on_written"] = report.take
+        say(f"\ntable {one}" + (f": {len(cells[one])} cells" if cells[one] else ""))
         if one == "5":
             _make_costs(dataset, own)
         else:
-            _make_cells(cells[one], own, shared=None if report is None else folder)
-        say(f"\nwritten: {own['folder'] / TABLE} and {own['folder'] / PAGE}")
+            _make_cells(cells[one], own, shared=folder)
+        say(f"\nwritten: {places[one] / TABLE} and {places[one] / PAGE}")
     if report is not None:
         say(f"all tables together: {report.path}")
 
 
 class _Report:
-    """The page of several tables, written anew whenever one of them is."""
+    """The page of several tables, written anew whenever one of them is; not while an older one shows more of them."""
 
     def __init__(self, folder: Path, dataset: str) -> None:
         self.path = folder / "report.html"
+        self._shown = self.path.read_text(encoding="utf-8").count("<section ") if self.path.exists() else 0
         self._title = f"The tables of TD3 on {dataset}"
         self._sections: dict[str, Section] = {}
 
@@ -135,7 +146,8 @@ class _Report:
         from td3_fast.reproduce_page import collection
 
         self._sections[section.title] = section
-        write_text(self.path, collection(self._title, list(self._sections.values())))
+        if len(self._sections) >= self._shown:
+            write_text(self.path, collection(self._title, list(self._sections.values())))
 
 
 def _all_of(dataset: str) -> tuple[str, ...]:
@@ -179,8 +191,12 @@ def _recipe(
         recipe = recipe.improved()
     recipe = replace(recipe, distill=with_semantics(recipe.distill, semantics))
     if recipe.distill.item_embedding == "trained" and recipe.distill.start == "pool":
-        recipe = replace(recipe, pretrain=replace(recipe.pretrain, pool_items=True))
+        recipe = _with_pool_items(recipe)
     return recipe
+
+
+def _with_pool_items(recipe: Recipe) -> Recipe:
+    return replace(recipe, pretrain=replace(recipe.pretrain, pool_items=True))
 
 
 def _make_costs(dataset: str, common: dict[str, Any]) -> None:
@@ -200,7 +216,7 @@ def _make_costs(dataset: str, common: dict[str, Any]) -> None:
         say(f"a learner is trained {faster:.1f} times faster on the summary")
 
 
-def _make_cells(cells: Sequence[Cell], common: dict[str, Any], *, shared: Path | None) -> None:
+def _make_cells(cells: Sequence[Cell], common: dict[str, Any], *, shared: Path) -> None:
     from td3_fast.reproduce import Reproduction
 
     with watching(go_on()) as watcher:

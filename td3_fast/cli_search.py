@@ -65,7 +65,8 @@ def search(
 ) -> None:
     """Choose a model by training candidates on SUMMARY and ranking them on the validation part of DATA.
 
-    The candidates are all combinations of architecture, width of the item table, depth and dropout. With --full each
+    The candidates are all combinations of architecture, width of the item table, depth and dropout, and are trained
+    with that dropout even on a summary that was distilled without. With --full each
     is trained on all data too, which says how far the choice can be trusted: Kendall's tau of the two orders, what the
     chosen one lacks to the best one, and both times. Finished trials are kept in the folder beside results.json, so
     that a search that was stopped, or is given more candidates or seeds, goes on where it was.

@@ -211,7 +211,8 @@ class CostTable:
 
     def _key(self) -> str:
         """Of all that a step depends on besides its seed."""
-        settings = {"data": self.split.interactions.fingerprint, "recipe": asdict(self.recipe)}
+        recipe = asdict(self.recipe) | {"pretrain": self.recipe.pretrain.settings()}
+        settings = {"data": self.split.interactions.fingerprint, "recipe": recipe}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def _costs(self, measured: Mapping[Step, Measured]) -> list[Cost]:

@@ -43,7 +43,7 @@ LARGEST_BLOCK_OF_HEAP = 32 * MIB
 LOST_IN_HEAP = 0.25
 SCRATCH = 16 * MIB  # of a kernel, at most
 LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
-OF_AUTOGRAD = 32 * MIB  # of these, what the first step by autograd brings, its derivative among it
+OF_AUTOGRAD = 32 * MIB  # of these, what autograd imports when it is first given a cotangent
 
 POOL = "pretrained learner and its pool"
 TEACHER = "teacher, shared item table"
@@ -212,12 +212,13 @@ def _plan(
     real_scores = kept_score_bytes(micro, num_items, twin.width, size) if trained else 0
     real = int(twin.real[0] + twin.real[1] * micro) + real_scores
 
+    autograd = twin.by_autograd or (softmax and not cached)
     always = {
         # a pool of one is the best checkpoint itself; a frozen table is there once, for all
         POOL: table + theta + (pool if pool > 1 else 0) * (moving + theta),
         TEACHER: (2 + pool) * theta,
         FACTORS: 8 * numbers * size + 4 * soft,
-        OTHER: LIBRARIES + SCRATCH,
+        OTHER: LIBRARIES + SCRATCH - (0 if autograd else OF_AUTOGRAD),
     }
     if config.semantics.carry_embeddings:
         always[VALIDATION] = table
@@ -234,9 +235,7 @@ def _plan(
     moments = {
         # built with a table of its own before it takes the pretrained one, and before the kernels have any scratch; its
         # steps have been measured by then
-        "where the learner is built": {
-            TEACHER: max(table - SCRATCH - (0 if twin.by_autograd else OF_AUTOGRAD), 0)
-        },
+        "where the learner is built": {TEACHER: max(table - SCRATCH, 0)},
         "where the probabilities are made": {PROBABILITIES: 2 * probabilities if cached else 0},
         "in the window": {**standing, LEARNER: state, **held, **step},
         "in the outer loss": {
@@ -328,8 +327,8 @@ def _measure(
     length = min(int(split.train.lengths.max(initial=1)), teacher.max_len)
     real_line = _line(TWIN_EXAMPLES, real)
     if real_fused:
-        # embeddings and what comes back for them, of the examples that the op has at once, and more scratch than others
-        within = 2 * EXAMPLES_AT_ONCE * length * items.shape[1] * items.element_size() + SCRATCH
+        # embeddings and what comes back for them, of the examples that the op has at once
+        within = 2 * EXAMPLES_AT_ONCE * length * items.shape[1] * items.element_size()
         real_line = (real_line[0] + within, real_line[1])
     return _Twin(
         width=items.shape[1],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from td3_fast.data import Split
-from td3_fast.ensemble import Ensemble, Member, check_taught
+from td3_fast.ensemble import Ensemble, Member, check_share, check_taught
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -39,6 +39,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.ensemble < 0:
             raise ValueError(f"PretrainConfig.ensemble must be at least 0, got {self.ensemble}")
+        check_share(self.ensemble_share)
         if self.ensemble and self.fit.loss == "sampled":
             raise ValueError(
                 'an ensemble teaches all items: choose FitConfig.loss="full", or PretrainConfig.ensemble=0'
@@ -46,7 +47,10 @@ class PretrainConfig:
 
     def settings(self) -> dict[str, Any]:
         """What the pretrained learner depends on; as it was before there were ensembles, where there is none."""
-        return {k: v for k, v in asdict(self).items() if self.ensemble or not k.startswith("ensemble")}
+        settings = asdict(self)
+        if not self.ensemble:
+            del settings["ensemble"], settings["ensemble_share"]
+        return settings
 
     @property
     def pool_size(self) -> int:
@@ -84,9 +88,9 @@ def pretrain(
     `state` continues an interrupted run, with the bits of an unbroken one; `on_step` sees the state after each batch.
     A run that stops before `pool_first` has its best checkpoint for a pool.
     """
-    flat = FlatParameters(learner)
     if config.ensemble:
-        check_taught(flat)
+        check_taught(type(learner))
+    flat = FlatParameters(learner)
     pool = [] if state is None else state.pool
     members = [] if state is None else state.members
     ranker = Ranker(split.validation, seed=derive_seed(seed, "ranker"), protocols=(config.fit.selection,))
@@ -101,33 +105,34 @@ def pretrain(
     def report(stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         progress(stage, len(members) * total + done, (config.ensemble + 1) * total, values)
 
-    in_progress = None if state is None else state.fit
-    for number in range(len(members), config.ensemble):
-        own_seed = derive_seed(seed, "ensemble", number)
-        member = build_learner(type(learner).__name__, learner.hyperparameters(), seed=own_seed)
-        trained = fit_examples(
-            member.to(learner.item_embeddings),
+    def trained(
+        learner: Learner, seed: int, fit: FitState | None, ensemble: Ensemble | None, *, pooled: bool
+    ) -> FitState:
+        return fit_examples(
+            learner,
             split.train,
             ranker,
             config.fit,
-            seed=own_seed,
-            state=in_progress,
-            on_step=functools.partial(keep, pooled=False),
+            seed=seed,
+            state=fit,
+            ensemble=ensemble,
+            on_step=functools.partial(keep, pooled=pooled),
             progress=report,
         )
+
+    def member(number: int, fit: FitState | None) -> Member:
+        own_seed = derive_seed(seed, "ensemble", number)
+        other = build_learner(type(learner).__name__, learner.hyperparameters(), seed=own_seed)
+        parameters, items = trained(other.to(learner.item_embeddings), own_seed, fit, None, pooled=False).best
+        return parameters, items
+
+    in_progress = None if state is None else state.fit
+    del state  # tensors of a training that is over are freed
+    while len(members) < config.ensemble:
+        members.append(member(len(members), in_progress))
         in_progress = None
-        members.append((trained.best[0], trained.best[1]))
-    fit = fit_examples(
-        learner,
-        split.train,
-        ranker,
-        config.fit,
-        seed=seed,
-        state=in_progress,
-        ensemble=Ensemble(flat, members, share=config.ensemble_share) if members else None,
-        on_step=functools.partial(keep, pooled=True),
-        progress=report,
-    )
+    ensemble = Ensemble(flat, members, share=config.ensemble_share) if members else None
+    fit = trained(learner, seed, in_progress, ensemble, pooled=True)
     best = {name: value.detach().clone() for name, value in learner.state_dict().items()}
     checkpoints = [
         flat.scatter(theta) | ({"item_embeddings": items[0]} if items else {}) for theta, *items in pool

@@ -24,9 +24,9 @@ from td3_fast.table_files import check_place, write_table
 class Reproduction:
     """The cells of one table on one data set.
 
-    Every cell has a folder in `shared` and goes on where it was; a pretrained learner is shared by the cells that have
-    histories of one length, a distillation by those that differ in what is trained on it, or are of another table.
-    After each cell `table.csv` and `table.html` are written anew.
+    Every cell has a folder in `shared`, which is `folder` unless it is given, and goes on where it was; a pretrained
+    learner is shared by the cells that have histories of one length, a distillation by those that differ in what is
+    trained on it, or are of another table. After each cell `table.csv` and `table.html` are written anew.
     """
 
     folder: Path

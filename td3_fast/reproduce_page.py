@@ -66,9 +66,9 @@ def section(lines: Sequence[Line], *, title: str, about: str, notes: Sequence[st
     return Section(title, about, parts)
 
 
-def document(section: Section) -> str:
+def document(one: Section) -> str:
     """A whole page of HTML of one section."""
-    return _html(section.title, _inner(section))
+    return _html(one.title, _inner(one))
 
 
 def collection(title: str, sections: Sequence[Section]) -> str:
@@ -81,8 +81,8 @@ def collection(title: str, sections: Sequence[Section]) -> str:
     return _html(title, f"<ul>{links}</ul>{parts}")
 
 
-def _inner(section: Section) -> str:
-    return f"<p>{escape(section.about)}.</p>{''.join(section.parts)}"
+def _inner(one: Section) -> str:
+    return f"<p>{escape(one.about)}.</p>{''.join(one.parts)}"
 
 
 def _html(title: str, body: str) -> str:

@@ -125,6 +125,8 @@ class Run:
             self._compare_environment(checkpoint)
         with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
             pretrained, _ = self._pretrained(state, log, overwrite)
+            checkpoint = None  # what pretraining was at is freed
+            state = state if isinstance(state, DistillState) else None
             if self.ranks.items.size > 1:
                 pretrained = self._own_rows()
             pretrained = for_item_embedding(pretrained, self.recipe.distill)  # what it leaves out is freed
@@ -247,7 +249,9 @@ class Run:
             return False
         if state is None:
             return (self.folder / PRETRAINED).exists()
-        return (entry.get("member", 0), entry.get("epoch", 0)) <= (len(state.members), state.fit.epoch)
+        # lines of an ensemble's learners say which; that of the learner itself comes after them
+        number = entry.get("member", self.recipe.pretrain.ensemble)
+        return (number, entry.get("epoch", 0)) <= (len(state.members), state.fit.epoch)
 
     def _tell_others(self, *, go: bool) -> bool:
         """Meet the other processes; whether process 0 says that there is something to distil."""
@@ -325,7 +329,8 @@ class Run:
             ended = state.fit.batch == 0
             if ended:
                 seconds = self._clock.so_far()["pretrain"]
-                which = {"member": len(state.members)} if self.recipe.pretrain.ensemble else {}
+                number = len(state.members)
+                which = {"member": number} if number < self.recipe.pretrain.ensemble else {}
                 log.write({"event": "pretrain", **which, "seconds": seconds, **state.fit.history[-1]})
             self._checkpoint(state, due=ended, stop=self.watcher.stop())
 

@@ -49,16 +49,16 @@ class SearchConfig:
     dropout: bool | None = True  # in that training: each candidate's own; None: as it was distilled for
     fit: FitConfig = field(default_factory=FitConfig)  # of the learners trained on the full data
 
-    def fit_changes(self) -> dict[str, Any]:
-        """What is different from training on the summary as it was distilled for."""
-        changes = {"steps": self.steps, "dropout": self.dropout}
-        return {name: value for name, value in changes.items() if value is not None}
-
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.full_seeds < 0:
             raise ValueError(f"a search needs at least 1 seed, got {self.seeds} and {self.full_seeds}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"SearchConfig.steps must be at least 1, got {self.steps}")
+
+    def fit_changes(self) -> dict[str, Any]:
+        """What is different from training on the summary as it was distilled for."""
+        changes = {"steps": self.steps, "dropout": self.dropout}
+        return {name: value for name, value in changes.items() if value is not None}
 
 
 class Trial(NamedTuple):

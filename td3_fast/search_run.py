@@ -21,6 +21,7 @@ from td3_fast.run_folder import RESULTS, RunError, Watcher, environment
 from td3_fast.search import (
     Candidate,
     SearchConfig,
+    Source,
     Standing,
     Trial,
     TrialKey,
@@ -71,17 +72,17 @@ class SearchRun:
             raise RunError(
                 f"{path} is of something else than a search: choose another folder, or --overwrite"
             )
-        key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+        keys = {source: self._key(source) for source in ("summary", "full")}
         with JsonLines(self.folder / TRIALS) as lines:
             trials: dict[TrialKey, Trial] = {
                 (entry["candidate"], entry["source"], entry["run"]): Trial(entry["scores"], entry["seconds"])
                 for entry in lines.entries
-                if entry.get("settings") == key
+                if entry.get("settings") == keys[entry["source"]]
             }
 
             def keep(where: TrialKey, trial: Trial) -> None:
                 name, source, run = where
-                entry = {"settings": key, "candidate": name, "source": source, "run": run}
+                entry = {"settings": keys[source], "candidate": name, "source": source, "run": run}
                 lines.write({**entry, "scores": trial.scores, "seconds": round(trial.seconds, 3)})
                 trials[where] = trial
                 self._write(trials)
@@ -120,6 +121,13 @@ class SearchRun:
             "versions": versions(),
         }
         write_json(self.folder / RESULTS, results)
+
+    def _key(self, source: Source) -> str:
+        """Of all that a trial depends on; one on the full data does not on how the summary is trained on."""
+        identity = self._identity()
+        if source == "full":
+            del identity["fit_options"]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def _identity(self) -> dict[str, Any]:
         """All that a trial depends on besides its candidate."""

@@ -236,7 +236,7 @@ class FitStep:
             batch.lengths,
             batch.targets,
             dropout=dropout,
-            cross_entropy=None if self._ensemble is None else self._ensemble.cross_entropy(batch),
+            cross_entropy=None if self._ensemble is None else self._ensemble.loss_of(batch),
         )
         return adam_step_(state, gradients, self._adam), float(loss)
 

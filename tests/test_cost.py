@@ -55,6 +55,15 @@ def make(folder: Path, split: Split, recipe: Recipe, **changes: Any) -> CostTabl
     return CostTable(folder=folder, split=split, recipe=recipe, **options)
 
 
+def test_what_was_measured_before_there_were_ensembles_is_known(
+    split: Split, recipe: Recipe, tmp_path: Path
+) -> None:
+    fit = replace(recipe.pretrain, ensemble_share=0.3)
+    assert make(tmp_path, split, recipe)._key() == make(tmp_path, split, replace(recipe, pretrain=fit))._key()
+    fit = replace(fit, ensemble=1)
+    assert make(tmp_path, split, recipe)._key() != make(tmp_path, split, replace(recipe, pretrain=fit))._key()
+
+
 def test_every_operation_has_its_time_and_memory(split: Split, recipe: Recipe, tmp_path: Path) -> None:
     published = {DISTILLATION: (7104.0, 3460.0)}
     heard: list[Section] = []

@@ -1,19 +1,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from td3_fast.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from td3_fast.data import Batch, Split, cut_batch, generate_interactions, leave_one_out
+from td3_fast.checkpoint import Checkpoint, load_checkpoint, load_pretrained, save_checkpoint
+from td3_fast.cli import app
+from td3_fast.data import (
+    Batch,
+    Split,
+    cut_batch,
+    generate_interactions,
+    leave_one_out,
+    write_interactions,
+)
 from td3_fast.ensemble import Ensemble
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.ops import DropoutStream
 from td3_fast.pretrain import PretrainConfig, PretrainState, pretrain
+from td3_fast.recipes import recipe_named
+from td3_fast.report import read_json_lines
+from td3_fast.run import Run
+from td3_fast.run_folder import LOG, PRETRAINED, Stopped, Watcher
 from td3_fast.training import FitConfig, FitStep
 from td3_fast.unroll import initial_state
 
@@ -63,21 +77,26 @@ def test_the_loss_is_the_cross_entropy_to_the_mixed_predictions(
     gradients = torch.autograd.grad(expected, (theta, items))
     ensemble = Ensemble(flat, members, share=share)
     _, ours = flat.loss_gradient(
-        *start, *batch, dropout=DropoutStream(3), cross_entropy=ensemble.cross_entropy(batch)
+        *start, *batch, dropout=DropoutStream(3), cross_entropy=ensemble.loss_of(batch)
     )
     for mine, reference in zip(ours, gradients, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("taken", [1, 5, -3], ids=["first member", "second member", "the learner itself"])
-def test_pretraining_continues_with_the_same_bits(split: Split, taken: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("members", "epoch", "batch"),
+    [(0, 1, 1), (0, 2, 0), (1, 0, 1), (1, 2, 0), (2, 1, 2)],
+    ids=["first", "first trained", "second", "second trained", "the learner itself"],
+)
+def test_pretraining_continues_with_the_same_bits(
+    split: Split, members: int, epoch: int, batch: int, tmp_path: Path
+) -> None:
     states: list[PretrainState] = []
     whole = make(split, 0)
     expected = pretrain(split, whole, CONFIG, seed=0, on_step=lambda s: states.append(copy.deepcopy(s)))
-    assert [len(s.members) for s in states] == sorted(len(s.members) for s in states)
-    assert len(states[-1].members) == 2
+    (taken,) = (s for s in states if (len(s.members), s.fit.epoch, s.fit.batch) == (members, epoch, batch))
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, Checkpoint(state=states[taken], settings={}))
+    save_checkpoint(path, Checkpoint(state=taken, settings={}))
     state = load_checkpoint(path).state
     assert isinstance(state, PretrainState)
     found = pretrain(split, make(split, 0), CONFIG, seed=0, state=state)
@@ -103,14 +122,66 @@ def test_settings_are_those_of_before_where_there_is_no_ensemble() -> None:
 
 
 def test_what_cannot_be_taught_is_refused(split: Split) -> None:
-    with pytest.raises(ValueError, match="a BERT4Rec is trained on more than that"):
+    with pytest.raises(
+        ValueError, match="BERT4Rec is trained on more than that: choose SASRec, GRU4Rec or NARM"
+    ):
         pretrain(split, make(split, 0, "BERT4Rec"), CONFIG, seed=0)
     with pytest.raises(ValueError, match="teaches all items"):
         replace(CONFIG, fit=replace(CONFIG.fit, loss="sampled"))
     with pytest.raises(ValueError, match="at least 0"):
         replace(CONFIG, ensemble=-1)
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        replace(CONFIG, ensemble_share=1.5)
     flat = FlatParameters(make(split, 0))
     with pytest.raises(ValueError, match="at least one member"):
         Ensemble(flat, [], share=0.5)
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
         Ensemble(flat, [(torch.zeros(1), torch.zeros(1, 1))], share=0.0)
+
+
+@pytest.mark.parametrize("steps", [3, 8, 9, 14, 20])
+def test_a_stopped_run_goes_on_with_the_same_log(split: Split, tmp_path: Path, steps: int) -> None:
+    tiny = recipe_named("synthetic").sized("6x6")
+    recipe = replace(tiny, pretrain=CONFIG, learner={"max_len": 6, "hidden": 8, "inner": 8})
+
+    def run(folder: Path, stop: Callable[[], bool] = lambda: False) -> None:
+        common = {"split": split, "recipe": recipe, "seed": 0, "source": "toy"}
+        Run(folder=folder, watcher=Watcher(stop=stop), **common).pretrained()
+
+    def log(folder: Path) -> list[dict[str, object]]:
+        return [{k: v for k, v in entry.items() if k != "seconds"} for entry in read_json_lines(folder / LOG)]
+
+    run(tmp_path / "whole")
+    left = iter(range(steps))
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", lambda: next(left, None) is None)
+    # what lies after the checkpoint is done again
+    with (tmp_path / "stopped" / LOG).open("a") as file:
+        file.write('{"event": "pretrain", "epoch": 2}\n')
+    run(tmp_path / "stopped")
+    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    assert [entry.get("member") for entry in log(tmp_path / "whole")] == [0, 0, 1, 1, None, None]
+    ours, theirs = (load_pretrained(tmp_path / which / PRETRAINED)[0] for which in ("stopped", "whole"))
+    for name, value in theirs.best.items():
+        assert torch.equal(ours.best[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        ("--pretrained some.safetensors", "exclude each other"),
+        ("--recipe ciao", "--loss full --optimiser adam"),
+        ("--learner BERT4Rec", "choose SASRec, GRU4Rec or NARM"),
+    ],
+)
+def test_the_command_refuses_before_it_makes_a_folder(words: str, refusal: str, tmp_path: Path) -> None:
+    data, out = tmp_path / "toy.inter", tmp_path / "out"
+    write_interactions(generate_interactions(num_users=20, num_items=20, mean_length=6, seed=0), data)
+    (tmp_path / "some.safetensors").touch()
+    words = words.replace("some", str(tmp_path / "some"))
+    result = CliRunner().invoke(
+        app, ["distill", str(data), "--ensemble", "1", *words.split(), "--out", str(out)]
+    )
+    assert result.exit_code == 2
+    assert refusal in result.stderr
+    assert not out.exists()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from td3_fast.learners.base import CrossEntropy, FlatParameters, Learner
+from td3_fast.learners.base import CrossEntropy, FlatParameters, Learner, predicts_next_item
 from td3_fast.learners.bert4rec import BERT4Rec, BERT4RecConfig
 from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
 from td3_fast.learners.narm import NARM, NARMConfig
@@ -45,4 +45,5 @@ __all__ = [
     "SASRecConfig",
     "build_learner",
     "learner_named",
+    "predicts_next_item",
 ]

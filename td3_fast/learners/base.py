@@ -114,6 +114,11 @@ def next_item_loss(
     return cross_entropy(hidden, items, targets).mean()
 
 
+def predicts_next_item(learner: type[Learner]) -> bool:
+    """Whether it is trained on the next item and nothing else, so that its loss is `next_item_loss`."""
+    return learner.loss is Learner.loss
+
+
 class FlatParameters:
     """A learner as a function of one vector that holds all its parameters but the item table.
 
@@ -127,9 +132,7 @@ class FlatParameters:
         self.size = sum(self._sizes)
         # the learner's modules without its tensors, to be filled with views of the vector at each call
         self._shell = copy.deepcopy(learner, {id(p): None for p in learner.parameters()})
-        self.learner_name = type(learner).__name__
-        # and on nothing else: its loss is `next_item_loss`
-        self.predicts_next_item = type(learner).loss is Learner.loss
+        self._predicts_next_item = predicts_next_item(type(learner))
         self._slots: list[tuple[dict[str, Any], str]] = []
         for name in parameters:
             owner, _, attribute = name.rpartition(".")
@@ -188,7 +191,7 @@ class FlatParameters:
         if (
             cross_entropy is None
             and shape is not None
-            and self.predicts_next_item
+            and self._predicts_next_item
             and has_next_item_gradient(items, flat)
         ):
             check_length(self._shell, histories.shape[1])
@@ -222,7 +225,7 @@ class FlatParameters:
         cross_entropy: CrossEntropy = item_cross_entropy,
     ) -> Tensor:
         """`learner.loss` with the parameters of `flat` (size,)."""
-        if self.predicts_next_item:
+        if self._predicts_next_item:
             encode = functools.partial(self.encode, flat)
             return next_item_loss(
                 encode, items, histories, lengths, targets, dropout=dropout, cross_entropy=cross_entropy
