@@ -87,6 +87,10 @@ def pretrain(
 
     `state` continues an interrupted run, with the bits of an unbroken one; `on_step` sees the state after each batch.
     A run that stops before `pool_first` has its best checkpoint for a pool.
+
+    Raises:
+        ValueError: there is nothing to train on or to validate with, or an ensemble is asked for and `learner` is
+            trained on more than the next item.
     """
     if config.ensemble:
         check_taught(type(learner))
