@@ -147,6 +147,13 @@ def test_only_the_rows_asked_for_come_back(pretrained: Pretrained, tmp_path: Pat
         load_item_factors(path)
 
 
+def test_a_learner_of_unknown_fields_is_not_described(pretrained: Pretrained, tmp_path: Path) -> None:
+    config = {**pretrained.learner_config, "unheard_of": 1}
+    save_pretrained(tmp_path / "p", replace(pretrained, learner_config=config), SETTINGS)
+    with pytest.raises(CheckpointError, match=r"unheard_of.*make it anew"):
+        describe_pretrained(tmp_path / "p")
+
+
 def test_a_pool_that_is_the_best_checkpoint_comes_back(pretrained: Pretrained, tmp_path: Path) -> None:
     shared = replace(pretrained, pool=[pretrained.best])
     save_pretrained(tmp_path / "p", shared, {})

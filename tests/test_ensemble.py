@@ -1,3 +1,5 @@
+"""Learners that teach another one: the loss, going on after a stop, and what is refused."""
+
 from __future__ import annotations
 
 import copy
