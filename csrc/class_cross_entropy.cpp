@@ -7,9 +7,15 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/index_put.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/ne.h>
+#include <ATen/ops/sort.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -40,10 +46,29 @@ Tensor look_up(const Tensor& table, const Tensor& target) {
   return widened(at::index_select(table, 0, target));
 }
 
+// Adds to every item of the table the rows that it is the target of, on a device and without waiting for it.
+void add_sorted_rows_(const Tensor& table, const Tensor& target, const Tensor& rows) {
+  if (table.scalar_type() == rows.scalar_type()) {
+    table.index_put_({target}, rows, /*accumulate=*/true);
+    return;
+  }
+  // A table of fewer bits would be rounded after each row, so rows of the same item are summed first.
+  const int64_t count = target.size(0);
+  if (count == 0) return;
+  const auto [sorted, order] = at::sort(target, /*stable=*/true, 0, false);
+  const Tensor is_new = at::ne(sorted.narrow(0, 1, count - 1), sorted.narrow(0, 0, count - 1));
+  const Tensor item = at::constant_pad_nd(at::cumsum(is_new, 0, at::kLong), {1, 0});  // the how-manieth
+  const Tensor sums =
+      at::embedding_dense_backward(at::index_select(rows, 0, order), item, count, /*padding_idx=*/-1, false);
+  // beyond the last there are zeros, for item 0
+  const Tensor ids = at::zeros_like(target).scatter_(0, item, sorted);
+  table.index_put_({ids}, sums.to(table.scalar_type()), /*accumulate=*/true);
+}
+
 // Adds to every item of the table the sum of the rows that it is the target of, taken in their order.
 void add_rows_(const Tensor& table, const Tensor& target, const Tensor& rows) {
   if (!table.device().is_cpu()) {
-    table.index_put_({target}, rows.to(table.scalar_type()), /*accumulate=*/true);
+    add_sorted_rows_(table, target, rows);
     return;
   }
   // index_add_ makes many small calls, and rounds a half-precision table after each.

@@ -130,6 +130,11 @@ TORCH_LIBRARY(td3_fast, m) {
       "bool needs_inputs) -> (Tensor grad_grad_outputs, Tensor grad_parameters, Tensor grad_inputs)",
       tags);
 
+  m.def(
+      "encode_histories(Tensor parameters, Tensor items, Tensor histories, Tensor lengths, Tensor[] words, "
+      "int[] sizes) -> Tensor",
+      tags);
+
   m.set_python_module("td3_fast.ops.inner_gradient");
   m.def(
       "inner_gradient(Tensor parameters, Tensor embeds, Tensor targets, Tensor items, Tensor[] words, "

@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from td3_fast.data import Batch, Examples, cut_batch
 from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import FlatParameters, Learner
-from td3_fast.ops import DropoutStream, derive_seed, has_next_item_gradient, next_item_gradient
+from td3_fast.ops import (
+    DropoutStream,
+    derive_seed,
+    encode_histories,
+    has_next_item_gradient,
+    next_item_gradient,
+)
 from td3_fast.parallel import WHOLE, Group, ItemTables
 
 
@@ -85,7 +91,13 @@ class OuterObjective:
         if not self._config.alignment:
             return None
         dropout = self._dropout(self._config.semantics.alignment_dropout, "teacher", i)
-        known = self._tables.look_up(batch.histories, self._teacher_items)
+        shape = self._flat.fused_shape(self._teacher_parameters)
+        items = self._teacher_items
+        if shape is not None and self._tables is WHOLE and items.dtype == self._teacher_parameters.dtype:
+            return encode_histories(
+                self._teacher_parameters, items, batch.histories, batch.lengths, shape, dropout=dropout
+            )
+        known = self._tables.look_up(batch.histories, items)
         positions = (batch.lengths - 1).unsqueeze(1)
         return self._flat.encode(self._teacher_parameters, known, positions, dropout=dropout).squeeze(1)
 
@@ -98,7 +110,8 @@ class OuterObjective:
         table = parameters[1] if trained else items
         shape = flat.fused_shape(theta)
         if shape is not None and self._tables is WHOLE and has_next_item_gradient(table, theta):
-            for i, part in self.parts:
+            for i, on_host in self.parts:
+                part = self._on(table.device, on_host)
                 share = len(part.targets) / self._count
                 made = next_item_gradient(
                     theta,

@@ -3,7 +3,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -35,6 +37,18 @@ Tensor causal_encoder_forward(const Tensor& parameters,
                   });
     return outputs;
   });
+}
+
+Tensor encode_histories(const Tensor& parameters,
+                        const Tensor& items,
+                        const Tensor& histories,
+                        const Tensor& lengths,
+                        at::TensorList words,
+                        at::IntArrayRef sizes) {
+  check_histories(items, histories, lengths);
+  const Tensor rows = at::index_select(items, 0, histories.reshape(-1));
+  const Tensor inputs = rows.view({histories.size(0), histories.size(1), -1});
+  return causal_encoder_forward(parameters, inputs, (lengths - 1).unsqueeze(1), words, sizes).squeeze(1);
 }
 
 std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
@@ -105,6 +119,12 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
   m.impl("causal_encoder_forward", causal_encoder_forward);
   m.impl("causal_encoder_backward", causal_encoder_backward);
   m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
+  m.impl("encode_histories", encode_histories);
+}
+
+// What it returns has no history: a derivative of it raises instead of being zero.
+TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
+  m.impl("encode_histories", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace td3_fast::cpu

@@ -7,16 +7,9 @@
 
 #include <cstdint>
 
-namespace td3_fast::cpu {
+#include "../encoder_sizes.h"
 
-struct EncoderSizes {
-  int64_t length;     // of the input sequences
-  int64_t positions;  // rows of the position table
-  int64_t width;      // d
-  int64_t inner;      // of the feed-forward
-  int64_t heads, layers;
-  int64_t asked;  // outputs of each sequence, k
-};
+namespace td3_fast::cpu {
 
 // One dropout site: an element survives, scaled, where its word is not below the threshold.
 template <typename T>
@@ -73,13 +66,5 @@ struct Encoder {
 // The encoder of the instruction set that tile.h has chosen.
 template <typename T>
 const Encoder<T>& encoder();
-
-constexpr int64_t kMaxLayers = 8;
-
-inline int64_t encoder_parameters(const EncoderSizes& s) {
-  const int64_t block =
-      4 * (s.width + 1) * s.width + 4 * s.width + (s.width + 1) * s.inner + (s.inner + 1) * s.width;
-  return (s.positions + 2) * s.width + s.layers * block;
-}
 
 }  // namespace td3_fast::cpu

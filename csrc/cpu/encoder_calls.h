@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../checks.h"
+#include "../encoder_options.h"
 #include "encoder.h"
 #include "panels.h"
 
@@ -21,69 +21,22 @@ constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
 constexpr int64_t kGroupsPerChunk = 4;
 // Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
 constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
-constexpr double kNormEps = 1e-12;
 
-struct EncoderOptions {
-  EncoderSizes sizes;
-  int64_t batch, hidden_dropped, attention_dropped;
-
-  EncoderOptions(const Tensor& parameters,
-                 const Tensor& inputs,
-                 const Tensor& positions,
-                 at::TensorList words,
-                 at::IntArrayRef sizes_in) {
-    TORCH_CHECK_VALUE(sizes_in.size() == 6,
-                      "expected sizes (positions, inner, heads, layers, dropped of hidden, "
-                      "dropped of attention)");
-    TORCH_CHECK_VALUE(inputs.dim() == 3 && positions.dim() == 2 && positions.size(0) == inputs.size(0) &&
-                          positions.scalar_type() == at::kLong,
-                      "expected inputs (batch, length, d) and int64 positions (batch, k), got ",
-                      inputs.sizes(), " and ", positions.sizes());
-    batch = inputs.size(0);
-    hidden_dropped = sizes_in[4], attention_dropped = sizes_in[5];
-    sizes = {inputs.size(1), sizes_in[0], inputs.size(2),   sizes_in[1],
-             sizes_in[2],    sizes_in[3], positions.size(1)};
-    TORCH_CHECK_VALUE(
-        sizes.layers >= 1 && sizes.layers <= kMaxLayers && sizes.heads >= 1 &&
-            sizes.width % sizes.heads == 0 && sizes.length >= 1 && sizes.length <= sizes.positions,
-        "expected 1 to ", kMaxLayers, " layers, heads that divide d, and 1 to ", sizes.positions, " inputs");
-    TORCH_CHECK_VALUE(parameters.dim() == 1 && parameters.size(0) == encoder_parameters(sizes),
-                      "expected a vector of ", encoder_parameters(sizes), " parameters, got ",
-                      parameters.sizes());
-    TORCH_CHECK_VALUE(parameters.scalar_type() == inputs.scalar_type() &&
-                          (inputs.scalar_type() == at::kFloat || inputs.scalar_type() == at::kDouble),
-                      "parameters and inputs must both be float32 or float64");
-    const Tensor each = positions.contiguous();
-    const int64_t* position = each.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < each.numel(); ++i) {
-      TORCH_CHECK_INDEX(position[i] >= 0 && position[i] < sizes.length, "position ", position[i],
-                        " is not one of the ", sizes.length, " inputs");
-    }
-    if (words.empty()) return;
-    TORCH_CHECK_VALUE(static_cast<int64_t>(words.size()) == 1 + 3 * sizes.layers, "expected ",
-                      1 + 3 * sizes.layers, " tensors of random words, got ", words.size());
-    for (int64_t site = 0; site < 1 + 3 * sizes.layers; ++site) {
-      const int64_t size = site_size(site);
-      TORCH_CHECK_VALUE(words[site].scalar_type() == at::kShort && words[site].is_contiguous() &&
-                            (words[site].numel() == 0 || words[site].numel() >= size),
-                        "expected ", size, " int16 words for dropout site ", site);
-    }
+inline void check_positions(const Tensor& positions, int64_t length) {
+  const Tensor each = positions.contiguous();
+  const int64_t* position = each.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < each.numel(); ++i) {
+    TORCH_CHECK_INDEX(position[i] >= 0 && position[i] < length, "position ", position[i],
+                      " is not one of the ", length, " inputs");
   }
-
-  bool attention_site(int64_t site) const { return site > 0 && site % 3 == 1; }
-  int64_t site_size(int64_t site) const {
-    if (site == 0) return batch * sizes.length * sizes.width;
-    const int64_t rows = (site - 1) / 3 + 1 < sizes.layers ? sizes.length : sizes.asked;
-    return batch * rows * (attention_site(site) ? sizes.heads * sizes.length : sizes.width);
-  }
-};
+}
 
 template <typename T>
 std::vector<EncoderDropout<T>> dropout_of(const EncoderOptions& options, at::TensorList words) {
   std::vector<EncoderDropout<T>> sites(1 + 3 * options.sizes.layers, {nullptr, 0, T(1)});
   for (size_t site = 0; site < words.size(); ++site) {
     if (words[site].numel() == 0) continue;
-    const int64_t dropped = options.attention_site(site) ? options.attention_dropped : options.hidden_dropped;
+    const int64_t dropped = options.dropped(site);
     sites[site] = {words[site].const_data_ptr<int16_t>(), static_cast<int16_t>(dropped - 32768),
                    static_cast<T>(65536.0 / (65536 - dropped))};
   }
@@ -153,6 +106,7 @@ struct EncoderInputs {
         positions(positions_in.contiguous()),
         dropout(dropout_of<T>(options, words)),
         call{} {
+    check_positions(positions, options.sizes.length);
     call.sizes = options.sizes;
     call.norm_eps = static_cast<T>(kNormEps);
     call.parameters = parameters.const_data_ptr<T>();

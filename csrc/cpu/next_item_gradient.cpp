@@ -64,19 +64,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
                                                                      const Tensor&, bool, bool);
   static const auto loss_forward = find_operator<Forward>("td3_fast::class_cross_entropy_forward");
   static const auto loss_backward = find_operator<Backward>("td3_fast::class_cross_entropy_backward");
-  TORCH_CHECK_VALUE(items.dim() == 2 && items.scalar_type() == parameters.scalar_type(),
-                    "expected items (n, d) of the dtype of the parameters, got ", items.sizes());
-  TORCH_CHECK_VALUE(
-      histories.dim() == 2 && histories.size(0) > 0 && lengths.dim() == 1 && targets.dim() == 1 &&
-          lengths.size(0) == histories.size(0) && targets.size(0) == histories.size(0) &&
-          histories.scalar_type() == at::kLong && lengths.scalar_type() == at::kLong,
-      "expected int64 histories (batch, length), lengths (batch,) and targets (batch,) of at least one "
-      "example, got ",
-      histories.sizes(), ", ", lengths.sizes(), " and ", targets.sizes());
+  check_histories(items, histories, lengths);
+  check_next_items(parameters, items, histories, targets, features);
   const int64_t batch = histories.size(0), width = items.size(1);
-  TORCH_CHECK_VALUE(!features || (features->sizes() == at::IntArrayRef({batch, width}) &&
-                                  features->scalar_type() == items.scalar_type()),
-                    "expected features (batch, d) of the dtype of the items");
   const Tensor ids = histories.contiguous(), positions = (lengths - 1).unsqueeze(1);
   return with_type(items, [&](auto zero) {
     using T = decltype(zero);
@@ -87,8 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
     const Tensor grad_items =
         trained ? at::zeros(items.sizes(), items.options()) : at::empty({0}, items.options());
     // of the whole batch, whose embeddings are never made
-    const Tensor shaped = items.narrow(0, 0, 1).unsqueeze(0).expand({batch, ids.size(1), width});
-    const EncoderSizes all = EncoderOptions(parameters, shaped, positions, words, sizes).sizes;
+    const EncoderSizes all = EncoderOptions(parameters, shape_of_rows(items, ids), positions, words, sizes).sizes;
     const int64_t at_once = KeptPass<T>::most_sequences(all, std::min(batch, kSequencesAtOnce));
     KeptPass<T> pass(all, at_once, false);
     for (int64_t first = 0; first < batch; first += at_once) {

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../encoder_sizes.h"
+
 namespace td3_fast::cuda {
 
 enum class Element { kFloat32, kFloat64, kFloat16, kBFloat16 };
@@ -110,5 +112,63 @@ struct RandomWords {
 };
 
 const char* draw_words(const RandomWords& problem, void* stream);
+
+// One dropout site: an element survives, scaled, where its word is not below the threshold.
+struct EncoderSite {
+  const int16_t* words;  // null: nothing is dropped
+  int16_t threshold;
+  double scale;
+};
+
+// Tensors are of one type, float64 or float32. Null: zero, or not asked for.
+struct EncoderProblem {
+  bool float64;
+  EncoderSizes sizes;
+  int64_t batch;
+  const void* parameters;          // (size,), in the order of the learner's vector
+  const void* parameters_tangent;  // (size,)
+  const void* inputs;              // (batch, length, d), or where there are `ids` a table (n, d)
+  const void* inputs_tangent;      // (batch, length, d)
+  const int64_t* ids;              // (batch, length), rows of the table
+  int64_t input_stride, input_tangent_stride, grad_input_stride;  // elements from one sequence to the next
+  const int64_t* positions;                                       // (batch, k)
+  int64_t offset;                                                 // what is added to positions
+  EncoderSite sites[kMaxSites];
+  const void* grad_outputs;          // (batch, k, d)
+  const void* grad_outputs_tangent;  // (batch, k, d)
+
+  // Where `items` are given, upstream is the gradient of the mean over outputs h of logsumexp(h E^T) - h x,
+  // x the row of the inputs after that of h, and `losses` are the shares of the sequences.
+  const void* items;  // (n, d)
+  int64_t num_items;
+  void* losses;  // (batch,)
+
+  void* outputs;            // (batch, k, d)
+  void* grad_inputs;        // (batch, length, d)
+  double to_targets;        // times the outputs is added to the row of grad_inputs after that of the output
+  int64_t grad_input_rows;  // of each sequence; those beyond the length are zero before that
+  int64_t blocks;           // of threads; each takes every blocks-th sequence
+  void* partials;           // (blocks, size): the gradients of the parameters
+  void* scratch;            // (blocks, scratch_bytes)
+  int64_t scratch_bytes;    // encoder_scratch
+};
+
+enum class EncoderPass { kForward, kBackward };
+
+// How many blocks a pass over so many sequences takes, and the bytes of scratch of each.
+int64_t encoder_blocks(EncoderPass pass, const EncoderProblem& problem);
+int64_t encoder_scratch(EncoderPass pass, const EncoderProblem& problem);
+// Where the parameters have a tangent, every result is its derivative in the direction of the tangents.
+const char* encode(EncoderPass pass, const EncoderProblem& problem, void* stream);
+
+// Their instances of each type.
+int64_t encoder_scratch_float32(EncoderPass pass, const EncoderProblem& problem);
+int64_t encoder_scratch_float64(EncoderPass pass, const EncoderProblem& problem);
+const char* encode_float32(EncoderPass pass, const EncoderProblem& problem, void* stream);
+const char* encode_float64(EncoderPass pass, const EncoderProblem& problem, void* stream);
+
+// out[i] = the sum over rows of partials[row][i], in their order.
+const char* sum_partials(
+    bool float64, int64_t rows, int64_t size, const void* partials, void* out, void* stream);
 
 }  // namespace td3_fast::cuda

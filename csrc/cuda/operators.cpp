@@ -32,10 +32,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kBlocks = 264;
 constexpr int64_t kSmallestSplit = 256;
 
-void check_launch(const char* error) {
-  TORCH_CHECK(error == nullptr, "td3_fast: CUDA kernel not launched: ", error);
-}
-
 Element element_of(const Tensor& table) {
   switch (table.scalar_type()) {
     case at::kDouble:
@@ -471,7 +467,13 @@ Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
 
 }  // namespace
 
+void check_launch(const char* error) {
+  TORCH_CHECK(error == nullptr, "td3_fast: CUDA kernel not launched: ", error);
+}
+
 void register_operators(torch::Library& m) {
+  register_encoder_operators(m);
+  register_gradient_operators(m);
   m.impl("soft_embedding_forward", soft_embedding_forward);
   m.impl("soft_embedding_backward", soft_embedding_backward);
   m.impl("soft_embedding_double_backward", soft_embedding_double_backward);

@@ -1,7 +1,7 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
 from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
-from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
+from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, encode_histories, has_causal_encoder
 from td3_fast.ops.dropout import DropoutStream, derive_seed, random_words, seeded_generator
 from td3_fast.ops.inner_gradient import InnerGradient, inner_gradient
 from td3_fast.ops.item_cross_entropy import (
@@ -36,6 +36,7 @@ __all__ = [
     "build_facts",
     "causal_encoder",
     "derive_seed",
+    "encode_histories",
     "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",

@@ -25,12 +25,12 @@ class EncoderShape:
 
 
 def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
-    """Whether `causal_encoder` serves this shape on the device and dtype of `like`: the CPU's kernels alone do."""
+    """Whether `causal_encoder` serves this shape on the device and dtype of `like`."""
     return (
-        like.device.type == "cpu"
+        like.device.type in ("cpu", "cuda")
         and like.dtype in (torch.float32, torch.float64)
         and shape.layers <= MAX_LAYERS
-        and has_fused("cpu")
+        and has_fused(like.device)
     )
 
 
@@ -72,6 +72,40 @@ def causal_encoder(
     return encoded
 
 
+def encode_histories(
+    parameters: Tensor,  # (size,)
+    items: Tensor,  # (n, d)
+    histories: Tensor,  # (batch, length) int64
+    lengths: Tensor,  # (batch,) int64
+    shape: EncoderShape,
+    *,
+    dropout: DropoutStream | None = None,
+) -> Tensor:
+    """The outputs of `causal_encoder` at the last of the `lengths` items of each history; without derivatives.
+
+    On a GPU the rows of the items are read where they are, and no tensor of the histories' embeddings is made.
+
+    Args:
+        parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
+        items: of the dtype of the parameters.
+        histories: ids of items, of which those beyond the length do not count.
+        lengths: at least 1.
+
+    Returns:
+        (batch, d).
+
+    Raises:
+        ValueError: sizes or dtypes do not agree.
+        IndexError: on the CPU, an item is not one of the table, or a length not one of the histories.
+    """
+    batch, length = histories.shape
+    words = dropout_words(dropout, shape, batch, length, 1, device=items.device)
+    encoded: Tensor = torch.ops.td3_fast.encode_histories(
+        parameters, items, histories, lengths, words, packed_sizes(shape)
+    )
+    return encoded
+
+
 def dropout_words(
     dropout: DropoutStream | None,
     shape: EncoderShape,
@@ -102,6 +136,18 @@ def packed_sizes(shape: EncoderShape) -> list[int]:
     """What the kernels take of a shape."""
     sizes = [shape.positions, shape.inner, shape.heads, shape.layers]
     return [*sizes, dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+
+
+@register_fake("td3_fast::encode_histories")
+def _(
+    parameters: Tensor,
+    items: Tensor,
+    histories: Tensor,
+    lengths: Tensor,
+    words: list[Tensor],
+    sizes: list[int],
+) -> Tensor:
+    return items.new_empty(len(histories), items.shape[1])
 
 
 @register_fake("td3_fast::causal_encoder_forward")

@@ -31,6 +31,8 @@ def _load() -> ModuleType | None:
 
 
 _kernels = _load()
+# looked up once: torch.compile cannot trace a call of the library
+_built_for_cuda = _kernels is not None and bool(_kernels.build_facts()["cuda_architectures"])
 _warned: set[str] = set()
 
 
@@ -44,7 +46,7 @@ def has_fused(device: torch.device | str = "cpu") -> bool:
     if _kernels is None:
         return False
     kind = torch.device(device).type
-    return kind != "cuda" or bool(_kernels.build_facts()["cuda_architectures"])
+    return kind != "cuda" or _built_for_cuda
 
 
 def use_fused(backend: Backend, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""The gradient of the loss on real examples in one call, for item tables that stay in cache."""
+"""The gradient of the loss on real examples in one call; on the CPU for item tables that stay in cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NextItemGradient(NamedTuple):
 
 def has_next_item_gradient(items: Tensor, parameters: Tensor) -> bool:
     """Whether `next_item_gradient` serves such a table, where `has_causal_encoder` says so of the encoder."""
-    return items.dtype == parameters.dtype and items.nbytes <= SMALL_TABLE
+    return items.dtype == parameters.dtype and (items.is_cuda or items.nbytes <= SMALL_TABLE)
 
 
 def next_item_gradient(

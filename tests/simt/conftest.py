@@ -29,7 +29,7 @@ def build(folder: Path) -> Path:
     compiler = shutil.which("g++")
     if compiler is None or not ops.has_fused():
         pytest.skip("no compiler")
-    host_headers = [*CUDA.glob("*.h"), *CUDA.parent.glob("*.h"), CUDA / "operators.cpp"]
+    host_headers = [*CUDA.glob("*.h"), *CUDA.parent.glob("*.h"), *CUDA.glob("*.cpp")]
     device_headers = [*CUDA.glob("*.cuh"), HERE / "device.cuh"]
     sources = [*sorted(HERE.glob("*.cpp"), reverse=True), *sorted(CUDA.glob("*.cu"))]
     flags = [

@@ -80,8 +80,23 @@ inline double exponential(double x) {
 inline float fast_exponential(float x) {
   return std::exp(x);
 }
+inline float logarithm(float x) {
+  return std::log(x);
+}
 inline double logarithm(double x) {
   return std::log(x);
+}
+inline float square_root(float x) {
+  return std::sqrt(x);
+}
+inline double square_root(double x) {
+  return std::sqrt(x);
+}
+inline float error_function(float x) {
+  return std::erf(x);
+}
+inline double error_function(double x) {
+  return std::erf(x);
 }
 inline uint32_t bits_of(float value) {
   return std::bit_cast<uint32_t>(value);

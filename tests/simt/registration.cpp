@@ -2,7 +2,9 @@
 
 #include <memory>
 
-#include "operators.cpp"  // here, so that PyTorch's headers are compiled once
+#include "encoder_operators.cpp"  // here, so that PyTorch's headers are compiled once
+#include "gradient_operators.cpp"
+#include "operators.cpp"
 
 namespace td3_fast::cuda {
 

@@ -36,8 +36,23 @@ __device__ inline double exponential(double x) {
 __device__ inline float fast_exponential(float x) {
   return __expf(x);
 }
+__device__ inline float logarithm(float x) {
+  return logf(x);
+}
 __device__ inline double logarithm(double x) {
   return log(x);
+}
+__device__ inline float square_root(float x) {
+  return sqrtf(x);
+}
+__device__ inline double square_root(double x) {
+  return sqrt(x);
+}
+__device__ inline float error_function(float x) {
+  return erff(x);
+}
+__device__ inline double error_function(double x) {
+  return erf(x);
 }
 __device__ inline uint32_t bits_of(float value) {
   return __float_as_uint(value);

@@ -1,0 +1,12 @@
+#include "encoder_kernels.cuh"
+
+namespace td3_fast::cuda {
+
+int64_t encoder_scratch_float64(EncoderPass pass, const EncoderProblem& problem) {
+  return scratch_of<double>(pass, problem);
+}
+const char* encode_float64(EncoderPass pass, const EncoderProblem& problem, void* stream) {
+  return run_pass<double>(pass, problem, stream);
+}
+
+}  // namespace td3_fast::cuda

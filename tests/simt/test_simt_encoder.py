@@ -1,0 +1,87 @@
+"""The CUDA encoder and the inner step in one call, on the host, by what checks those of the CPU."""
+
+import pytest
+import test_causal_encoder as encoder
+import test_inner_gradient as step
+import test_next_item_gradient as real
+import torch
+
+from td3_fast.ops import DropoutStream, encode_histories
+
+DROPOUT = pytest.mark.parametrize("dropout", [None, 7], ids=["no dropout", "dropout"])
+
+
+@DROPOUT
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 3},
+        {"batch": 3, "layers": 2, "heads": 2},
+        {"batch": 1, "asked": 1},
+        {"batch": 2, "length": 1},
+        {"batch": 2, "rates": (0.0, 0.3)},
+        {"batch": 270},  # more sequences than blocks
+    ],
+    ids=str,
+)
+def test_encoder_at_every_order(simt, changes, dropout):
+    encoder.test_equals_the_modules_at_every_order(changes, dropout)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@DROPOUT
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 3},
+        {"batch": 3, "layers": 2, "heads": 2},
+        {"batch": 2, "asked": 1, "positions": 2},
+        {"batch": 4, "asked": 3, "items": 700},  # more items than threads
+        {"batch": 2, "asked": 9},  # more targets than are compared in the pass
+    ],
+    ids=str,
+)
+def test_inner_gradient(simt, changes, dropout, trained):
+    step.test_equals_autograd_through_the_modules(changes, dropout, trained)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_inner_gradient_in_float32(simt, trained):
+    step.test_float32_is_as_near_to_float64_as_autograd_is(trained)
+
+
+def test_any_order_of_threads(simt):
+    simt.simt_reverse(1)
+    step.test_equals_autograd_through_the_modules({"batch": 3, "layers": 2, "heads": 2}, 7, True)
+    step.test_equals_autograd_through_the_modules({"batch": 3}, 7, False)
+
+
+@pytest.mark.parametrize("which", ["directions", "cut"])
+def test_inputs_of_the_inner_gradient(simt, which):
+    if which == "directions":
+        step.test_a_direction_of_some_of_the_inputs()
+    else:
+        step.test_embeds_that_are_a_cut_of_longer_sequences()
+
+
+@pytest.mark.parametrize(("batch", "asked"), [(0, 2), (3, 0)])
+def test_nothing_asked(simt, batch, asked):
+    encoder.test_nothing_asked_is_nothing(batch, asked)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@DROPOUT
+@pytest.mark.parametrize("changes", [{"batch": 5}, {"batch": 4, "layers": 2, "heads": 2}], ids=str)
+def test_real_examples(simt, changes, dropout, trained):
+    learner, _, (theta, table, histories, lengths, _) = real.setting(**changes)
+    shape, stream = learner.encoder_shape(), lambda: None if dropout is None else DropoutStream(dropout)
+    features = encode_histories(theta, table, histories, lengths, shape, dropout=stream())
+    embeds = torch.nn.functional.embedding(histories, table)
+    expected = learner_outputs(learner, theta, embeds, lengths, stream())
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-11)
+    real.test_equals_autograd_through_the_modules(changes, dropout, True, trained)
+
+
+def learner_outputs(learner, theta, embeds, lengths, dropout):
+    flat = encoder.FlatParameters(learner)
+    return flat._filled(theta).encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
