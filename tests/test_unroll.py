@@ -88,6 +88,30 @@ def test_middle_positions_of_a_user_differ_and_end_before_the_last(middle: int, 
     assert torch.equal(targets, loop.targets(0))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": False},
+        {"augmentation": False, "separate_passes": True},
+        {"middle_positions": 3, "separate_passes": True},
+        {"restart_batches_at": 70},
+        {"batch_size": 9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [1, 64, 150])
+def test_the_inputs_of_many_steps_are_those_of_each(changes: dict[str, Any], count: int) -> None:
+    learner = build_learner("SASRec", {"num_items": 9, "max_len": 19, "hidden": 4, "inner": 4}, seed=0)
+    options: dict[str, Any] = {"num_users": 7, "num_positions": 20, "batch_size": 3, "seed": 2**60, **changes}
+    loop = InnerLoop(learner=learner, adam=AdamConfig(learning_rate=0.1), **options)
+    together = loop.first_inputs(count)
+    separate = [loop.inputs(step) for step in range(count)]
+    for stacked, rows in zip(together[:3], list(zip(*separate, strict=True))[:3], strict=True):
+        assert torch.equal(stacked, torch.stack(rows))
+    assert together.size.tolist() == [inputs.size for inputs in separate]
+
+
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_native_meta_gradient_equals_that_of_higher(item_embedding: str, name: str, variant: str) -> None:
