@@ -15,6 +15,7 @@ from td3_fast.training import Pretrained
 from td3_fast.unroll import (
     AdamConfig,
     CachedMixture,
+    FixedEmbeddings,
     InnerLoop,
     LinearMixture,
     StreamedMixture,
@@ -275,6 +276,32 @@ def test_bare_product_is_the_product_with_the_dense_tensor() -> None:
     torch.testing.assert_close(mixture.embed(users, items), dense.detach())
     torch.testing.assert_close(mixture.embed_transposed(users, cotangent), to_table)
     torch.testing.assert_close(mixture.gradient(), to_queries)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("mixture_class", [FixedEmbeddings, CachedMixture, StreamedMixture, LinearMixture])
+def test_notes_of_several_steps_are_those_of_each(mixture_class: Any, permuted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, items, cotangents = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((6, 4, 5), (NUM_ITEMS, 5), (6, NUM_ITEMS, 7), (6, 3, 6, 7))
+    )
+    queries = queries.transpose(0, 1) if permuted else queries.reshape(4, 6, 5)
+    users = torch.tensor([[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3], [0, 1, 2], [3, 0, 1]])
+
+    def made() -> Any:
+        if mixture_class is FixedEmbeddings:
+            return FixedEmbeddings(queries @ keys.T @ items[0])
+        return mixture_class(queries, keys)
+
+    together, separate = made(), made()
+    for start in (0, 4):
+        steps = slice(start, start + 4)
+        together.note_steps(users[steps], cotangents[steps], items[steps])
+        for step in zip(users[steps], cotangents[steps], items[steps], strict=True):
+            separate.note(*step)
+    torch.testing.assert_close(together.gradient(), separate.gradient())
+    assert not together.gradient().any()
 
 
 def test_window_draws_cover_their_range() -> None:

@@ -53,13 +53,19 @@ class ItemMixture(Embeddings, Protocol):
     def apart(self) -> Self:
         """The same soft embeddings, with cotangents of its own to note; nothing may be noted here yet."""
 
+    def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
+        """`note` of several steps: users (steps, b) on the host, cotangents (steps, b, ζ, d), a table (n, d) of each.
+
+        The same bits whenever it is called with the same; others than those of `note` step by step.
+        """
+
     def gradient(self) -> Tensor:
         """What was noted since the last call, as the gradient of the tensor that the mixture was made from."""
 
 
 class _Constants:
     """`twin` and `assign` by the names of the tensors that soft embeddings are a function of, `apart` by those that
-    cotangents are added to."""
+    cotangents are added to; `note_steps` step by step."""
 
     constants: ClassVar[tuple[str, ...]]
     sums: ClassVar[tuple[str, ...]] = ("_gradient", "_of_keys")
@@ -75,6 +81,14 @@ class _Constants:
     def assign(self, other: Self) -> None:
         for name in self.constants:
             getattr(self, name).copy_(getattr(other, name))
+
+    def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
+        raise NotImplementedError
+
+    def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
+        steps = list(zip(users, cotangents, items, strict=True))
+        for step in reversed(steps):
+            self.note(*step)
 
     def apart(self) -> Self:
         apart = copy.copy(self)
@@ -102,6 +116,13 @@ class FixedEmbeddings(_Constants):
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         self._gradient.index_add_(0, _beside(users, cotangent), cotangent)
+
+    def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
+        # as a product, whose sums have one order on every device: users recur, and index_add_ would meet them in any
+        chosen = _beside(users.flatten(), cotangents)
+        rows = torch.arange(len(self._gradient), device=cotangents.device).unsqueeze(1)
+        of_rows = (rows == chosen).to(cotangents.dtype)  # (μ, steps b)
+        self._gradient += (of_rows @ cotangents.flatten(0, 1).flatten(1)).view_as(self._gradient)
 
     def gradient(self) -> Tensor:
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)

@@ -246,10 +246,9 @@ class RecordedLoop:
         self._at.fill_(window.length - 1)
         for _ in range(window.length):
             back()
-        for at in reversed(range(window.length)):
-            users = self._inputs[0][window.first + at]
-            for cotangent, table in zip(self._cotangents, self._beside, strict=True):
-                mixture.note(users, cotangent[at], table[at])
+        users = self._inputs[0][window.first : window.first + window.length]
+        for to_embeds, tables in zip(self._cotangents, self._beside, strict=True):
+            mixture.note_steps(users, to_embeds[: window.length], tables[: window.length])
         window.pulled_back = self._pulled_back.clone()
         return mixture.gradient()
 
