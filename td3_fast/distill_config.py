@@ -41,6 +41,11 @@ class Semantics:
     carry_embeddings: bool = False  # evaluation runs start from the item table that the last one left
     ddof: int = 1  # of reported standard deviations
 
+    @property
+    def masks_real_examples(self) -> bool:
+        """Whether dropout is drawn for real examples: by micro-batch, and for as many positions as that has."""
+        return self.outer_dropout or self.alignment_dropout
+
 
 SEMANTICS = {
     "paper": Semantics(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from td3_fast.data import Batch, Examples, cut_batch
+from td3_fast.data import Batch, Examples, ExamplesOnDevice, cut_batch
 from td3_fast.distill_config import DistillConfig
 from td3_fast.learners import FlatParameters, Learner
 from td3_fast.ops import (
@@ -20,12 +20,16 @@ from td3_fast.ops import (
     next_item_gradient,
 )
 from td3_fast.parallel import WHOLE, Group, ItemTables
+from td3_fast.unroll import beside
 
 
 class OuterObjective:
     """Cross-entropy of the next item plus alignment of features, on one batch of real examples.
 
     Of a group of processes each takes its share of the micro-batches: losses and gradients add up to those of all.
+
+    there: the same examples where the item table is, if they are to be cut there, with the same results up to rounding;
+    not where dropout is drawn for them, whose masks depend on the width of micro-batches.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class OuterObjective:
         micro_batch: int,
         tables: ItemTables = WHOLE,
         sharing: Group | None = None,
+        there: ExamplesOnDevice | None = None,
     ) -> None:
         self._config = config
         self._tables = tables
@@ -47,17 +52,20 @@ class OuterObjective:
         self._teacher_parameters = flat.gather(teacher.state_dict())
         self._teacher_items = teacher.item_embeddings.detach()
         self._count = len(index)
-        by_length = index[np.argsort(examples.lengths[index], kind="stable")]
         sharing = sharing or Group()
         size = micro_batch
         # masks are drawn by micro-batch, so where there are some, micro-batches stay as they are in one process
-        if not (config.semantics.outer_dropout or config.semantics.alignment_dropout):
+        if not config.semantics.masks_real_examples:
             size = min(size, -(-len(index) // sharing.size))
-        firsts = list(enumerate(range(0, len(index), size)))
-        self.parts = [
-            (i, cut_batch(examples, by_length[first : first + size], teacher.max_len))
-            for i, first in firsts[sharing.rank :: sharing.size]
-        ]
+        rows = [slice(first, first + size) for first in range(0, len(index), size)]
+        own = list(enumerate(rows))[sharing.rank :: sharing.size]
+        if there is None:
+            by_length = index[np.argsort(examples.lengths[index], kind="stable")]
+            self.parts = [(i, cut_batch(examples, by_length[part], teacher.max_len)) for i, part in own]
+        else:
+            order = there.shortest_first(beside(torch.from_numpy(index), self._teacher_items))
+            whole = there.cut(order)
+            self.parts = [(i, Batch(*(tensor[part] for tensor in whole))) for i, part in own]
         self._seed = seed
 
     def _dropout(self, switch: bool, *path: int | str) -> DropoutStream | None:

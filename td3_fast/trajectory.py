@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from td3_fast.data import Examples
+from td3_fast.data import Examples, ExamplesOnDevice
 from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.learners import FlatParameters, Learner
 from td3_fast.objective import OuterObjective
@@ -76,6 +76,10 @@ class Follower:
         if device.type == "cuda":
             self.recorder = functools.partial(CudaGraphs, device, use="outer step")
         self.recorded: dict[int, RecordedLoop] = {}  # by lane
+        # where the host would be waited for; masks are drawn alike on every device, for the widths that it cuts
+        self.train_there: ExamplesOnDevice | None = None
+        if device.type != "cpu" and not config.semantics.masks_real_examples:
+            self.train_there = ExamplesOnDevice(train, teacher.max_len, device)
 
     def inner_loop(self, trajectory: Trajectory) -> InnerLoop:
         """The inner problem of a trajectory."""
@@ -107,6 +111,7 @@ class Follower:
             micro_batch=self.limits.micro_batch,
             tables=self.tables,
             sharing=self.sharing,
+            there=self.train_there,
         )
 
     def _engine(self, trajectory: Trajectory, mixture: ItemMixture, lane: int) -> InnerLoop | RecordedLoop:

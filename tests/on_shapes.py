@@ -109,6 +109,8 @@ def test_an_outer_step_is_under_way_before_the_host_reads_a_figure(
     changes = {"item_embedding": item_embedding, **VARIANTS[variant], **SHORT}
     distiller, state = moved(name, **changes)
     distiller.follower.recorder = lambda: mode.record
+    # the device cuts the batches, except where dropout is drawn for them
+    assert (distiller.follower.train_there is None) == (variant == SEPARATE)
     assert first_read(lambda: distiller.meta_gradient(state)) == "_over_ranks"
 
 

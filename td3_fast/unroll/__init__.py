@@ -13,6 +13,7 @@ from td3_fast.unroll.mixture import (
     ItemMixture,
     LinearMixture,
     StreamedMixture,
+    beside,
     flat_pair,
 )
 from td3_fast.unroll.recorded import (
@@ -48,6 +49,7 @@ __all__ = [
     "StreamedMixture",
     "adam_adjoint_",
     "adam_step_",
+    "beside",
     "called",
     "fit_on_summary",
     "flat_pair",

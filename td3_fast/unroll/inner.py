@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from td3_fast.learners import FlatParameters, Learner
-from td3_fast.ops import DropoutStream, EncoderShape, derive_seed, inner_gradient, seeded_generator
+from td3_fast.ops import (
+    DropoutStream,
+    EncoderShape,
+    derive_seed,
+    derive_seeds,
+    inner_gradient,
+    seed_path,
+    seeded_generator,
+)
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, step_size
@@ -40,14 +48,12 @@ def _cyclic(first: int, size: int, num_users: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _targets(
-    seed: int, block: int, users: int, num_positions: int, middle_positions: int
-) -> tuple[Tensor, ...]:
-    """The target positions of `STEPS_AT_ONCE` steps, (users, 1 + middle_positions) each."""
+def _targets(seed: int, block: int, users: int, num_positions: int, middle_positions: int) -> Tensor:
+    """The target positions of a block of steps: (STEPS_AT_ONCE, users, 1 + middle_positions)."""
     shape = (STEPS_AT_ONCE, users, 1)
     last = torch.full(shape, num_positions - 1)
     if middle_positions == 0:
-        return last.unbind()
+        return last
     high = max(num_positions - 1, 2)
     low = min(FIRST_MIDDLE_POSITION, high - 1)
     generator = seeded_generator(seed, "middle", block)
@@ -56,7 +62,17 @@ def _targets(
     else:
         drawn = torch.rand(STEPS_AT_ONCE, users, high - low, generator=generator).argsort(-1)
         middle = low + drawn[..., :middle_positions]
-    return torch.cat([last, middle], dim=-1).unbind()
+    return torch.cat([last, middle], dim=-1)
+
+
+@functools.lru_cache(maxsize=8)
+def _sizes(count: int, adam: AdamConfig) -> Tensor:
+    return torch.tensor([step_size(step + 1, adam) for step in range(count)], dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=8)
+def _dropout_paths(count: int, passes: int) -> list[bytes]:
+    return [seed_path("dropout", step, index) for step in range(count) for index in range(passes)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,22 +119,44 @@ class InnerLoop:
 
     def targets(self, step: int) -> Tensor:
         """The target positions of a step: (b, 1 + middle positions) int64, the last one first; not to be written to."""
+        block, row = divmod(step, STEPS_AT_ONCE)
+        return self._target_block(block)[row]
+
+    def _target_block(self, block: int) -> Tensor:
         users = min(self.batch_size, self.num_users)
         middle = self.middle_positions if self.augmentation else 0
-        block, row = divmod(step, STEPS_AT_ONCE)
-        return _targets(self.seed, block, users, self.num_positions, middle)[row]
+        return _targets(self.seed, block, users, self.num_positions, middle)
 
     def seeds(self, step: int) -> list[int]:
         """Of the dropout of a step, one for each encoder pass; empty without dropout."""
+        return [derive_seed(self.seed, "dropout", step, index) for index in range(self._num_seeds)]
+
+    @property
+    def _num_seeds(self) -> int:
         if not self.dropout:
-            return []
-        passes = 1 + self.augmentation * self.middle_positions if self.separate_passes else 1
-        return [derive_seed(self.seed, "dropout", step, index) for index in range(passes)]
+            return 0
+        return 1 + self.augmentation * self.middle_positions if self.separate_passes else 1
 
     def inputs(self, step: int) -> StepInputs:
         """All that a step takes beside the learner, the item table and the summary."""
         seeds = torch.tensor(self.seeds(step), dtype=torch.int64)
         return StepInputs(self.batch(step), self.targets(step), seeds, step_size(step + 1, self.adam))
+
+    def first_inputs(self, count: int) -> StepInputs:
+        """The inputs of the first `count` steps, at least one, in a few operations: each field has a row for each of
+        them, and `size` is a tensor (count,) float64. Not to be written to."""
+        users = min(self.batch_size, self.num_users)
+        steps = torch.arange(count)
+        if self.restart_batches_at is not None:
+            steps[self.restart_batches_at :] -= self.restart_batches_at
+        targets = torch.cat([self._target_block(block) for block in range(-(-count // STEPS_AT_ONCE))])
+        seeds = derive_seeds(self.seed, _dropout_paths(count, self._num_seeds))
+        return StepInputs(
+            (steps.unsqueeze(1) * users + torch.arange(users)) % self.num_users,
+            targets[:count],
+            torch.tensor(seeds, dtype=torch.int64).view(count, self._num_seeds),
+            _sizes(count, self.adam),
+        )
 
     def passes(self, inputs: StepInputs) -> list[tuple[Tensor, DropoutStream | None]]:
         """The encoder passes of a step: their target positions (b, k), and their dropout if there is any."""

@@ -53,13 +53,19 @@ class ItemMixture(Embeddings, Protocol):
     def apart(self) -> Self:
         """The same soft embeddings, with cotangents of its own to note; nothing may be noted here yet."""
 
+    def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
+        """`note` of several steps: users (steps, b) on the host, cotangents (steps, b, ζ, d), a table (n, d) of each.
+
+        The same bits whenever it is called with the same; others than those of `note` step by step.
+        """
+
     def gradient(self) -> Tensor:
         """What was noted since the last call, as the gradient of the tensor that the mixture was made from."""
 
 
 class _Constants:
     """`twin` and `assign` by the names of the tensors that soft embeddings are a function of, `apart` by those that
-    cotangents are added to."""
+    cotangents are added to; `note_steps` step by step."""
 
     constants: ClassVar[tuple[str, ...]]
     sums: ClassVar[tuple[str, ...]] = ("_gradient", "_of_keys")
@@ -75,6 +81,14 @@ class _Constants:
     def assign(self, other: Self) -> None:
         for name in self.constants:
             getattr(self, name).copy_(getattr(other, name))
+
+    def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
+        raise NotImplementedError
+
+    def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
+        steps = list(zip(users, cotangents, items, strict=True))
+        for step in reversed(steps):
+            self.note(*step)
 
     def apart(self) -> Self:
         apart = copy.copy(self)
@@ -101,7 +115,14 @@ class FixedEmbeddings(_Constants):
         raise TypeError("fixed embeddings do not depend on the learner's item table")
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
-        self._gradient.index_add_(0, _beside(users, cotangent), cotangent)
+        self._gradient.index_add_(0, beside(users, cotangent), cotangent)
+
+    def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
+        # as a product, whose sums have one order on every device: users recur, and index_add_ would meet them in any
+        chosen = beside(users.flatten(), cotangents)
+        rows = torch.arange(len(self._gradient), device=cotangents.device).unsqueeze(1)
+        of_rows = (rows == chosen).to(cotangents.dtype)  # (μ, steps b)
+        self._gradient += (of_rows @ cotangents.flatten(0, 1).flatten(1)).view_as(self._gradient)
 
     def gradient(self) -> Tensor:
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
@@ -156,7 +177,7 @@ class CachedMixture(_Constants):
     def _add_noted(self) -> None:
         for users in list(self._noted):
             noted = self._noted.pop(users)
-            index = _beside(torch.tensor(users), self._gradient)
+            index = beside(torch.tensor(users), self._gradient)
             rows = self._rows(index)
             cotangents, tables = (torch.cat(parts, dim=1) for parts in zip(*noted, strict=True))
             del noted
@@ -193,11 +214,11 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor.pin_memory()
 
 
-def _beside(users: Tensor, tensor: Tensor) -> Tensor:
-    """`users` on the device of a tensor."""
-    if tensor.is_cuda and not users.is_cuda:
-        users = pinned(users)
-    return users.to(tensor.device, non_blocking=True)
+def beside(index: Tensor, tensor: Tensor) -> Tensor:
+    """`index` on the device of a tensor."""
+    if tensor.is_cuda and not index.is_cuda:
+        index = pinned(index)
+    return index.to(tensor.device, non_blocking=True)
 
 
 class _Embedded(NamedTuple):
@@ -249,7 +270,7 @@ class StreamedMixture(_Constants):
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
         made = self._latest
         if made is None or made.users is not users or made.items is not items:
-            made = self._embedded(_beside(users, cotangent), items)
+            made = self._embedded(beside(users, cotangent), items)
         sources = made.sources[: 1 if self._of_keys is None else 2]
         gradient, *of_keys = torch.autograd.grad(
             made.embedding, sources, cotangent.flatten(0, 1), retain_graph=made is self._latest
@@ -287,7 +308,7 @@ class LinearMixture(_Constants):
         return self._keys @ (self._queries[users].flatten(0, 1).T @ cotangent.flatten(0, 1))
 
     def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
-        users = _beside(users, cotangent)
+        users = beside(users, cotangent)
         self._gradient.index_add_(0, users, cotangent @ self._tables.total(items.T @ self._keys))
         if self._of_keys is not None:
             self._of_keys += items @ (cotangent.flatten(0, 1).T @ self._queries[users].flatten(0, 1))

@@ -152,7 +152,7 @@ class RecordedLoop:
 
         self._now = [torch.zeros_like(p) for _ in range(3) for p in parameters]  # they and their two moments
         self._inputs = self._inputs_of(loop)
-        self._tables = [table.to(items.device) for table in self._inputs]
+        self._tables = [table.to(items.device, copy=True) for table in self._inputs]
         self._losses = parameters[0].new_zeros(steps)
         # counters: of the steps taken, and of those kept
         self._step, self._at = (torch.zeros(1, dtype=torch.int64, device=items.device) for _ in range(2))
@@ -176,9 +176,8 @@ class RecordedLoop:
 
     def _inputs_of(self, loop: InnerLoop) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The inputs of all steps of a loop, a row each, on the host."""
-        users, targets, seeds, sizes = zip(*map(loop.inputs, range(self.limits[0])), strict=True)
-        dtype = self._now[0].dtype
-        return torch.stack(users), torch.stack(targets), torch.stack(seeds), torch.tensor(sizes, dtype=dtype)
+        users, targets, seeds, sizes = loop.first_inputs(self.limits[0])
+        return users, targets, seeds, torch.as_tensor(sizes, dtype=self._now[0].dtype)
 
     def begin(self, loop: InnerLoop, mixture: ItemMixture) -> RecordedLoop:
         """The same, about to take the steps of another loop, on another summary."""
@@ -247,10 +246,9 @@ class RecordedLoop:
         self._at.fill_(window.length - 1)
         for _ in range(window.length):
             back()
-        for at in reversed(range(window.length)):
-            users = self._inputs[0][window.first + at]
-            for cotangent, table in zip(self._cotangents, self._beside, strict=True):
-                mixture.note(users, cotangent[at], table[at])
+        users = self._inputs[0][window.first : window.first + window.length]
+        for to_embeds, tables in zip(self._cotangents, self._beside, strict=True):
+            mixture.note_steps(users, to_embeds[: window.length], tables[: window.length])
         window.pulled_back = self._pulled_back.clone()
         return mixture.gradient()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from td3_fast.data import (
+    ExamplesOnDevice,
     Interactions,
     cut_batch,
     generate_interactions,
@@ -39,15 +40,44 @@ def test_batches_hold_the_last_items_of_each_history(log: Interactions, max_len:
     assert {tensor.dtype for tensor in batch} == {torch.int64}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("max_len", [1, 3, 10, 1000])
+def test_a_device_cuts_the_same_batches_as_wide_as_the_longest_history(
+    device: str, log: Interactions, max_len: int
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    train = leave_one_out(log).train
+    index = np.concatenate([shuffled(len(train), seed=1)[:37], [len(train) - 1]])
+    there = ExamplesOnDevice(train, max_len, torch.device(device))
+    order = there.shortest_first(torch.from_numpy(index).to(device))
+    by_length = index[np.argsort(train.lengths[index], kind="stable")]
+    assert order.tolist() == by_length.tolist()
+    histories, lengths, targets = (tensor.cpu() for tensor in there.cut(order))
+    expected = cut_batch(train, by_length, max_len)
+    width = expected.histories.shape[1]
+    assert histories.shape == (38, min(train.lengths.max(), max_len))
+    assert torch.equal(histories[:, :width], expected.histories)
+    assert not histories[:, width:].any()
+    assert torch.equal(lengths, expected.lengths)
+    assert torch.equal(targets, expected.targets)
+    assert {tensor.dtype for tensor in (histories, lengths, targets)} == {torch.int64}
+
+
 def test_an_empty_batch_is_empty(log: Interactions) -> None:
     batch = cut_batch(leave_one_out(log).train, [], 10)
     assert batch.histories.shape == (0, 0)
     assert batch.lengths.shape == batch.targets.shape == (0,)
+    there = ExamplesOnDevice(leave_one_out(log).train, 10, torch.device("cpu"))
+    none = there.shortest_first(torch.arange(0))
+    assert [tensor.shape for tensor in there.cut(none)] == [(0, 10), (0,), (0,)]
 
 
 def test_max_len_must_be_positive(log: Interactions) -> None:
     with pytest.raises(ValueError, match="max_len must be at least 1"):
         cut_batch(leave_one_out(log).train, [0], 0)
+    with pytest.raises(ValueError, match="max_len must be at least 1"):
+        ExamplesOnDevice(leave_one_out(log).train, 0, torch.device("cpu"))
 
 
 def test_shuffled_is_a_permutation_of_its_seed() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from td3_fast.ops import DropoutStream, derive_seed, random_words
+from td3_fast.ops import DropoutStream, derive_seed, derive_seeds, random_words, seed_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,6 +50,15 @@ def test_derived_seeds_differ_by_path_and_fit_a_generator() -> None:
     }
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_derived_seeds_stay_what_they_are() -> None:
+    assert derive_seed(0) == 4246866556266386882
+    assert derive_seed(7, "dropout", 3, 0) == 747705747343737061
+    paths = [("dropout", step, index) for step in range(3) for index in range(2)]
+    together = derive_seeds(2**62 + 1, [seed_path(*path) for path in paths])
+    assert together == [derive_seed(2**62 + 1, *path) for path in paths]
+    assert derive_seeds(5, []) == []
 
 
 # counter (block, site), key, and the block, of the known answers that come with the authors' Random123; their third
