@@ -23,6 +23,9 @@ from td3_fast.parallel import WHOLE, Group, ItemTables
 from td3_fast.unroll import beside
 
 
+EXAMPLES_IN_A_CALL = 2**15  # at most, where a GPU looks the items up as it encodes
+
+
 class OuterObjective:
     """Cross-entropy of the next item plus alignment of features, on one batch of real examples.
 
@@ -54,6 +57,9 @@ class OuterObjective:
         self._count = len(index)
         sharing = sharing or Group()
         size = micro_batch
+        fused = flat.fused_shape(self._teacher_parameters) is not None and tables is WHOLE
+        if there is not None and fused and config.item_embedding == "frozen":
+            size = max(size, EXAMPLES_IN_A_CALL)  # no tensor of their embeddings is made
         # masks are drawn by micro-batch, so where there are some, micro-batches stay as they are in one process
         if not config.semantics.masks_real_examples:
             size = min(size, -(-len(index) // sharing.size))
