@@ -155,6 +155,8 @@ TORCH_LIBRARY(td3_fast, m) {
 
   m.set_python_module("td3_fast.ops.dropout");
   m.def("random_words(Tensor seed, int site, int count) -> Tensor", tags);
+  // Whole blocks of Philox of each site, one site after the other.
+  m.def("random_words_of_sites(Tensor seed, int first_site, int[] counts) -> Tensor", tags);
 
   m.set_python_module("td3_fast.ops.look_up");
   m.def("sum_rows_by_id(Tensor rows, Tensor ids, int num_ids) -> Tensor", tags);

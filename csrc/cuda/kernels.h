@@ -102,11 +102,14 @@ struct Ranking {
 const char* full_ranks(const Ranking& problem, void* stream);
 const char* candidate_ranks(const Ranking& problem, void* stream);
 
+// The words of sites in a row, by blocks of Philox: whole ones, so that each site starts at 16 bytes.
+constexpr int64_t kMostSites = 25;  // of an encoder of 8 layers
 struct RandomWords {
   const int64_t* seed;  // on the device
-  uint32_t site;
-  int64_t count;
-  int16_t* words;  // (count,)
+  uint32_t first_site;
+  int sites;                 // at least 1
+  int64_t ends[kMostSites];  // of each site, in blocks; the last is at least 1
+  void* blocks;              // (ends[sites - 1], 16 bytes)
 };
 
 const char* draw_words(const RandomWords& problem, void* stream);

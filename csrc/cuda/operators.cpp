@@ -19,6 +19,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../philox.h"
 #include "kernels.h"
 
 namespace td3_fast::cuda {
@@ -459,14 +460,28 @@ Tensor candidate_rank(const Tensor& hidden,
   return ranks;
 }
 
-Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
-  check_random_words(seed, site, count);
+Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArrayRef counts) {
+  const int64_t sites = static_cast<int64_t>(counts.size()),
+                all = check_random_words(seed, first_site, counts);
   const c10::OptionalDeviceGuard guard(seed.device());
-  const Tensor words = at::empty({count}, seed.options().dtype(at::kShort));
-  const RandomWords problem{seed.const_data_ptr<int64_t>(), static_cast<uint32_t>(site), count,
-                            words.mutable_data_ptr<int16_t>()};
-  if (count > 0) check_launch(draw_words(problem, current_stream(seed)));
+  const Tensor words = at::empty({all * kWordsPerBlock}, seed.options().dtype(at::kShort));
+  int16_t* to = words.mutable_data_ptr<int16_t>();
+  for (int64_t first = 0; first < sites; first += kMostSites) {
+    RandomWords problem{};
+    problem.seed = seed.const_data_ptr<int64_t>();
+    problem.first_site = static_cast<uint32_t>(first_site + first);
+    problem.sites = static_cast<int>(std::min(kMostSites, sites - first));
+    problem.blocks = to;
+    int64_t end = 0;
+    for (int i = 0; i < problem.sites; ++i) problem.ends[i] = end += blocks_of_words(counts[first + i]);
+    if (end > 0) check_launch(draw_words(problem, current_stream(seed)));
+    to += end * kWordsPerBlock;
+  }
   return words;
+}
+
+Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
+  return random_words_of_sites(seed, site, count).narrow(0, 0, count);
 }
 
 }  // namespace
@@ -481,6 +496,7 @@ void register_operators(torch::Library& m) {
   m.impl("target_rank", target_rank);
   m.impl("candidate_rank", candidate_rank);
   m.impl("random_words", random_words);
+  m.impl("random_words_of_sites", random_words_of_sites);
 }
 
 }  // namespace td3_fast::cuda

@@ -2,7 +2,13 @@
 
 from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, has_causal_encoder
-from td3_fast.ops.dropout import DropoutStream, derive_seed, random_words, seeded_generator
+from td3_fast.ops.dropout import (
+    DropoutStream,
+    derive_seed,
+    random_words,
+    random_words_of_sites,
+    seeded_generator,
+)
 from td3_fast.ops.inner_gradient import InnerGradient, inner_gradient
 from td3_fast.ops.item_cross_entropy import (
     ItemLogsumexp,
@@ -52,6 +58,7 @@ __all__ = [
     "one_pass_adam_adjoint_",
     "one_pass_adam_step_",
     "random_words",
+    "random_words_of_sites",
     "seeded_generator",
     "soft_embedding",
     "target_rank",
