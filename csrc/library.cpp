@@ -145,12 +145,12 @@ TORCH_LIBRARY(td3_fast, m) {
   m.set_python_module("td3_fast.ops.adam");
   m.def(
       "adam_step_(Tensor(a!) parameter, Tensor(b!) first_moment, Tensor(c!) second_moment, Tensor gradient, "
-      "float[] rates) -> ()",
+      "float[] rates, Tensor? size=None) -> ()",
       tags);
   m.def(
       "adam_adjoint_(Tensor parameter, Tensor first_moment, Tensor second_moment, Tensor gradient, "
-      "Tensor(a!) to_parameter, Tensor(b!) to_first_moment, Tensor(c!) to_second_moment, float[] rates) "
-      "-> Tensor",
+      "Tensor(a!) to_parameter, Tensor(b!) to_first_moment, Tensor(c!) to_second_moment, float[] rates, "
+      "Tensor? size=None) -> Tensor",
       tags);
 
   m.set_python_module("td3_fast.ops.dropout");

@@ -114,4 +114,23 @@ struct RandomWords {
 
 const char* draw_words(const RandomWords& problem, void* stream);
 
+// A step of Adam, which overwrites the parameter and its moments, or its adjoint, which overwrites their
+// cotangents.
+struct AdamCall {
+  bool float64;
+  int64_t count;  // at least 1
+  double beta1, beta2, eps, weight_decay, size;
+  const void* size_on_device;  // (), where there is one in place of `size`
+
+  const void* parameter;      // (count,)
+  const void* first_moment;   // (count,)
+  const void* second_moment;  // (count,)
+  const void* gradient;       // (count,)
+  void* overwritten[3];       // (count,) each, in the order of the three
+  void* to_gradient;          // (count,), of the adjoint
+};
+
+const char* adam_step(const AdamCall& call, void* stream);
+const char* adam_adjoint(const AdamCall& call, void* stream);
+
 }  // namespace td3_fast::cuda

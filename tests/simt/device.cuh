@@ -83,6 +83,12 @@ inline float fast_exponential(float x) {
 inline double logarithm(double x) {
   return std::log(x);
 }
+inline float square_root(float x) {
+  return std::sqrt(x);
+}
+inline double square_root(double x) {
+  return std::sqrt(x);
+}
 inline uint32_t bits_of(float value) {
   return std::bit_cast<uint32_t>(value);
 }

@@ -39,6 +39,12 @@ __device__ inline float fast_exponential(float x) {
 __device__ inline double logarithm(double x) {
   return log(x);
 }
+__device__ inline float square_root(float x) {
+  return __fsqrt_rn(x);
+}
+__device__ inline double square_root(double x) {
+  return __dsqrt_rn(x);
+}
 __device__ inline uint32_t bits_of(float value) {
   return __float_as_uint(value);
 }
