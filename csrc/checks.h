@@ -6,6 +6,8 @@
 
 #include <optional>
 
+#include "philox.h"
+
 namespace td3_fast {
 
 // The type of statistics and sums: float32 for half precision, else the type itself.
@@ -66,11 +68,17 @@ inline void check_excluded(const at::Tensor& hidden,
       "expected int64 offsets (rows + 1,) and items (nnz,) of what is excluded, on the device of hidden");
 }
 
-// seed () or (1,).
-inline void check_random_words(const at::Tensor& seed, int64_t site, int64_t count) {
-  TORCH_CHECK_VALUE(seed.numel() == 1 && seed.scalar_type() == at::kLong && site >= 0 && count >= 0,
-                    "expected one int64 seed, a site and a count that are not negative, got ", seed.sizes(),
-                    " of ", seed.scalar_type(), ", ", site, " and ", count);
+// seed () or (1,). Returns the blocks of Philox of all counts.
+inline int64_t check_random_words(const at::Tensor& seed, int64_t site, at::IntArrayRef counts) {
+  bool valid = seed.numel() == 1 && seed.scalar_type() == at::kLong && site >= 0;
+  int64_t blocks = 0;
+  for (const int64_t count : counts) {
+    valid = valid && count >= 0;
+    blocks += blocks_of_words(count);
+  }
+  TORCH_CHECK_VALUE(valid, "expected one int64 seed, a site and counts that are not negative, got ",
+                    seed.sizes(), " of ", seed.scalar_type(), ", ", site, " and ", counts);
+  return blocks;
 }
 
 // candidates (rows, k).

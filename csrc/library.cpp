@@ -150,16 +150,18 @@ TORCH_LIBRARY(td3_fast, m) {
   m.set_python_module("td3_fast.ops.adam");
   m.def(
       "adam_step_(Tensor(a!) parameter, Tensor(b!) first_moment, Tensor(c!) second_moment, Tensor gradient, "
-      "float[] rates) -> ()",
+      "float[] rates, Tensor? size=None) -> ()",
       tags);
   m.def(
       "adam_adjoint_(Tensor parameter, Tensor first_moment, Tensor second_moment, Tensor gradient, "
-      "Tensor(a!) to_parameter, Tensor(b!) to_first_moment, Tensor(c!) to_second_moment, float[] rates) "
-      "-> Tensor",
+      "Tensor(a!) to_parameter, Tensor(b!) to_first_moment, Tensor(c!) to_second_moment, float[] rates, "
+      "Tensor? size=None) -> Tensor",
       tags);
 
   m.set_python_module("td3_fast.ops.dropout");
   m.def("random_words(Tensor seed, int site, int count) -> Tensor", tags);
+  // Whole blocks of Philox of each site, one site after the other.
+  m.def("random_words_of_sites(Tensor seed, int first_site, int[] counts) -> Tensor", tags);
 
   m.set_python_module("td3_fast.ops.look_up");
   m.def("sum_rows_by_id(Tensor rows, Tensor ids, int num_ids) -> Tensor", tags);

@@ -18,6 +18,11 @@ constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;  // added to the key in each round
 
+// Blocks that hold so many words.
+TD3_FAST_HOST_DEVICE inline int64_t blocks_of_words(int64_t count) {
+  return (count + kWordsPerBlock - 1) / kWordsPerBlock;
+}
+
 // What masks are drawn from: the block-th block of the words of a site.
 TD3_FAST_HOST_DEVICE inline void philox(uint64_t seed, uint32_t site, uint64_t block, uint32_t* out) {
   uint32_t x0 = static_cast<uint32_t>(block), x1 = static_cast<uint32_t>(block >> 32), x2 = site, x3 = 0;

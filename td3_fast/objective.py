@@ -22,7 +22,6 @@ from td3_fast.ops import (
 from td3_fast.parallel import WHOLE, Group, ItemTables
 from td3_fast.unroll import beside
 
-
 EXAMPLES_IN_A_CALL = 2**15  # at most, where a GPU looks the items up as it encodes
 
 

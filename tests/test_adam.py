@@ -1,4 +1,4 @@
-"""Adam's step and adjoint in one pass on the CPU, against the same as separate operations."""
+"""Adam's step and adjoint in one pass, against the same as separate operations on the CPU."""
 
 import pytest
 import torch
@@ -7,6 +7,18 @@ from td3_fast import ops
 from td3_fast.unroll import AdamConfig, AdamState, adam_adjoint_, adam_step_
 
 pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that has fused kernels here."""
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not ops.has_fused(name):
+        pytest.skip("no fused kernels are built")
+    return torch.device(name)
+
 
 RATES = [0.9, 0.999, 1e-8, 0.0, 0.1]
 
@@ -36,12 +48,18 @@ def both(before, gradient, cotangents, config, size):
     return [*stepped(before, gradient, config, size), *adjoint, to_gradient]
 
 
+def both_on(device, before, gradient, cotangents, config, size):
+    """The same of copies on a device."""
+    before, cotangents = (tuple(t.to(device) for t in part) for part in (before, cotangents))
+    return [t.cpu() for t in both(before, gradient.to(device), cotangents, config, size)]
+
+
 @pytest.mark.parametrize("count", [0, 7, 100_003])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_equals_separate_operations(count, weight_decay):
+def test_equals_separate_operations(device, count, weight_decay):
     config = AdamConfig(learning_rate=0.1, weight_decay=weight_decay)
     tensors = drawn(count, torch.float64)
-    own = both(*tensors, config, 0.05)
+    own = both_on(device, *tensors, config, 0.05)
     separate = both(
         *tensors, config, torch.tensor(0.05, dtype=torch.float64)
     )  # for a size that lies in a tensor
@@ -50,18 +68,38 @@ def test_equals_separate_operations(count, weight_decay):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_float32_is_as_near_to_float64_as_separate_operations_are(weight_decay):
+def test_float32_is_as_near_to_float64_as_separate_operations_are(device, weight_decay):
     config = AdamConfig(learning_rate=0.1, weight_decay=weight_decay)
     tensors = drawn(10_007, torch.float32)
     before, gradient, cotangents = tensors
     exact_before, exact_cotangents = (tuple(t.double() for t in part) for part in (before, cotangents))
     truth = both(exact_before, gradient.double(), exact_cotangents, config, 0.05)
-    own = both(*tensors, config, 0.05)
+    own = both_on(device, *tensors, config, 0.05)
     separate = both(*tensors, config, torch.tensor(0.05))
     for exact, a, b in zip(truth, own, separate, strict=True):
         # by element: where the second moment is small its root is steep, and roundings are seen
         budget = 4 * (b - exact).abs().max() + 1e-6 * exact.abs().max()
         assert (a - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_size_in_a_tensor_gives_the_bits_of_the_number(device, dtype):
+    before, gradient, cotangents = drawn(1001, dtype)
+    results = []
+    for size in (0.05, torch.tensor(0.05, dtype=dtype, device=device)):
+        p, m, v, g, *adjoint = (t.to(device, copy=True) for t in (*before, gradient, *cotangents))
+        to_gradient = ops.one_pass_adam_adjoint_(p, m, v, g, *adjoint, RATES[:4], size)
+        ops.one_pass_adam_step_(p, m, v, g, RATES[:4], size)
+        results.append([p, m, v, *adjoint, to_gradient])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_size_in_a_tensor_is_for_the_gpu(device):
+    tensor = torch.zeros(3, device=device)
+    assert ops.has_one_pass_adam(tensor, size=0.05)
+    assert ops.has_one_pass_adam(tensor, size=torch.tensor(0.05, device=device)) == tensor.is_cuda
+    assert not ops.has_one_pass_adam(tensor, size=torch.tensor(0.05, device=device, dtype=torch.float64))
+    assert not ops.has_one_pass_adam(tensor.half(), size=0.05)
 
 
 def test_what_is_not_contiguous_is_stepped_too():
@@ -74,22 +112,31 @@ def test_what_is_not_contiguous_is_stepped_too():
         torch.testing.assert_close(a.T.reshape(-1), b)
 
 
-def test_schemas():
+@pytest.mark.parametrize(
+    "rates", [(RATES,), (RATES[:4], torch.tensor(0.1, dtype=torch.float64))], ids=["number", "tensor"]
+)
+def test_schemas(rates):
     before, gradient, cotangents = drawn(9, torch.float64)
     adam = torch.ops.td3_fast
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(adam.adam_step_.default, (*before, gradient, RATES), test_utils=checks)
+    torch.library.opcheck(adam.adam_step_.default, (*before, gradient, *rates), test_utils=checks)
     torch.library.opcheck(
-        adam.adam_adjoint_.default, (*before, gradient, *cotangents, RATES), test_utils=checks
+        adam.adam_adjoint_.default, (*before, gradient, *cotangents, *rates), test_utils=checks
     )
 
 
-def test_tensors_that_are_not_alike_are_refused():
+def test_tensors_that_are_not_alike_are_refused(device):
     before, gradient, _ = drawn(9, torch.float64)
+    *before, gradient = (t.to(device) for t in (*before, gradient))
     with pytest.raises(ValueError, match="alike in shape"):
         torch.ops.td3_fast.adam_step_(*before, gradient[:-1], RATES)
     with pytest.raises(ValueError, match="expected rates"):
         torch.ops.td3_fast.adam_step_(*before, gradient, RATES[:-1])
+    with pytest.raises(ValueError, match="expected rates"):
+        torch.ops.td3_fast.adam_step_(*before, gradient, RATES, torch.zeros_like(gradient[0]))
+    for size in (gradient[:2], torch.tensor(0.1, device=device)):
+        with pytest.raises(ValueError, match="size of one element"):
+            torch.ops.td3_fast.adam_step_(*before, gradient, RATES[:4], size)
 
 
 def test_equal_bits_on_any_number_of_threads():
@@ -105,13 +152,14 @@ def test_equal_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_autograd_notices_that_a_parameter_was_overwritten():
-    (p, m, v), gradient, cotangents = drawn(9, torch.float64)
-    source = torch.ones(9, dtype=torch.float64, requires_grad=True)
+def test_autograd_notices_that_a_parameter_was_overwritten(device):
+    before, gradient, cotangents = drawn(9, torch.float64)
+    p, m, v, gradient, *cotangents = (t.to(device) for t in (*before, gradient, *cotangents))
+    source = torch.ones(9, dtype=torch.float64, device=device, requires_grad=True)
     product = source * p  # keeps p
     adam_step_(AdamState((p,), (m,), (v,), 0), (gradient,), AdamConfig(learning_rate=0.1), 0.05)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
     versions = [c._version for c in cotangents]
-    adam_adjoint_((p, m, v), gradient, cotangents, 0.05, AdamConfig(learning_rate=0.1))
+    adam_adjoint_((p, m, v), gradient, tuple(cotangents), 0.05, AdamConfig(learning_rate=0.1))
     assert all(c._version > version for c, version in zip(cotangents, versions, strict=True))

@@ -7,9 +7,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <initializer_list>
+#include <optional>
 
-#include "../checks.h"
+#include "../adam_arguments.h"
 #include "panels.h"
 
 namespace td3_fast::cpu {
@@ -19,32 +19,16 @@ using at::Tensor;
 
 constexpr int64_t kElementsPerTask = 32768;
 
-void check_alike(std::initializer_list<const Tensor*> tensors) {
-  const Tensor& first = **tensors.begin();
-  for (const Tensor* tensor : tensors) {
-    TORCH_CHECK_VALUE(tensor->sizes() == first.sizes() && tensor->scalar_type() == first.scalar_type() &&
-                          tensor->is_contiguous() &&
-                          (first.scalar_type() == at::kFloat || first.scalar_type() == at::kDouble),
-                      "expected contiguous tensors alike in shape, all float32 or all float64, got ",
-                      tensor->sizes(), " beside ", first.sizes());
-  }
-}
-
-// What autograd saved of these tensors is no more: it raises rather than reads them.
-void overwritten(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* tensor : tensors) tensor->unsafeGetTensorImpl()->bump_version();
-}
-
 // run(zero, rates, first, count) for ranges of elements.
 template <typename Run>
-void for_elements(const Tensor& like, at::ArrayRef<double> rates, const Run& run) {
-  TORCH_CHECK_VALUE(rates.size() == 5, "expected rates (beta1, beta2, eps, weight_decay, size)");
+void for_elements(const Tensor& like,
+                  at::ArrayRef<double> rates,
+                  const std::optional<Tensor>& size,
+                  const Run& run) {
+  const double step = size.has_value() ? size->item<double>() : rates[4];
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
-    const AdamRates<T> of_type = {static_cast<T>(rates[0]), static_cast<T>(1 - rates[0]),
-                                  static_cast<T>(rates[1]), static_cast<T>(1 - rates[1]),
-                                  static_cast<T>(rates[2]), static_cast<T>(rates[3]),
-                                  static_cast<T>(rates[4])};
+    const AdamRates<T> of_type = rounded_rates<T>(rates[0], rates[1], rates[2], rates[3], step);
     // cut by the number of elements alone: same bits on any number of threads
     const int64_t tasks = ceil_div(like.numel(), kElementsPerTask);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -61,10 +45,11 @@ void adam_step_(const Tensor& parameter,
                 const Tensor& first_moment,
                 const Tensor& second_moment,
                 const Tensor& gradient,
-                at::ArrayRef<double> rates) {
-  check_alike({&parameter, &first_moment, &second_moment, &gradient});
+                at::ArrayRef<double> rates,
+                const std::optional<Tensor>& size) {
+  check_adam({&parameter, &first_moment, &second_moment, &gradient}, rates, size);
   overwritten({&parameter, &first_moment, &second_moment});
-  for_elements(parameter, rates, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
+  for_elements(parameter, rates, size, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
     using T = decltype(zero);
     adam<T>().step(of_type, count, parameter.mutable_data_ptr<T>() + first,
                    first_moment.mutable_data_ptr<T>() + first, second_moment.mutable_data_ptr<T>() + first,
@@ -79,12 +64,14 @@ Tensor adam_adjoint_(const Tensor& parameter,
                      const Tensor& to_parameter,
                      const Tensor& to_first_moment,
                      const Tensor& to_second_moment,
-                     at::ArrayRef<double> rates) {
-  check_alike({&parameter, &first_moment, &second_moment, &gradient, &to_parameter, &to_first_moment,
-               &to_second_moment});
+                     at::ArrayRef<double> rates,
+                     const std::optional<Tensor>& size) {
+  check_adam({&parameter, &first_moment, &second_moment, &gradient, &to_parameter, &to_first_moment,
+              &to_second_moment},
+             rates, size);
   overwritten({&to_parameter, &to_first_moment, &to_second_moment});
   const Tensor to_gradient = at::empty_like(gradient);
-  for_elements(parameter, rates, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
+  for_elements(parameter, rates, size, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
     using T = decltype(zero);
     adam<T>().adjoint(
         of_type, count, parameter.const_data_ptr<T>() + first, first_moment.const_data_ptr<T>() + first,

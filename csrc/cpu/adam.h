@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
-namespace td3_fast::cpu {
+#include "../adam_rates.h"
 
-// As td3_fast/unroll/adam.py has them; `size` is what m / (sqrt(v) + eps) is multiplied by. The shares of the
-// new gradient, 1 - beta, are rounded after they are taken.
-template <typename T>
-struct AdamRates {
-  T beta1, share1, beta2, share2, eps, weight_decay, size;
-};
+namespace td3_fast::cpu {
 
 template <typename T>
 struct Adam {

@@ -104,11 +104,14 @@ struct Ranking {
 const char* full_ranks(const Ranking& problem, void* stream);
 const char* candidate_ranks(const Ranking& problem, void* stream);
 
+// The words of sites in a row, by blocks of Philox: whole ones, so that each site starts at 16 bytes.
+constexpr int64_t kMostSites = 25;  // of an encoder of 8 layers
 struct RandomWords {
   const int64_t* seed;  // on the device
-  uint32_t site;
-  int64_t count;
-  int16_t* words;  // (count,)
+  uint32_t first_site;
+  int sites;                 // at least 1
+  int64_t ends[kMostSites];  // of each site, in blocks; the last is at least 1
+  void* blocks;              // (ends[sites - 1], 16 bytes)
 };
 
 const char* draw_words(const RandomWords& problem, void* stream);
@@ -170,5 +173,24 @@ const char* encode_float64(EncoderPass pass, const EncoderProblem& problem, void
 // out[i] = the sum over rows of partials[row][i], in their order.
 const char* sum_partials(
     bool float64, int64_t rows, int64_t size, const void* partials, void* out, void* stream);
+
+// A step of Adam, which overwrites the parameter and its moments, or its adjoint, which overwrites their
+// cotangents.
+struct AdamCall {
+  bool float64;
+  int64_t count;  // at least 1
+  double beta1, beta2, eps, weight_decay, size;
+  const void* size_on_device;  // (), where there is one in place of `size`
+
+  const void* parameter;      // (count,)
+  const void* first_moment;   // (count,)
+  const void* second_moment;  // (count,)
+  const void* gradient;       // (count,)
+  void* overwritten[3];       // (count,) each, in the order of the three
+  void* to_gradient;          // (count,), of the adjoint
+};
+
+const char* adam_step(const AdamCall& call, void* stream);
+const char* adam_adjoint(const AdamCall& call, void* stream);
 
 }  // namespace td3_fast::cuda

@@ -10,21 +10,26 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) random_words_kernel(RandomWords problem) {
-  const int64_t block = int64_t{blockIdx.x} * kThreads + threadIdx.x, first = block * kWordsPerBlock;
-  if (first >= problem.count) return;
+struct alignas(16) Block {
   uint32_t words[4];
-  philox(static_cast<uint64_t>(*problem.seed), problem.site, static_cast<uint64_t>(block), words);
-  for (int i = 0; i < kWordsPerBlock && first + i < problem.count; ++i) {
-    problem.words[first + i] = static_cast<int16_t>(words[i / 2] >> (16 * (i % 2)));
-  }
+};
+
+__global__ void __launch_bounds__(kThreads) random_words_kernel(RandomWords problem) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= problem.ends[problem.sites - 1]) return;
+  int64_t first = 0;  // block of the site
+  int site = 0;
+  while (at >= problem.ends[site]) first = problem.ends[site++];
+  Block block;
+  philox(static_cast<uint64_t>(*problem.seed), problem.first_site + site, static_cast<uint64_t>(at - first),
+         block.words);
+  static_cast<Block*>(problem.blocks)[at] = block;
 }
 
 }  // namespace
 
 const char* draw_words(const RandomWords& problem, void* stream) {
-  const int64_t blocks = (problem.count + kWordsPerBlock - 1) / kWordsPerBlock;
-  const dim3 grid(static_cast<unsigned>((blocks + kThreads - 1) / kThreads));
+  const dim3 grid(static_cast<unsigned>((problem.ends[problem.sites - 1] + kThreads - 1) / kThreads));
   return launch(random_words_kernel, grid, kThreads, 0, stream, problem);
 }
 

@@ -7,6 +7,7 @@ from td3_fast.ops.dropout import (
     derive_seed,
     derive_seeds,
     random_words,
+    random_words_of_sites,
     seed_path,
     seeded_generator,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "one_pass_adam_adjoint_",
     "one_pass_adam_step_",
     "random_words",
+    "random_words_of_sites",
     "seed_path",
     "seeded_generator",
     "soft_embedding",

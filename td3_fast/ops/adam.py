@@ -1,4 +1,4 @@
-"""Adam in one pass over the elements, on the CPU; `unroll.adam` is its reference and says what it computes."""
+"""Adam in one pass over the elements; `unroll.adam` is its reference and says what it computes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from torch import Tensor
 from td3_fast.ops.library import has_fused, register_fake
 
 
-def has_one_pass_adam(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors, which are alike in shape."""
+def has_one_pass_adam(*tensors: Tensor, size: float | Tensor) -> bool:
+    """Whether the kernels take these tensors, which are alike in shape, and this size of a step.
+
+    One in a tensor is for a GPU, which reads it when the step is taken.
+    """
     first = tensors[0]
+    if isinstance(size, Tensor):
+        sized = first.device.type == "cuda" and size.device == first.device and size.dtype == first.dtype
+    else:
+        sized = True
     return (
-        first.device.type == "cpu"
+        sized
+        and first.device.type in ("cpu", "cuda")
         and first.dtype in (torch.float32, torch.float64)
-        and has_fused("cpu")
-        and all(t.dtype == first.dtype and t.is_contiguous() for t in tensors)
+        and has_fused(first.device)
+        and all(t.dtype == first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
     )
 
 
 def one_pass_adam_step_(
-    parameter: Tensor, first_moment: Tensor, second_moment: Tensor, gradient: Tensor, rates: list[float]
+    parameter: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    gradient: Tensor,
+    rates: list[float],
+    size: float | Tensor,
 ) -> None:
     """A step, overwriting all but the gradient.
 
-    rates: beta1, beta2, eps, weight_decay, and what m / (sqrt(v) + eps) is multiplied by.
+    rates: beta1, beta2, eps, weight_decay; size: what m / (sqrt(v) + eps) is multiplied by, a tensor () being of
+    the dtype and on the device of the parameter.
     """
-    torch.ops.td3_fast.adam_step_(parameter, first_moment, second_moment, gradient, rates)
+    torch.ops.td3_fast.adam_step_(parameter, first_moment, second_moment, gradient, *_sized(rates, size))
 
 
 def one_pass_adam_adjoint_(
@@ -38,6 +52,7 @@ def one_pass_adam_adjoint_(
     to_first_moment: Tensor,
     to_second_moment: Tensor,
     rates: list[float],
+    size: float | Tensor,
 ) -> Tensor:
     """The cotangent of the gradient, from those of the three after the step, which become those before it."""
     to_gradient: Tensor = torch.ops.td3_fast.adam_adjoint_(
@@ -48,14 +63,23 @@ def one_pass_adam_adjoint_(
         to_parameter,
         to_first_moment,
         to_second_moment,
-        rates,
+        *_sized(rates, size),
     )
     return to_gradient
 
 
+def _sized(rates: list[float], size: float | Tensor) -> tuple[list[float], Tensor | None]:
+    return (rates, size) if isinstance(size, Tensor) else ([*rates, size], None)
+
+
 @register_fake("td3_fast::adam_step_")
 def _(
-    parameter: Tensor, first_moment: Tensor, second_moment: Tensor, gradient: Tensor, rates: list[float]
+    parameter: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    gradient: Tensor,
+    rates: list[float],
+    size: Tensor | None = None,
 ) -> None:
     return None
 
@@ -70,5 +94,6 @@ def _(
     to_first_moment: Tensor,
     to_second_moment: Tensor,
     rates: list[float],
+    size: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(gradient)

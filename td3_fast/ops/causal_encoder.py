@@ -118,18 +118,14 @@ def dropout_words(
     """The random words of each place where the encoder drops, in the order of its modules; empty without dropout."""
     if dropout is None:
         return []
-    stream = dropout
-
-    def site(count: int, rate: float) -> Tensor:
-        return torch.empty(0, dtype=torch.int16) if rate == 0.0 else stream.words(count, device=device)
-
-    words = [site(batch * length * shape.width, shape.hidden_dropout)]
+    hidden, attention = shape.hidden_dropout, shape.attention_dropout
+    sites = [(batch * length * shape.width, hidden)]
     for layer in range(shape.layers):
         rows = asked if layer == shape.layers - 1 else length
-        words.append(site(batch * shape.heads * rows * length, shape.attention_dropout))
-        words.append(site(batch * rows * shape.width, shape.hidden_dropout))
-        words.append(site(batch * rows * shape.width, shape.hidden_dropout))
-    return words
+        sites.append((batch * shape.heads * rows * length, attention))
+        sites += [(batch * rows * shape.width, hidden)] * 2
+    drawn = iter(dropout.words_of_masks([count for count, rate in sites if rate != 0.0], device=device))
+    return [torch.empty(0, dtype=torch.int16) if rate == 0.0 else next(drawn) for _, rate in sites]
 
 
 def packed_sizes(shape: EncoderShape) -> list[int]:

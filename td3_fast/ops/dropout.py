@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,10 +69,21 @@ class DropoutStream:
 
     def words(self, count: int, *, device: torch.device) -> Tensor:
         """The random words of the next mask, (count,) int16; an element survives where its word is high."""
+        return random_words(self._seed_on(device), self._next_sites(1), count)
+
+    def words_of_masks(self, counts: Sequence[int], *, device: torch.device) -> list[Tensor]:
+        """The random words of the next masks, as `words` gives them one by one, in one pass."""
+        return random_words_of_sites(self._seed_on(device), self._next_sites(len(counts)), counts)
+
+    def _seed_on(self, device: torch.device) -> Tensor:
         if self._seed.device != device:
             self._seed = self._seed.to(device, non_blocking=True)
-        site, self._sites = self._sites, self._sites + 1
-        return random_words(self._seed, site, count)
+        return self._seed
+
+    def _next_sites(self, count: int) -> int:
+        """The first of so many sites, which are taken."""
+        first, self._sites = self._sites, self._sites + count
+        return first
 
 
 def random_words(seed: Tensor, site: int, count: int, *, backend: Backend = "fused") -> Tensor:
@@ -97,6 +108,28 @@ def random_words(seed: Tensor, site: int, count: int, *, backend: Backend = "fus
     return _reference(seed, site, count)
 
 
+def random_words_of_sites(
+    seed: Tensor, first_site: int, counts: Sequence[int], *, backend: Backend = "fused"
+) -> list[Tensor]:
+    """`random_words` of as many sites in a row as there are counts, on a GPU by one kernel for up to 25 of them.
+
+    Args:
+        seed: one int64, on the device that draws.
+        first_site: that of the first count.
+        counts: how many words of each site.
+
+    Returns:
+        For each count (count,) int16; the fused ones are parts of one tensor, each of which starts at 16 bytes.
+    """
+    if use_fused(backend, seed.device):
+        words: Tensor = torch.ops.td3_fast.random_words_of_sites(seed, first_site, counts)
+        # the operator draws whole blocks
+        sizes = [size for count in counts for size in (count, -count % WORDS_PER_BLOCK)]
+        return list(torch.split_with_sizes(words, sizes)[::2])
+    return [_reference(seed, first_site + i, count) for i, count in enumerate(counts)]
+
+
+WORDS_PER_BLOCK = 8
 MASK = 2**32 - 1
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -104,7 +137,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 
 def _reference(seed: Tensor, site: int, count: int) -> Tensor:
     # unsigned 32-bit numbers in int64, whose products wrap around as those of unsigned 64 bits do
-    block = torch.arange((count + 7) // 8, device=seed.device)
+    block = torch.arange((count + WORDS_PER_BLOCK - 1) // WORDS_PER_BLOCK, device=seed.device)
     x = [block & MASK, block >> 32, torch.full_like(block, site), torch.zeros_like(block)]
     keys = [seed & MASK, (seed >> 32) & MASK]
     for _ in range(10):
@@ -118,6 +151,11 @@ def _reference(seed: Tensor, site: int, count: int) -> Tensor:
 @register_fake("td3_fast::random_words")
 def _(seed: Tensor, site: int, count: int) -> Tensor:
     return seed.new_empty(count, dtype=torch.int16)
+
+
+@register_fake("td3_fast::random_words_of_sites")
+def _(seed: Tensor, first_site: int, counts: Sequence[int]) -> Tensor:
+    return seed.new_empty(sum(count + -count % WORDS_PER_BLOCK for count in counts), dtype=torch.int16)
 
 
 def dropped_of(rate: float) -> int:

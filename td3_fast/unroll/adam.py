@@ -63,8 +63,8 @@ def adam_step_(
     if size is None:
         size = step_size(step, config)
     for tensors in zip(*state[:3], gradients, strict=True):
-        if not isinstance(size, Tensor) and has_one_pass_adam(*tensors):
-            one_pass_adam_step_(*tensors, _rates(config, size))
+        if has_one_pass_adam(*tensors, size=size):
+            one_pass_adam_step_(*tensors, _rates(config), size)
             continue
         for p, m, v, g in pieces(*tensors):
             if config.weight_decay:
@@ -92,8 +92,8 @@ def adam_adjoint_(
     the gradient. Where the second moment is exactly 0, its square root has an infinite slope; no derivative flows
     there, as in `higher`.
     """
-    if not isinstance(size, Tensor) and has_one_pass_adam(*before, gradient, *cotangents):
-        return one_pass_adam_adjoint_(*before, gradient, *cotangents, _rates(config, size))
+    if has_one_pass_adam(*before, gradient, *cotangents, size=size):
+        return one_pass_adam_adjoint_(*before, gradient, *cotangents, _rates(config), size)
     to_gradient = torch.empty_like(gradient)
     for p, m, v, g, to_p, to_m, to_v, to_g in pieces(*before, gradient, *cotangents, to_gradient):
         if config.weight_decay:
@@ -118,8 +118,8 @@ def adam_adjoint_(
     return to_gradient
 
 
-def _rates(config: AdamConfig, size: float) -> list[float]:
-    return [config.beta1, config.beta2, config.eps, config.weight_decay, size]
+def _rates(config: AdamConfig) -> list[float]:
+    return [config.beta1, config.beta2, config.eps, config.weight_decay]
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -59,6 +59,7 @@ def orders(encode, theta, inputs, *, create_graph=True):
         {"batch": 1, "asked": 1},
         {"length": 1},
         {"rates": (0.0, 0.3)},
+        {"rates": (0.3, 0.0), "layers": 2},
         {"batch": 150},
     ],
     ids=str,

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from td3_fast.ops import DropoutStream, derive_seed, derive_seeds, random_words, seed_path
+from td3_fast.ops import (
+    DropoutStream,
+    derive_seed,
+    derive_seeds,
+    has_fused,
+    random_words,
+    random_words_of_sites,
+    seed_path,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -76,6 +84,34 @@ def test_fused_words_are_those_of_the_reference(device: torch.device, seed: int,
         assert torch.equal(random_words(torch.tensor(seed, device=device), site, count).cpu(), expected)
 
 
+@pytest.mark.parametrize("counts", [[], [0, 0], [13], [1000, 0, 7, 8, 9, 1], [9] * 30], ids=str)
+def test_words_of_sites_are_those_of_each(device: torch.device, counts: list[int]) -> None:
+    seed = torch.tensor(2**63 - 1, device=device)
+    words = random_words_of_sites(seed, 3, counts)
+    assert len(words) == len(counts)
+    for i, (own, count) in enumerate(zip(words, counts, strict=True)):
+        assert torch.equal(own, random_words(seed, 3 + i, count))
+        assert count == 0 or own.data_ptr() % 16 == 0
+    reference = random_words_of_sites(seed, 3, counts, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(words, reference, strict=True))
+
+
+def test_words_of_masks_are_those_of_one_mask_after_the_other() -> None:
+    together, apart, device = DropoutStream(4), DropoutStream(4), torch.device("cpu")
+    for counts in ([3, 20], [], [8, 1, 1]):
+        words = together.words_of_masks(counts, device=device)
+        expected = [apart.words(count, device=device) for count in counts]
+        assert all(torch.equal(a, b) for a, b in zip(words, expected, strict=True))
+    assert torch.equal(together.words(9, device=device), apart.words(9, device=device))
+
+
+@pytest.mark.skipif(not has_fused("cpu"), reason="needs the compiled kernels")
+def test_schemas() -> None:
+    torch.library.opcheck(torch.ops.td3_fast.random_words.default, (torch.tensor(3), 1, 9))
+    for counts in ([], [9, 0, 8]):
+        torch.library.opcheck(torch.ops.td3_fast.random_words_of_sites.default, (torch.tensor(3), 1, counts))
+
+
 def test_any_number_of_threads_draws_the_same_words() -> None:
     threads = torch.get_num_threads()
     drawn = []
@@ -108,3 +144,5 @@ def test_a_seed_is_read_when_the_mask_is_drawn() -> None:
 def test_a_seed_is_one_integer(seed: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="one int64 seed"):
         random_words(seed, 0, 8)
+    with pytest.raises(ValueError, match="one int64 seed"):
+        random_words_of_sites(seed, 0, [8, 8])

@@ -43,10 +43,10 @@ __device__ inline double logarithm(double x) {
   return log(x);
 }
 __device__ inline float square_root(float x) {
-  return sqrtf(x);
+  return __fsqrt_rn(x);
 }
 __device__ inline double square_root(double x) {
-  return sqrt(x);
+  return __dsqrt_rn(x);
 }
 __device__ inline float error_function(float x) {
   return erff(x);
