@@ -10,6 +10,10 @@ constexpr int kThreads = 256;
 // The most blocks of a pass; each leaves gradients of all parameters. Results depend on it.
 constexpr int64_t kMostBlocks = 264, kMostForwardBlocks = 1056;
 
+bool has_width_32(const EncoderProblem& problem) {
+  return problem.sizes.width == 32 && problem.sizes.inner % 32 == 0;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sum_partials_kernel(int64_t rows, int64_t size, const T* partials, T* out) {
@@ -36,11 +40,15 @@ int64_t encoder_blocks(EncoderPass pass, const EncoderProblem& problem) {
 }
 
 int64_t encoder_scratch(EncoderPass pass, const EncoderProblem& problem) {
-  return problem.float64 ? encoder_scratch_float64(pass, problem) : encoder_scratch_float32(pass, problem);
+  if (problem.float64) return encoder_scratch_float64(pass, problem);
+  return has_width_32(problem) ? encoder_scratch_width32(pass, problem)
+                               : encoder_scratch_float32(pass, problem);
 }
 
 const char* encode(EncoderPass pass, const EncoderProblem& problem, void* stream) {
-  return problem.float64 ? encode_float64(pass, problem, stream) : encode_float32(pass, problem, stream);
+  if (problem.float64) return encode_float64(pass, problem, stream);
+  return has_width_32(problem) ? encode_width32(pass, problem, stream)
+                               : encode_float32(pass, problem, stream);
 }
 
 const char* sum_partials(

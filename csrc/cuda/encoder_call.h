@@ -7,6 +7,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../encoder_options.h"
@@ -78,9 +79,10 @@ class EncoderCall {
     problem.grad_outputs = read(grad_outputs.contiguous());
     if (tangent) problem.grad_outputs_tangent = read(tangent->contiguous());
   }
-  // Upstream is that of the cross-entropy to the rows that follow the outputs, as in kernels.h.
+  // Upstream is that of the cross-entropy to the rows that follow the outputs, as in kernels.h. Items (n, d)
+  // that lie column by column are read where they are.
   void compare_with(const Tensor& items) {
-    problem.items = read(items.contiguous());
+    problem.items = read(items.t().contiguous());
     problem.num_items = items.size(0);
   }
 
@@ -105,18 +107,20 @@ class EncoderCall {
   void forward() {
     if (options_.batch > 0 && options_.sizes.asked > 0) run(EncoderPass::kForward);
   }
-  // The gradients of the parameters.
-  Tensor backward() {
+  // The gradients of the parameters, and the loss where items are compared with.
+  std::tuple<Tensor, Tensor> backward() {
     const int64_t size = encoder_parameters(options_.sizes);
-    if (options_.batch == 0 || options_.sizes.asked == 0) return at::zeros({size}, like_.options());
+    if (options_.batch == 0 || options_.sizes.asked == 0) {
+      return {at::zeros({size}, like_.options()), at::zeros({}, like_.options())};
+    }
     problem.blocks = encoder_blocks(EncoderPass::kBackward, problem);
-    const Tensor partials = at::empty({problem.blocks, size}, like_.options());
+    const Tensor partials = at::empty({problem.blocks, size + 1}, like_.options());
     problem.partials = partials.mutable_data_ptr();
     run(EncoderPass::kBackward);
-    const Tensor sums = at::empty({size}, like_.options());
-    check_launch(sum_partials(problem.float64, problem.blocks, size, partials.const_data_ptr(),
+    const Tensor sums = at::empty({size + 1}, like_.options());
+    check_launch(sum_partials(problem.float64, problem.blocks, size + 1, partials.const_data_ptr(),
                               sums.mutable_data_ptr(), current_stream(like_)));
-    return sums;
+    return {sums.narrow(0, 0, size), sums.select(0, size)};
   }
 
   EncoderProblem problem{};
@@ -127,6 +131,10 @@ class EncoderCall {
     return tensor.const_data_ptr();
   }
 
+  Tensor bytes_of_blocks(int64_t each) const {
+    return at::empty({problem.blocks * each}, like_.options().dtype(at::kByte));
+  }
+
   void run(EncoderPass pass) {
     if (problem.inputs == nullptr) {
       const Tensor whole = whole_sequences(inputs_);
@@ -135,9 +143,12 @@ class EncoderCall {
     }
     problem.blocks = encoder_blocks(pass, problem);
     problem.scratch_bytes = encoder_scratch(pass, problem);
-    const Tensor scratch =
-        at::empty({problem.blocks * problem.scratch_bytes}, like_.options().dtype(at::kByte));
+    const Tensor scratch = bytes_of_blocks(problem.scratch_bytes);
     problem.scratch = scratch.mutable_data_ptr();
+    const int64_t numbers = problem.num_items * options_.sizes.asked;
+    problem.logits_bytes = numbers * (problem.parameters_tangent != nullptr ? 2 : 1) * like_.element_size();
+    const Tensor logits = bytes_of_blocks(problem.logits_bytes);
+    problem.logits = logits.mutable_data_ptr();
     check_launch(encode(pass, problem, current_stream(like_)));
   }
 

@@ -3,10 +3,10 @@
 namespace td3_fast::cuda {
 
 int64_t encoder_scratch_float64(EncoderPass pass, const EncoderProblem& problem) {
-  return scratch_of<double>(pass, problem);
+  return scratch_of<double, 0>(pass, problem);
 }
 const char* encode_float64(EncoderPass pass, const EncoderProblem& problem, void* stream) {
-  return run_pass<double>(pass, problem, stream);
+  return run_pass<double, 0>(pass, problem, stream);
 }
 
 }  // namespace td3_fast::cuda

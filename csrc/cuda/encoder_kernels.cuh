@@ -10,61 +10,61 @@ constexpr int kThreads = 256;
 constexpr int kManyThreads = 512;  // where most multiprocessors have nothing to do
 constexpr int64_t kFewSequences = 132;
 
-template <typename T, bool kTangents, bool kBackward>
+template <typename T, bool kTangents, bool kBackward, int kWidth, bool kShared>
 __global__ void __launch_bounds__(kManyThreads)
-    encoder_kernel(const __grid_constant__ EncoderProblem problem, int64_t shared_limit) {
+    encoder_kernel(const __grid_constant__ EncoderProblem problem) {
   const int64_t block = blockIdx.x;
-  Arena arena{
-      reinterpret_cast<uintptr_t>(shared_memory<unsigned char>()),
-      reinterpret_cast<uintptr_t>(problem.scratch) + static_cast<uintptr_t>(block * problem.scratch_bytes),
-      shared_limit};
-  SequencePass<T, kTangents, kBackward> pass(problem, &arena);
-  pass.run(static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), block);
-}
-
-bool few(const EncoderProblem& problem) {
-  return problem.batch <= kFewSequences;
-}
-
-// Of the shared memory of a multiprocessor, all for one block where there are few, else for as many as two.
-int64_t shared_limit(const EncoderProblem& problem) {
-  const int64_t limit = shared_memory_limit() - 1024;
-  return few(problem) ? limit : limit / 2 / 16 * 16;
+  SequencePass<T, kTangents, kBackward, kWidth, kShared> pass(problem);
+  if constexpr (kShared) {
+    pass.run(shared_memory<unsigned char>(), static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
+             block);
+  } else {
+    pass.run(static_cast<unsigned char*>(problem.scratch) + block * problem.scratch_bytes,
+             static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), block);
+  }
 }
 
 // The instance of the kernel that a pass needs.
-template <typename T, bool kTangents, bool kBackward>
+template <typename T, bool kTangents, bool kBackward, int kWidth>
 struct Instance {
-  static Arena count_bytes(const EncoderProblem& problem) {
-    Arena arena{0, 0, shared_limit(problem)};
-    const SequencePass<T, kTangents, kBackward> pass(problem, &arena);
-    return arena;
+  static int64_t bytes(const EncoderProblem& problem) {
+    return SequencePass<T, kTangents, kBackward, kWidth, true>(problem).bytes();
   }
+  static bool in_shared(const EncoderProblem& problem) { return bytes(problem) <= shared_memory_limit(); }
   static const char* run(const EncoderProblem& problem, void* stream) {
-    const Arena arena = count_bytes(problem);
-    return launch(encoder_kernel<T, kTangents, kBackward>, dim3(static_cast<unsigned>(problem.blocks)),
-                  few(problem) ? kManyThreads : kThreads, arena.shared_used, stream, problem,
-                  arena.shared_limit);
+    const dim3 grid(static_cast<unsigned>(problem.blocks));
+    const int threads = problem.batch <= kFewSequences ? kManyThreads : kThreads;
+    if (in_shared(problem)) {
+      return launch(encoder_kernel<T, kTangents, kBackward, kWidth, true>, grid, threads, bytes(problem),
+                    stream, problem);
+    }
+    if constexpr (kWidth > 0) {
+      return encode_float32(kBackward ? EncoderPass::kBackward : EncoderPass::kForward, problem, stream);
+    } else {
+      return launch(encoder_kernel<T, kTangents, kBackward, 0, false>, grid, threads, 0, stream, problem);
+    }
   }
 };
 
-template <typename T, typename Use>
+template <typename T, int kWidth, typename Use>
 auto with_instance(EncoderPass pass, const EncoderProblem& problem, const Use& use) {
   const bool tangents = problem.parameters_tangent != nullptr;
   if (pass == EncoderPass::kForward) {
-    return tangents ? use(Instance<T, true, false>()) : use(Instance<T, false, false>());
+    return tangents ? use(Instance<T, true, false, kWidth>()) : use(Instance<T, false, false, kWidth>());
   }
-  return tangents ? use(Instance<T, true, true>()) : use(Instance<T, false, true>());
+  return tangents ? use(Instance<T, true, true, kWidth>()) : use(Instance<T, false, true, kWidth>());
 }
 
-template <typename T>
+template <typename T, int kWidth>
 int64_t scratch_of(EncoderPass pass, const EncoderProblem& problem) {
-  return with_instance<T>(pass, problem,
-                          [&](auto instance) { return instance.count_bytes(problem).global_used; });
+  return with_instance<T, kWidth>(pass, problem, [&](auto instance) {
+    return instance.in_shared(problem) ? int64_t{0} : (instance.bytes(problem) + 255) / 256 * 256;
+  });
 }
-template <typename T>
+template <typename T, int kWidth>
 const char* run_pass(EncoderPass pass, const EncoderProblem& problem, void* stream) {
-  return with_instance<T>(pass, problem, [&](auto instance) { return instance.run(problem, stream); });
+  return with_instance<T, kWidth>(pass, problem,
+                                  [&](auto instance) { return instance.run(problem, stream); });
 }
 
 }  // namespace

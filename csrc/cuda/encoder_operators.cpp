@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
   EncoderCall call(parameters, inputs, positions, words, sizes);
   call.set_upstream(grad_outputs, std::nullopt);
   const Tensor grad_inputs = needs_inputs ? call.grad_inputs(inputs.size(1)) : nothing(inputs);
-  return {call.backward(), grad_inputs};
+  return {std::get<0>(call.backward()), grad_inputs};
 }
 
 std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const OptionalTensor& grad_grad_parameters,
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const Optional
   call.set_upstream(grad_outputs, std::nullopt);
   const Tensor outputs = call.outputs();
   const Tensor grad_inputs = needs_inputs ? call.grad_inputs(inputs.size(1)) : nothing(inputs);
-  return {outputs, call.backward(), grad_inputs};
+  return {outputs, std::get<0>(call.backward()), grad_inputs};
 }
 
 Tensor encode_histories(const Tensor& parameters,

@@ -61,11 +61,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
   TORCH_CHECK_VALUE(items.dim() == 2 && items.size(1) == embeds.size(2), "expected items (n, d), got ",
                     items.sizes());
   if (!trained && compares_in_pass(items, embeds, targets)) {
-    const Tensor losses = at::empty({embeds.size(0)}, embeds.options());
     call.compare_with(items);
-    call.problem.losses = losses.mutable_data_ptr();
-    const Tensor grad_parameters = call.backward();
-    return {at::sum(losses), grad_parameters, nothing(items), nothing(embeds), std::vector<Tensor>()};
+    const auto [grad_parameters, loss] = call.backward();
+    return {loss, grad_parameters, nothing(items), nothing(embeds), std::vector<Tensor>()};
   }
   const Tensor hidden = call.outputs().view({-1, embeds.size(2)});
   call.forward();
@@ -83,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
     grad_embeds = call.grad_inputs(embeds.size(1));
     call.problem.to_targets = -share;
   }
-  const Tensor grad_parameters = call.backward();
+  const Tensor grad_parameters = std::get<0>(call.backward());
   return {
       loss, grad_parameters, grad_items, grad_embeds, {hidden, logsumexp, remainder, mean, probabilities}};
 }
@@ -133,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
   }
   const Tensor to_embeds = call.grad_inputs(embeds.size(1));
   call.problem.to_targets = -share;
-  const Tensor to_parameters = call.backward();
+  const Tensor to_parameters = std::get<0>(call.backward());
   return {to_parameters, moved_grad_items, to_embeds};
 }
 
@@ -179,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
   }
   call.set_upstream(grad_hidden, std::nullopt);
   const Tensor grad_embeds = trained ? call.grad_inputs(histories.size(1)) : Tensor();
-  const Tensor grad_parameters = call.backward();
+  const Tensor grad_parameters = std::get<0>(call.backward());
   if (trained) {
     grad_items = grad_items + at::embedding_dense_backward(grad_embeds, histories, items.size(0), -1, false);
   }

@@ -141,17 +141,18 @@ struct EncoderProblem {
   const void* grad_outputs_tangent;  // (batch, k, d)
 
   // Where `items` are given, upstream is the gradient of the mean over outputs h of logsumexp(h E^T) - h x,
-  // x the row of the inputs after that of h, and `losses` are the shares of the sequences.
-  const void* items;  // (n, d)
+  // x the row of the inputs after that of h.
+  const void* items;  // (d, n): column by column
   int64_t num_items;
-  void* losses;  // (batch,)
+  void* logits;  // (blocks, logits_bytes), scratch
+  int64_t logits_bytes;
 
   void* outputs;            // (batch, k, d)
   void* grad_inputs;        // (batch, length, d)
   double to_targets;        // times the outputs is added to the row of grad_inputs after that of the output
   int64_t grad_input_rows;  // of each sequence; those beyond the length are zero before that
   int64_t blocks;           // of threads; each takes every blocks-th sequence
-  void* partials;           // (blocks, size): the gradients of the parameters
+  void* partials;           // (blocks, size + 1): the gradients of the parameters, and the loss
   void* scratch;            // (blocks, scratch_bytes)
   int64_t scratch_bytes;    // encoder_scratch
 };
@@ -169,6 +170,9 @@ int64_t encoder_scratch_float32(EncoderPass pass, const EncoderProblem& problem)
 int64_t encoder_scratch_float64(EncoderPass pass, const EncoderProblem& problem);
 const char* encode_float32(EncoderPass pass, const EncoderProblem& problem, void* stream);
 const char* encode_float64(EncoderPass pass, const EncoderProblem& problem, void* stream);
+// float32, of width 32.
+int64_t encoder_scratch_width32(EncoderPass pass, const EncoderProblem& problem);
+const char* encode_width32(EncoderPass pass, const EncoderProblem& problem, void* stream);
 
 // out[i] = the sum over rows of partials[row][i], in their order.
 const char* sum_partials(

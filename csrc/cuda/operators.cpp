@@ -32,7 +32,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Blocks that a pass is split into, at least, where it is large enough: two for each multiprocessor of the
 // largest GPUs. They depend on shapes alone, and so do the bits of the result.
 constexpr int64_t kBlocks = 264;
-constexpr int64_t kSmallestSplit = 256;
+constexpr int64_t kSmallestSplit = 64;
 
 Element element_of(const Tensor& table) {
   switch (table.scalar_type()) {

@@ -11,7 +11,7 @@ from td3_fast.ops.dropout import (
     seed_path,
     seeded_generator,
 )
-from td3_fast.ops.inner_gradient import InnerGradient, inner_gradient
+from td3_fast.ops.inner_gradient import InnerGradient, for_inner_gradient, inner_gradient
 from td3_fast.ops.item_cross_entropy import (
     ItemLogsumexp,
     item_cross_entropy,
@@ -46,6 +46,7 @@ __all__ = [
     "derive_seed",
     "derive_seeds",
     "encode_histories",
+    "for_inner_gradient",
     "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",

@@ -1,6 +1,8 @@
 """A causal self-attention encoder in one call, for small models whose passes are bound by the cost of calls."""
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,30 @@ def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
         and like.dtype in (torch.float32, torch.float64)
         and shape.layers <= MAX_LAYERS
         and has_fused(like.device)
+        and (
+            like.device.type == "cpu"
+            or _shared_bytes(shape, like.element_size()) <= _shared_memory(like.device)
+        )
     )
+
+
+def _shared_bytes(shape: EncoderShape, element_size: int) -> int:
+    """What a block of threads keeps of the widest pass with two outputs, as csrc/cuda/encoder.cuh lays it out."""
+    d, inner, heads, length = shape.width | 1, shape.inner, shape.heads, shape.positions
+    k = length if shape.layers > 1 else 2
+    block = 4 * (shape.width + 1) * shape.width + 4 * shape.width
+    block += (shape.width + 1) * inner + (inner + 1) * shape.width
+    parameters = 2 * shape.width + shape.layers * block
+    saved = (6 + 2 * heads) * d + 2 * inner + 2 + heads * (2 * length + 1)
+    duals = parameters * 33 // 32 + 3 * length * d + ((shape.layers - 1) * length + 2) * saved
+    duals += k * ((5 + 2 * heads) * d + heads * length + inner)
+    return element_size * (2 * duals + parameters + length * shape.width) + 2048
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)  # its type does not know of the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 def causal_encoder(

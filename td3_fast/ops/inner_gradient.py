@@ -11,6 +11,17 @@ from td3_fast.ops.causal_encoder import EncoderShape, dropout_words, packed_size
 from td3_fast.ops.dropout import DropoutStream
 from td3_fast.ops.library import register_fake
 
+# Of the item table, where a GPU compares the outputs of a sequence with all of it in the same kernel; as in
+# csrc/cuda/gradient_operators.cpp.
+ITEMS_IN_PASS = 8192
+
+
+def for_inner_gradient(items: Tensor) -> Tensor:
+    """A frozen item table (n, d) as `inner_gradient` reads it without a copy: on a GPU a small one column by column."""
+    if items.is_cuda and len(items) <= ITEMS_IN_PASS:
+        return items.t().contiguous().t()
+    return items
+
 
 class InnerGradient(NamedTuple):
     """What `inner_gradient` returns."""

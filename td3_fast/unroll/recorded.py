@@ -8,9 +8,8 @@ from step to step lies in tensors that stay where they are, and counters on the 
 from __future__ import annotations
 
 import functools
-import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from td3_fast.learners import FlatParameters
+from td3_fast.ops import for_inner_gradient
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll.adam import AdamState, adam_step_
 from td3_fast.unroll.inner import InnerLoop
@@ -29,6 +29,10 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
 # of a step before it is captured: in the first ones libraries choose their kernels and allocate
 WARM_UP_CALLS = 3
+# Recorded together, so that fewer graphs are launched.
+STEPS_IN_A_GRAPH = 8
+# that are called before and while they are recorded, at most
+STEPS_TO_RECORD = (WARM_UP_CALLS + 1) * STEPS_IN_A_GRAPH
 # Of parameters, in bytes. Beyond, kernels take longer than launches, and several times as much would be held.
 RECORDED_LIMIT = 2**27
 
@@ -143,50 +147,74 @@ class RecordedLoop:
     ) -> None:
         self._loop = loop
         self._flat = FlatParameters(loop.learner)
-        self._items = items
+        trained = len(parameters) > 1
+        self._items = items if trained else for_inner_gradient(items)
         self._mixture = mixture.twin()
         self._record = record
-        self._recorded: dict[str, Callable[[], None]] = {}
+        self._recorded: dict[tuple[str, int], Callable[[], None]] = {}
         self.limits = (steps, window)
         self._count = len(parameters)
 
-        self._now = [torch.zeros_like(p) for _ in range(3) for p in parameters]  # they and their two moments
-        self._inputs = self._inputs_of(loop)
-        self._tables = [table.to(items.device, copy=True) for table in self._inputs]
-        self._losses = parameters[0].new_zeros(steps)
-        # counters: of the steps taken, and of those kept
-        self._step, self._at = (torch.zeros(1, dtype=torch.int64, device=items.device) for _ in range(2))
+        # each parameter and its two moments in one tensor, which is kept at once
+        self._states = [p.new_zeros(3, *p.shape) for p in parameters]
+        self._now = [state[i] for i in range(3) for state in self._states]
+        self._inputs = loop.first_inputs(steps)
+        # steps are called to be recorded, and count rows even where there are fewer
+        self._table = self._packed(self._inputs, rows=max(steps, STEPS_TO_RECORD)).to(items.device, copy=True)
+        self._losses = parameters[0].new_zeros(len(self._table))
+        # of the steps taken, and of those kept
+        self._counters = torch.zeros(2, dtype=torch.int64, device=items.device)
+        self._step, self._at = self._counters[:1], self._counters[1:]
         self._kept: list[Tensor] = []
 
     def _hold_window(self) -> None:
         """Make what a window needs, where it is not there yet."""
         if self._kept:
             return
-        window, items = self.limits[1], self._items
-        self._kept = [tensor.new_zeros(window, *tensor.shape) for tensor in self._now]
+        window, items = max(self.limits[1], STEPS_TO_RECORD), self._items
+        self._kept = [state.new_zeros(window, *state.shape) for state in self._states]
         self._adjoint = [torch.zeros_like(tensor) for tensor in self._now]
         # what X has as cotangents in each kept step, and the tables beside them
-        theta, last = self._now[0], self._kept[self._count - 1]
-        embeds = (window, self._inputs[0].shape[1], self._loop.num_positions, items.shape[1])
+        theta, last = self._now[0], self._kept[-1][:, 0]
+        embeds = (window, self._inputs.users.shape[1], self._loop.num_positions, items.shape[1])
         self._cotangents = [theta.new_zeros(embeds) for _ in range(self._count)]
         self._beside = [last] if self._count == 1 else [torch.zeros_like(last), last]
         self._limit = theta.new_zeros(())  # of the norm of what is pulled back
         self._within = torch.ones((), dtype=torch.bool, device=items.device)
         self._pulled_back = torch.zeros((), dtype=torch.float64, device=items.device)
 
-    def _inputs_of(self, loop: InnerLoop) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The inputs of all steps of a loop, a row each, on the host."""
-        users, targets, seeds, sizes = loop.first_inputs(self.limits[0])
-        return users, targets, seeds, torch.as_tensor(sizes, dtype=self._now[0].dtype)
+    def _packed(self, inputs: StepInputs, *, rows: int) -> Tensor:
+        """The inputs of all steps, a row each, so that a step reads them at once: (rows, ...) int64, on the host.
+
+        Of the size of the optimiser's step the bits.
+        """
+        sizes = torch.as_tensor(inputs.size, dtype=self._now[0].dtype).unsqueeze(1)
+        bits = sizes.view(torch.int64 if sizes.dtype == torch.float64 else torch.int32)
+        table = torch.cat(
+            [inputs.users, inputs.targets.flatten(1), inputs.seeds, bits.to(torch.int64)], dim=1
+        )
+        return torch.cat([table, table[-1:].expand(rows - len(table), -1)])
+
+    def _row(self) -> StepInputs:
+        """The inputs of the step that is next, as `_packed` laid them out."""
+        row = self._table.index_select(0, self._step).squeeze(0)
+        sizes = [
+            self._inputs.users[0].numel(),
+            self._inputs.targets[0].numel(),
+            self._inputs.seeds[0].numel(),
+        ]
+        users, targets, seeds, bits = row.split([*sizes, 1])
+        size = bits.view(self._now[0].dtype)[0]  # of four bytes the lower ones
+        return StepInputs(users, targets.view(self._inputs.targets.shape[1:]), seeds, size)
 
     def begin(self, loop: InnerLoop, mixture: ItemMixture) -> RecordedLoop:
         """The same, about to take the steps of another loop, on another summary."""
         alike = replace(loop, seed=self._loop.seed, restart_batches_at=self._loop.restart_batches_at)
         if alike != self._loop:
             raise ValueError("recorded steps are of loops that differ in seed and restart_batches_at only")
-        self._inputs = self._inputs_of(loop)
-        for table, rows in zip(self._tables, self._inputs, strict=True):
-            table.copy_(pinned(rows) if table.is_cuda else rows, non_blocking=True)
+        self._inputs = loop.first_inputs(self.limits[0])
+        rows = self._packed(self._inputs, rows=len(self._table))
+        self._table.copy_(pinned(rows) if self._table.is_cuda else rows, non_blocking=True)
         self._mixture.assign(mixture)
         return self
 
@@ -202,11 +230,10 @@ class RecordedLoop:
         """`InnerLoop.run`; no progress says a loss, which would have to be waited for."""
         first = state.step
         self._check(until)
-        take = self._ready(self._take)
+        self._record_steps(self._take)
         self._load(state)
-        for step in range(first, until):
-            take()
-            progress("fit", step + 1 - first, until - first, {})
+        for taken in self._repeat(self._take, until - first):
+            progress("fit", taken, until - first, {})
         return self._state(until), self._losses[first:until].clone()
 
     def run_window(
@@ -216,10 +243,10 @@ class RecordedLoop:
         first = state.step
         self._check(until, kept=until - first)
         self._hold_window()
-        take = self._ready(self._keep_and_take)
+        self._record_steps(self._keep_and_take)
         self._load(state)
-        for _ in range(first, until):
-            take()
+        for _ in self._repeat(self._keep_and_take, until - first):
+            pass
         loss = self._losses[until - 1].clone()
         return self._state(until), RecordedWindow(first=first, length=until - first, loss=loss)
 
@@ -232,24 +259,24 @@ class RecordedLoop:
         growth_limit: float | None = None,
     ) -> Tensor:
         """`InnerLoop.pull_back`; the cotangents are left as they are."""
-        back = self._ready(self._pull_back)
+        back = self._pull_back if growth_limit is None else self._pull_back_within_limit
+        self._record_steps(back)
         for own in self._adjoint[self._count :]:
             own.zero_()
         for own, given in zip(self._adjoint, cotangents, strict=False):
             own.copy_(given)
-        self._limit.fill_(math.inf)
         if growth_limit is not None:
             self._limit.copy_(growth_limit * torch.linalg.vector_norm(cotangents[0]))
-        self._within.fill_(True)
-        self._pulled_back.zero_()
+            self._within.fill_(True)
+            self._pulled_back.zero_()
         self._step.fill_(window.first + window.length - 1)
         self._at.fill_(window.length - 1)
-        for _ in range(window.length):
-            back()
-        users = self._inputs[0][window.first : window.first + window.length]
+        for _ in self._repeat(back, window.length):
+            pass
+        users = self._inputs.users[window.first : window.first + window.length]
         for to_embeds, tables in zip(self._cotangents, self._beside, strict=True):
             mixture.note_steps(users, to_embeds[: window.length], tables[: window.length])
-        window.pulled_back = self._pulled_back.clone()
+        window.pulled_back = window.length if growth_limit is None else self._pulled_back.clone()
         return mixture.gradient()
 
     def _check(self, until: int, *, kept: int = 0) -> None:
@@ -271,24 +298,37 @@ class RecordedLoop:
         self._step.fill_(state.step)
         self._at.zero_()
 
-    def _ready(self, step: Callable[[], None]) -> Callable[[], None]:
-        """The recorded step; it is recorded the first time, and what it overwrites by that is put back."""
-        name = step.__name__
-        if name not in self._recorded:
-            overwritten = [*self._now, self._losses]
+    def _record_steps(self, step: Callable[[], None]) -> None:
+        """Record a step, and a few at once, where they are not yet; what is overwritten by that is put back."""
+        for count in (1, STEPS_IN_A_GRAPH):
+            if (step.__name__, count) in self._recorded:
+                continue
+            overwritten = [*self._states, self._losses]
             kept = [tensor.clone() for tensor in overwritten]
-            self._step.zero_()
-            self._at.zero_()
-            self._recorded[name] = self._record(step)
+            self._counters.fill_(STEPS_TO_RECORD - 1 if step in self._backwards else 0)
+
+            def steps(count: int = count) -> None:
+                for _ in range(count):
+                    step()
+
+            self._recorded[step.__name__, count] = self._record(steps)
             for own, before in zip(overwritten, kept, strict=True):
                 own.copy_(before)
-        return self._recorded[name]
 
-    # What follows is recorded. Counters stay within their tables, for steps that are called to be recorded.
+    def _repeat(self, step: Callable[[], None], count: int) -> Iterator[int]:
+        """Replay so many recorded steps; says how many they are so far after each few."""
+        done = 0
+        while done < count:
+            at_once = STEPS_IN_A_GRAPH if count - done >= STEPS_IN_A_GRAPH else 1
+            self._recorded[step.__name__, at_once]()
+            done += at_once
+            yield done
 
-    def _row(self) -> StepInputs:
-        users, targets, seeds, size = (table.index_select(0, self._step).squeeze(0) for table in self._tables)
-        return StepInputs(users, targets, seeds, size)
+    @property
+    def _backwards(self) -> tuple[Callable[[], None], ...]:
+        return (self._pull_back, self._pull_back_within_limit)
+
+    # What follows is recorded.
 
     def _take(self) -> None:
         inputs, state = self._row(), self._state(0)
@@ -297,36 +337,42 @@ class RecordedLoop:
         )
         adam_step_(state, evaluated.gradients, self._loop.adam, inputs.size)
         self._losses.index_copy_(0, self._step, evaluated.loss.view(1))
-        self._step.add_(1).clamp_(max=self.limits[0] - 1)
+        self._counters.add_(1)
 
     def _keep_and_take(self) -> None:
-        for table, tensor in zip(self._kept, self._now, strict=True):
-            table.index_copy_(0, self._at, tensor.unsqueeze(0))
-        self._at.add_(1).clamp_(max=self.limits[1] - 1)
+        for table, state in zip(self._kept, self._states, strict=True):
+            table.index_copy_(0, self._at, state.unsqueeze(0))
         self._take()
 
     def _pull_back(self) -> None:
-        rows = tuple(table.index_select(0, self._at).squeeze(0) for table in self._kept)
-        n = self._count
-        state = AdamState(rows[:n], rows[n : 2 * n], rows[2 * n :], 0)
+        for table, counted in self._pulled_back_step():
+            table.index_copy_(0, self._at, counted.unsqueeze(0))
+        self._counters.sub_(1)
+
+    def _pull_back_within_limit(self) -> None:
+        for table, cotangent in self._pulled_back_step():
+            counted = torch.where(self._within, cotangent, 0.0)  # 0 times what has overflown would not be 0
+            table.index_copy_(0, self._at, counted.unsqueeze(0))
+        self._pulled_back.add_(self._within)
+        self._within.logical_and_(torch.linalg.vector_norm(self._adjoint[0]) <= self._limit)
+        self._counters.sub_(1)
+
+    def _pulled_back_step(self) -> list[tuple[Tensor, Tensor]]:
+        """The adjoint before the kept step that is next; returns tables, and what belongs into their rows of it."""
+        rows = [table.index_select(0, self._at).squeeze(0) for table in self._kept]
+        p, m, v = (tuple(row[i] for row in rows) for i in range(3))
+        state = AdamState(p, m, v, 0)
         evaluated = self._loop.evaluate(
             self._flat, state.parameters, self._items, self._mixture, self._row(), create_graph=True
         )
+        n = self._count
         adjoint = list(zip(self._adjoint[:n], self._adjoint[n : 2 * n], self._adjoint[2 * n :], strict=True))
         notes = _Notes(self._mixture)
         self._loop.pull_back_step(WindowStep(state, evaluated), adjoint, notes)
-        for table, (cotangent, _) in zip(self._cotangents, notes.noted, strict=True):
-            counted = torch.where(self._within, cotangent, 0.0)
-            table.index_copy_(0, self._at, counted.unsqueeze(0))
+        cotangents = [cotangent for cotangent, _ in notes.noted]
         # the last note is of the parameters, which are kept already
-        for table, (_, beside) in zip(self._beside[:-1], notes.noted, strict=False):
-            counted = torch.where(self._within, beside, 0.0)  # 0 times what has overflown would not be 0
-            table.index_copy_(0, self._at, counted.unsqueeze(0))
-        self._pulled_back.add_(self._within)
-        norm = torch.linalg.vector_norm(self._adjoint[0])
-        self._within.logical_and_((norm <= self._limit) | self._limit.isinf())
-        self._step.sub_(1).clamp_(min=0)
-        self._at.sub_(1).clamp_(min=0)
+        beside = [tensor for _, tensor in notes.noted[:-1]]
+        return [*zip(self._cotangents, cotangents, strict=True), *zip(self._beside[:-1], beside, strict=True)]
 
 
 class _Notes:
