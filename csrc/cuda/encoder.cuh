@@ -41,8 +41,9 @@ TD3_FAST_HOST_DEVICE inline BlockParameters block_parameters(int first, int d, i
   return b;
 }
 
-// kWidth: d, where it is known beforehand, and then a multiple of 32 as `inner` is; else 0.
-// kShared: everything that is handed on between threads lies in shared memory; else in global scratch.
+// kWidth: d, where it is known beforehand, a multiple of 32, and then `inner` is twice as much and there are
+// one layer and one head; else 0. kShared: everything that is handed on between threads lies in shared
+// memory; else in global scratch.
 template <typename T, bool kTangents, bool kBackward, int kWidth, bool kShared>
 class SequencePass {
   using N = std::conditional_t<kTangents, Dual<T>, T>;
@@ -70,21 +71,22 @@ class SequencePass {
         asked_(static_cast<int>(problem.sizes.asked)),
         any_width_(static_cast<int>(problem.sizes.width)),
         first_parameter_(static_cast<int>(problem.sizes.positions) * any_width_) {
-    const BlockParameters last = block_parameters(first_block(), d(), inner_, layers_ - 1);
+    const BlockParameters last = block_parameters(first_block(), d(), inner(), layers() - 1);
     size_ = last.last_norm.at + 2 * d();
   }
 
-  TD3_FAST_HOST_DEVICE int64_t bytes() { return lay_out(0); }
+  TD3_FAST_HOST_DEVICE int64_t bytes() { return lay_out(nullptr); }
 
   // All sequences of this block of threads.
   __device__ void run(unsigned char* memory, int thread, int threads, int64_t block) {
     thread_ = thread, threads_ = threads;
     lane_ = thread % kWarp, warp_ = thread / kWarp, warps_ = threads / kWarp;
-    by_width_ = columns(d()), by_inner_ = columns(inner_);
-    lay_out(reinterpret_cast<uintptr_t>(memory));
+    by_width_ = columns(d()), by_inner_ = columns(inner());
+    lay_out(memory);
     logits_ = reinterpret_cast<N*>(static_cast<unsigned char*>(p_.logits) + block * p_.logits_bytes);
     copy_parameters();
     if (kBackward) tasks(size_, [&](int i) { sums_[i] = T(0); });
+#pragma unroll 1
     for (sequence_ = block; sequence_ < p_.batch; sequence_ += p_.blocks) {
       block_barrier();
       forward();
@@ -101,50 +103,55 @@ class SequencePass {
  private:
   // ---- memory ----
 
-  TD3_FAST_HOST_DEVICE int d() const { return kWidth > 0 ? kWidth : any_width_; }
+  static constexpr bool kKnown = kWidth > 0;
+  TD3_FAST_HOST_DEVICE int d() const { return kKnown ? kWidth : any_width_; }
+  TD3_FAST_HOST_DEVICE int inner() const { return kKnown ? 2 * kWidth : inner_; }
+  TD3_FAST_HOST_DEVICE int heads() const { return kKnown ? 1 : heads_; }
+  TD3_FAST_HOST_DEVICE int layers() const { return kKnown ? 1 : layers_; }
   // From row to row; odd, so that neither rows nor columns are all in one bank of shared memory.
   TD3_FAST_HOST_DEVICE int stride() const { return d() | 1; }
-  TD3_FAST_HOST_DEVICE int head_width() const { return d() / heads_; }
+  TD3_FAST_HOST_DEVICE int head_width() const { return d() / heads(); }
   TD3_FAST_HOST_DEVICE int first_block() const { return first_parameter_ + 2 * d(); }
-  TD3_FAST_HOST_DEVICE bool everywhere(int layer) const { return layer + 1 < layers_; }
+  TD3_FAST_HOST_DEVICE bool everywhere(int layer) const { return layer + 1 < layers(); }
 
-  // Arrays one after the other from `first` on; returns the bytes they take.
-  TD3_FAST_HOST_DEVICE int64_t lay_out(uintptr_t first) {
-    uintptr_t next = first;
+  // Arrays one after the other in `memory`, which may be null; returns the bytes they take.
+  TD3_FAST_HOST_DEVICE int64_t lay_out(unsigned char* memory) {
+    int64_t next = 0;
     const auto take = [&](auto** to, int64_t count) {
       using X = std::remove_pointer_t<std::remove_pointer_t<decltype(to)>>;
-      *to = reinterpret_cast<X*>(next);
-      next += static_cast<uintptr_t>((count * static_cast<int64_t>(sizeof(X)) + 15) / 16 * 16);
+      *to = reinterpret_cast<X*>(memory + next);
+      next += (count * static_cast<int64_t>(sizeof(X)) + 15) / 16 * 16;
     };
-    const int most = layers_ > 1 && length_ > asked_ ? length_ : asked_;  // rows of a block
+    const int most = layers() > 1 && length_ > asked_ ? length_ : asked_;  // rows of a block
     const int tail = size_ - first_parameter_;
     take(&weights_, tail + tail / kPad + 1);
     take(&hidden_, length_ * stride());
     take(&normed_, length_ * stride());
     take(&deviation_, length_);
     take(&sum_, most * stride());
-    take(&blocks_, (layers_ - 1) * numbers_of(length_) + numbers_of(asked_));
+    take(&blocks_, (layers() - 1) * numbers_of(length_) + numbers_of(asked_));
     take(&at_, asked_);
     if (kBackward) {
       take(&grad_, most * stride());
       take(&grad_more_, most * stride());
       take(&grad_context_, most * stride());
       take(&grad_query_, most * stride());
-      take(&grad_mixed_, most * heads_ * stride());
-      take(&grad_direction_, most * heads_ * stride());
-      take(&grad_scores_, most * heads_ * length_);
-      take(&grad_raised_, most * inner_);
+      take(&grad_mixed_, most * heads() * stride());
+      take(&grad_direction_, most * heads() * stride());
+      take(&grad_scores_, most * heads() * length_);
+      take(&grad_raised_, most * inner());
+      take(&grad_total_, most * heads());
       take(&grad_hidden_, length_ * stride());
       take(&sums_, size_);
       take(&masses_, asked_ * kMostWarps);
       take(&peaks_, asked_ * kMostWarps);
     }
-    return static_cast<int64_t>(next - first);
+    return next;
   }
 
   // Numbers that are saved of a block of k rows.
   TD3_FAST_HOST_DEVICE int numbers_of(int k) const {
-    return k * ((6 + 2 * heads_) * stride() + 2 * inner_ + 2 + heads_ * (2 * length_ + 1));
+    return k * ((6 + 2 * heads()) * stride() + 2 * inner() + 2 + heads() * (2 * length_ + 1));
   }
   __device__ Saved saved(int layer) const {
     const int k = everywhere(layer) ? length_ : asked_;
@@ -157,10 +164,10 @@ class SequencePass {
     Saved s;
     s.query = take(stride()), s.context = take(stride()), s.normed = take(stride());
     s.attended = take(stride()), s.last_normed = take(stride()), s.outputs = take(stride());
-    s.direction = take(heads_ * stride()), s.mixed = take(heads_ * stride());
-    s.slope = take(inner_), s.bent = take(inner_);
+    s.direction = take(heads() * stride()), s.mixed = take(heads() * stride());
+    s.slope = take(inner()), s.bent = take(inner());
     s.deviation = take(1), s.last_deviation = take(1);
-    s.weights = take(heads_ * length_), s.dropped = take(heads_ * length_), s.total = take(heads_);
+    s.weights = take(heads() * length_), s.dropped = take(heads() * length_), s.total = take(heads());
     s.inputs = layer == 0 ? hidden_ : outputs_of(layer - 1);
     return s;
   }
@@ -174,12 +181,14 @@ class SequencePass {
   // run(i) for each i below count.
   template <typename Run>
   __device__ void tasks(int count, const Run& run) const {
+#pragma unroll 1
     for (int i = thread_; i < count; i += threads_) run(i);
   }
   // store(i, load(i)) for each i below count, with loads that do not wait for one another.
   template <typename Load, typename Store>
   __device__ void in_batches(int count, const Load& load, const Store& store) const {
     constexpr int kAtOnce = 8;
+#pragma unroll 1
     for (int first = thread_; first < count; first += kAtOnce * threads_) {
       decltype(load(0)) loaded[kAtOnce];
 #pragma unroll
@@ -198,6 +207,7 @@ class SequencePass {
   template <typename Run>
   __device__ void grid(int rows, const Columns& columns, const Run& run) const {
     int row = columns.row, column = columns.column;
+#pragma unroll 1
     while (row < rows) {
       run(row, column);
       row += columns.row_step, column += columns.column_step;
@@ -208,12 +218,59 @@ class SequencePass {
     return {count, thread_ / count, thread_ % count, threads_ / count, threads_ % count};
   }
 
+  // Groups of lanes work on one number or row each, so that few of them keep all threads busy.
+  static constexpr int kGroup = 8, kGroups = kWarp / kGroup;  // lanes of a group, groups of a warp
+  __device__ int part() const { return lane_ % kGroup; }
+  template <typename X>
+  __device__ static X group_sum(X x) {
+    for (int mask = kGroup / 2; mask > 0; mask /= 2) x = x + shuffle_of(x, mask);
+    return x;
+  }
+  __device__ static T shuffle_of(T x, int mask) { return shuffle_xor(x, mask); }
+  __device__ static Dual<T> shuffle_of(Dual<T> x, int mask) {
+    return {shuffle_xor(x.v, mask), shuffle_xor(x.t, mask)};
+  }
+  // run(i, active) by a group for each i below count; a group that has nothing to do repeats the last,
+  // inactive.
+  template <typename Run>
+  __device__ void by_group(int count, const Run& run) const {
+#pragma unroll 1
+    for (int first = warp_ * kGroups; first < count; first += warps_ * kGroups) {
+      const int own = first + lane_ / kGroup;
+      run(own < count ? own : count - 1, own < count);
+    }
+  }
+  // A lane's share of `count` numbers: from, ..., to - 1.
+  struct Share {
+    int from, to;
+  };
+  __device__ Share share_of(int count) const {
+    const int each = (count + kGroup - 1) / kGroup, from = part() * each;
+    if (count % kGroup == 0) return {from, from + each};
+    return {from, from + each < count ? from + each : count};
+  }
+  // finish(row, column, sum over j below count(row) of the products of the pairs(row, column, j)) for each of
+  // (rows, columns): pairs gives sum + product.
+  template <typename Count, typename Add, typename Finish>
+  __device__ void products(
+      int rows, int columns, const Count& count, const Add& add, const Finish& finish) const {
+    by_group(rows * columns, [&](int index, bool active) {
+      const int row = index / columns, column = index - row * columns;
+      const Share share = share_of(count(row));
+      N sum{};
+#pragma unroll 4
+      for (int j = share.from; j < share.to; ++j) sum = add(row, column, j, sum);
+      sum = group_sum(sum);
+      if (active && part() == 0) finish(row, column, sum);
+    });
+  }
+
   __device__ int rows_of(int layer) const { return everywhere(layer) ? rows_ : asked_; }
   // The position of row r of a block.
   __device__ int position(int layer, int r) const { return everywhere(layer) ? r : at_[r]; }
   // The head that column i belongs to; of which row r of a block and a head are, of rows and heads together.
-  __device__ int head_of(int i) const { return heads_ == 1 ? 0 : i / head_width(); }
-  __device__ int row_of_both(int both) const { return heads_ == 1 ? both : both / heads_; }
+  __device__ int head_of(int i) const { return heads() == 1 ? 0 : i / head_width(); }
+  __device__ int row_of_both(int both) const { return heads() == 1 ? both : both / heads(); }
 
   // ---- parameters ----
 
@@ -244,32 +301,21 @@ class SequencePass {
     }
   }
 
-  // sum + the inner product of `count` pairs.
-  template <typename A, typename B>
-  __device__ static N inner_product(int count, const A& a, const B& b, N sum) {
-    constexpr int kSums = 4;
-    N more[kSums - 1]{};
-    int j = 0;
-#pragma unroll 8
-    for (; j + kSums <= count; j += kSums) {
-      sum = multiply_add(a(j), b(j), sum);
-#pragma unroll
-      for (int i = 1; i < kSums; ++i) more[i - 1] = multiply_add(a(j + i), b(j + i), more[i - 1]);
-    }
-    for (; j < count; ++j) sum = multiply_add(a(j), b(j), sum);
-    return (sum + more[0]) + (more[1] + more[2]);
+  // finish(r, i, row i of w times x(r)) for each of `rows` rows.
+  template <typename X, typename Finish>
+  __device__ void times(int rows, Matrix w, int out, int in, const X& x, const Finish& finish) const {
+    products(
+        rows, out, [&](int) { return in; },
+        [&](int r, int i, int j, N sum) { return multiply_add(weight(w, i, j), x(r, i)[j], sum); }, finish);
   }
-  __device__ static N pair_product(int count, const N* a, const N* b, N sum) {
-    return inner_product(count, [&](int j) { return a[j]; }, [&](int j) { return b[j]; }, sum);
-  }
-  // sum + row i of w, of `in` columns, times x.
-  __device__ N times_row(Matrix w, int i, int in, const N* x, N sum) const {
-    return inner_product(in, [&](int j) { return weight(w, i, j); }, [&](int j) { return x[j]; }, sum);
-  }
-  // sum + column j of `count` rows of w, from `first`, times x.
-  __device__ N times_column(Matrix w, int first, int count, int j, const N* x, N sum) const {
-    return inner_product(
-        count, [&](int i) { return weight(w, first + i, j); }, [&](int i) { return x[i]; }, sum);
+  // finish(r, j, column j of w times x(r)): of `count` rows of w, from first(r) on.
+  template <typename First, typename X, typename Finish>
+  __device__ void times_transposed(
+      int rows, Matrix w, int count, int in, const First& first, const X& x, const Finish& finish) const {
+    products(
+        rows, in, [&](int) { return count; },
+        [&](int r, int j, int i, N sum) { return multiply_add(weight(w, first(r) + i, j), x(r)[i], sum); },
+        finish);
   }
   // Adds the gradients of y = w x + bias: grad (rows, out) and x (rows, in) with their strides.
   __device__ void add_gradients(Matrix w,
@@ -282,11 +328,13 @@ class SequencePass {
                                 int x_stride) const {
     grid(w.out, x_columns, [&](int i, int j) {
       T sum = sums_[w.at + i * w.in + j];
+#pragma unroll 1
       for (int r = 0; r < rows; ++r) sum = add_gradient(grad[r * grad_stride + i], x[r * x_stride + j], sum);
       sums_[w.at + i * w.in + j] = sum;
     });
     tasks(w.out, [&](int i) {
       T sum = sums_[bias.at + i];
+#pragma unroll 1
       for (int r = 0; r < rows; ++r) sum += stored(grad[r * grad_stride + i]);
       sums_[bias.at + i] = sum;
     });
@@ -314,69 +362,86 @@ class SequencePass {
   __device__ N attention_dropped(int layer, int head, int r, int j, N x) const {
     const int site = 1 + 3 * layer, k = mask_rows(layer);
     if (!drops(site)) return x;
-    return x * survivor(site, int64_t{heads_} * k * length_, (int64_t{head} * k + r) * length_ + j);
+    return x * survivor(site, int64_t{heads()} * k * length_, (int64_t{head} * k + r) * length_ + j);
   }
 
   // ---- norms ----
 
-  // Of one row by a warp: x lies in `normed`, and is normed in place; use(f, output).
+  // Of each of so many rows: x lies in `normed`, and is normed in place; use(row, f, output).
   template <typename Use>
-  __device__ void norm_row(Matrix norm, N* normed, N* deviation, const Use& use) const {
-    const T share = T(1) / static_cast<T>(d());
-    N mean{};
-    for (int f = lane_; f < d(); f += kWarp) mean = mean + normed[f];
-    mean = warp_sum(mean) * share;
-    N variance{};
-    for (int f = lane_; f < d(); f += kWarp) {
-      const N apart = normed[f] - mean;
-      variance = multiply_add(apart, apart, variance);
-    }
-    const N scale = inverse_square_root(minus(warp_sum(variance) * share, static_cast<T>(-kNormEps)));
-    for (int f = lane_; f < d(); f += kWarp) {
-      normed[f] = (normed[f] - mean) * scale;
-      use(f, multiply_add(normed[f], weight(norm, 0, f), weight(norm, 1, f)));
-    }
-    if (lane_ == 0) *deviation = scale;
+  __device__ void norm_rows(int rows, Matrix norm, N* normed_rows, N* deviations, const Use& use) const {
+    const T of_width = T(1) / static_cast<T>(d());
+    by_group(rows, [&](int r, bool active) {
+      N* const normed = normed_rows + r * stride();
+      const Share share = share_of(d());
+      N mean{};
+      for (int f = share.from; f < share.to; ++f) mean = mean + normed[f];
+      mean = group_sum(mean) * of_width;
+      N variance{};
+      for (int f = share.from; f < share.to; ++f) {
+        const N apart = normed[f] - mean;
+        variance = multiply_add(apart, apart, variance);
+      }
+      variance = group_sum(variance) * of_width;
+      const N scale = inverse_square_root(minus(variance, static_cast<T>(-kNormEps)));
+      if (!active) return;
+      for (int f = share.from; f < share.to; ++f) {
+        normed[f] = (normed[f] - mean) * scale;
+        use(r, f, multiply_add(normed[f], weight(norm, 0, f), weight(norm, 1, f)));
+      }
+      if (part() == 0) deviations[r] = scale;
+    });
   }
-  // The gradient of a norm's input from that of its output, one row by a warp: use(f, gradient).
+  // The gradient of a norm's inputs from that of its outputs: use(row, f, gradient).
   template <typename Use>
-  __device__ void norm_row_backward(
-      Matrix norm, const N* grad, const N* normed, N deviation, const Use& use) const {
-    const T share = T(1) / static_cast<T>(d());
-    N mean{}, product{};
-    for (int f = lane_; f < d(); f += kWarp) {
-      const N scaled = grad[f] * weight(norm, 0, f);
-      mean = mean + scaled;
-      product = multiply_add(scaled, normed[f], product);
-    }
-    mean = warp_sum(mean) * share;
-    product = warp_sum(product) * share;
-    for (int f = lane_; f < d(); f += kWarp) {
-      use(f, (grad[f] * weight(norm, 0, f) - mean - normed[f] * product) * deviation);
-    }
+  __device__ void norm_rows_backward(int rows,
+                                     Matrix norm,
+                                     const N* grads,
+                                     const N* normed_rows,
+                                     const N* deviations,
+                                     const Use& use) const {
+    const T of_width = T(1) / static_cast<T>(d());
+    by_group(rows, [&](int r, bool active) {
+      const N *grad = grads + r * stride(), *normed = normed_rows + r * stride();
+      const Share share = share_of(d());
+      N mean{}, product{};
+      for (int f = share.from; f < share.to; ++f) {
+        const N scaled = grad[f] * weight(norm, 0, f);
+        mean = mean + scaled;
+        product = multiply_add(scaled, normed[f], product);
+      }
+      mean = group_sum(mean) * of_width;
+      product = group_sum(product) * of_width;
+      if (!active) return;
+      for (int f = share.from; f < share.to; ++f) {
+        use(r, f, (grad[f] * weight(norm, 0, f) - mean - normed[f] * product) * deviations[r]);
+      }
+    });
   }
   __device__ void add_norm_gradients(Matrix norm, int rows, const N* grad, const N* normed) const {
-    grid(2, by_width_, [&](int which, int f) {
-      T sum = sums_[norm.at + which * d() + f];
-      for (int r = 0; r < rows; ++r) {
+    by_group(2 * d(), [&](int index, bool active) {
+      const bool gain = index < d();
+      const int f = gain ? index : index - d();
+      const Share share = share_of(rows);
+      T sum = 0;
+      for (int r = share.from; r < share.to; ++r) {
         const N g = grad[r * stride() + f];
-        sum = which == 0 ? add_gradient(g, normed[r * stride() + f], sum) : sum + stored(g);
+        sum = gain ? add_gradient(g, normed[r * stride() + f], sum) : sum + stored(g);
       }
-      sums_[norm.at + which * d() + f] = sum;
+      sum = group_sum(sum);
+      if (active && part() == 0) sums_[norm.at + index] += sum;
     });
   }
   // Both norms of a block, backwards: grad (k, d) to `to`, and what of it goes into the branch before,
-  // dropped.
+  // dropped, to sum_.
   __device__ void norm_backward(
       int layer, Matrix norm, int site, const N* grad, const N* normed, const N* deviation, N* to) const {
     const int k = rows_of(layer);
     add_norm_gradients(norm, k, grad, normed);
-    for (int r = warp_; r < k; r += warps_) {
-      norm_row_backward(norm, grad + r * stride(), normed + r * stride(), deviation[r], [&](int f, N g) {
-        to[r * stride() + f] = g;
-        sum_[r * stride() + f] = dropped(site, mask_rows(layer), r, f, g);
-      });
-    }
+    norm_rows_backward(k, norm, grad, normed, deviation, [&](int r, int f, N g) {
+      to[r * stride() + f] = g;
+      sum_[r * stride() + f] = dropped(site, mask_rows(layer), r, f, g);
+    });
     block_barrier();
   }
 
@@ -397,7 +462,7 @@ class SequencePass {
   __device__ void write_outputs() const {
     if (p_.outputs == nullptr) return;
     T* const to = static_cast<T*>(p_.outputs) + sequence_ * asked_ * d();
-    const N* const outputs = outputs_of(layers_ - 1);
+    const N* const outputs = outputs_of(layers() - 1);
     grid(asked_, by_width_, [&](int r, int f) { to[r * d() + f] = stored(outputs[r * stride() + f]); });
   }
 
@@ -411,6 +476,7 @@ class SequencePass {
     });
     block_barrier();
     rows_ = 0;
+#pragma unroll 1
     for (int r = 0; r < asked_; ++r) rows_ = at_[r] >= rows_ ? at_[r] + 1 : rows_;
     struct Loaded {
       N x;
@@ -428,97 +494,109 @@ class SequencePass {
           hidden_[at] = N{} + constant(loaded.survivor);
         });
     block_barrier();
-    for (int j = warp_; j < rows_; j += warps_) {
-      N* const hidden = hidden_ + j * stride();
-      norm_row(first_norm(), normed_ + j * stride(), deviation_ + j,
-               [&](int f, N y) { hidden[f] = y * value_of(hidden[f]); });
-    }
+    norm_rows(rows_, first_norm(), normed_, deviation_, [&](int j, int f, N y) {
+      N& hidden = hidden_[j * stride() + f];
+      hidden = y * value_of(hidden);
+    });
     block_barrier();
-    for (int layer = 0; layer < layers_; ++layer) block_forward(layer);
+#pragma unroll 1
+    for (int layer = 0; layer < layers(); ++layer) block_forward(layer);
   }
 
   __device__ void block_forward(int layer) const {
     const int k = rows_of(layer), w = head_width();
-    const BlockParameters b = block_parameters(first_block(), d(), inner_, layer);
+    const BlockParameters b = block_parameters(first_block(), d(), inner(), layer);
     const Saved saved = this->saved(layer);
-    grid(k, by_width_, [&](int r, int i) {
-      const N* asked = saved.inputs + position(layer, r) * stride();
-      saved.query[r * stride() + i] = times_row(b.query, i, d(), asked, weight(b.query_bias, 0, i));
-    });
+    times(
+        k, b.query, d(), d(), [&](int r, int) { return saved.inputs + position(layer, r) * stride(); },
+        [&](int r, int i, N sum) { saved.query[r * stride() + i] = sum + weight(b.query_bias, 0, i); });
     block_barrier();
     // q · (W h + b) = (Wᵀ q) · h plus the same for every key
-    grid(k * heads_, by_width_, [&](int row, int f) {
-      const int r = row_of_both(row), first = (row - r * heads_) * w;
-      saved.direction[row * stride() + f] =
-          times_column(b.key, first, w, f, saved.query + r * stride() + first, N{});
-    });
+    times_transposed(
+        k * heads(), b.key, w, d(), [&](int row) { return (row - row_of_both(row) * heads()) * w; },
+        [&](int row) {
+          const int r = row_of_both(row);
+          return saved.query + r * stride() + (row - r * heads()) * w;
+        },
+        [&](int row, int f, N sum) { saved.direction[row * stride() + f] = sum; });
     block_barrier();
     attend(layer);
     block_barrier();
-    grid(k * heads_, by_width_, [&](int row, int f) {
-      const int keys = position(layer, row_of_both(row)) + 1;
-      const N *weights = saved.dropped + row * length_, *values = saved.inputs + f;
-      saved.mixed[row * stride() + f] = inner_product(
-          keys, [&](int j) { return weights[j]; }, [&](int j) { return values[j * stride()]; }, N{});
-    });
+    products(
+        k * heads(), d(), [&](int row) { return position(layer, row_of_both(row)) + 1; },
+        [&](int row, int f, int j, N sum) {
+          return multiply_add(saved.dropped[row * length_ + j], saved.inputs[j * stride() + f], sum);
+        },
+        [&](int row, int f, N sum) { saved.mixed[row * stride() + f] = sum; });
     block_barrier();
-    grid(k, by_width_, [&](int r, int i) {
-      const int row = r * heads_ + head_of(i);
-      const N bias = saved.total[row] * weight(b.value_bias, 0, i);
-      saved.context[r * stride() + i] = times_row(b.value, i, d(), saved.mixed + row * stride(), bias);
-    });
+    times(
+        k, b.value, d(), d(),
+        [&](int r, int i) { return saved.mixed + (r * heads() + head_of(i)) * stride(); },
+        [&](int r, int i, N sum) {
+          const N total = saved.total[r * heads() + head_of(i)];
+          saved.context[r * stride() + i] = multiply_add(total, weight(b.value_bias, 0, i), sum);
+        });
     block_barrier();
-    grid(k, by_width_, [&](int r, int i) {
-      const N sum = times_row(b.output, i, d(), saved.context + r * stride(), weight(b.output_bias, 0, i));
-      saved.normed[r * stride() + i] = dropped(2 + 3 * layer, mask_rows(layer), r, i, sum) +
-                                       saved.inputs[position(layer, r) * stride() + i];
-    });
+    times(
+        k, b.output, d(), d(), [&](int r, int) { return saved.context + r * stride(); },
+        [&](int r, int i, N sum) {
+          sum = dropped(2 + 3 * layer, mask_rows(layer), r, i, sum + weight(b.output_bias, 0, i));
+          saved.normed[r * stride() + i] = sum + saved.inputs[position(layer, r) * stride() + i];
+        });
     block_barrier();
-    for (int r = warp_; r < k; r += warps_) {
-      norm_row(b.norm, saved.normed + r * stride(), saved.deviation + r,
-               [&](int f, N y) { saved.attended[r * stride() + f] = y; });
-    }
+    norm_rows(k, b.norm, saved.normed, saved.deviation,
+              [&](int r, int f, N y) { saved.attended[r * stride() + f] = y; });
     block_barrier();
-    grid(k, by_inner_, [&](int r, int i) {
-      const N raised = times_row(b.up, i, d(), saved.attended + r * stride(), weight(b.up_bias, 0, i));
-      gelu(raised, saved.bent + r * inner_ + i, saved.slope + r * inner_ + i);
-    });
+    times(
+        k, b.up, inner(), d(), [&](int r, int) { return saved.attended + r * stride(); },
+        [&](int r, int i, N sum) {
+          gelu(sum + weight(b.up_bias, 0, i), saved.bent + r * inner() + i, saved.slope + r * inner() + i);
+        });
     block_barrier();
-    grid(k, by_width_, [&](int r, int i) {
-      const N sum = times_row(b.down, i, inner_, saved.bent + r * inner_, weight(b.down_bias, 0, i));
-      saved.last_normed[r * stride() + i] =
-          dropped(3 + 3 * layer, mask_rows(layer), r, i, sum) + saved.attended[r * stride() + i];
-    });
+    times(
+        k, b.down, d(), inner(), [&](int r, int) { return saved.bent + r * inner(); },
+        [&](int r, int i, N sum) {
+          sum = dropped(3 + 3 * layer, mask_rows(layer), r, i, sum + weight(b.down_bias, 0, i));
+          saved.last_normed[r * stride() + i] = sum + saved.attended[r * stride() + i];
+        });
     block_barrier();
-    for (int r = warp_; r < k; r += warps_) {
-      norm_row(b.last_norm, saved.last_normed + r * stride(), saved.last_deviation + r,
-               [&](int f, N y) { saved.outputs[r * stride() + f] = y; });
-    }
+    norm_rows(k, b.last_norm, saved.last_normed, saved.last_deviation,
+              [&](int r, int f, N y) { saved.outputs[r * stride() + f] = y; });
     block_barrier();
   }
 
-  // The weights of a block's attention before dropout, and their sum after it: a warp for each row and head.
+  // The weights of a block's attention before and after dropout, and the sums of the latter.
   __device__ void attend(int layer) const {
     const Saved saved = this->saved(layer);
+    const int rows = rows_of(layer) * heads();
     const T scale = T(1) / square_root(static_cast<T>(head_width()));
-    for (int row = warp_; row < rows_of(layer) * heads_; row += warps_) {
-      const int r = row_of_both(row), head = row - r * heads_, keys = position(layer, r) + 1;
-      const N* direction = saved.direction + row * stride();
+    products(
+        rows, rows_, [&](int) { return d(); },
+        [&](int row, int j, int f, N sum) {
+          return multiply_add(saved.direction[row * stride() + f], saved.inputs[j * stride() + f], sum);
+        },
+        [&](int row, int j, N sum) { saved.weights[row * length_ + j] = sum * scale; });
+    block_barrier();
+    // a warp for each row and head
+#pragma unroll 1
+    for (int row = warp_; row < rows; row += warps_) {
+      const int r = row_of_both(row), head = row - r * heads(), keys = position(layer, r) + 1;
       N* weights = saved.weights + row * length_;
       T peak = minus_infinity<T>();
+#pragma unroll 1
       for (int j = lane_; j < keys; j += kWarp) {
-        const N* key = saved.inputs + j * stride();
-        weights[j] = pair_product(d(), direction, key, N{}) * scale;
         peak = value_of(weights[j]) > peak ? value_of(weights[j]) : peak;
       }
       peak = warp_max(peak);
       N mass{};
+#pragma unroll 1
       for (int j = lane_; j < keys; j += kWarp) {
         weights[j] = exponential(minus(weights[j], peak));
         mass = mass + weights[j];
       }
       const N share = inverse(warp_sum(mass));
       N total{};
+#pragma unroll 1
       for (int j = lane_; j < keys; j += kWarp) {
         weights[j] = weights[j] * share;
         const N dropped = attention_dropped(layer, head, r, j, weights[j]);
@@ -534,11 +612,13 @@ class SequencePass {
 
   // grad_ = the gradient of the mean of logsumexp(h E^T) - h x towards the outputs h.
   __device__ void compare_with_items() {
-    const N* const outputs = outputs_of(layers_ - 1);
+    const N* const outputs = outputs_of(layers() - 1);
     const T share = T(1) / static_cast<T>(p_.batch * asked_);
     const int n = static_cast<int>(p_.num_items);
+#pragma unroll 1
     for (int r = 0; r < asked_; r += kRowsAtOnce) score_items(r, outputs);
     block_barrier();
+#pragma unroll 1
     for (int r = 0; r < asked_; ++r) {
       const T peak = peak_of(r);
       N mass{};
@@ -551,6 +631,7 @@ class SequencePass {
       if (lane_ == 0) masses_[r * kMostWarps + warp_] = mass;
     }
     block_barrier();
+#pragma unroll 1
     for (int r = 0; r < asked_; r += kRowsAtOnce) average_items(r);
     block_barrier();
     grid(asked_, by_width_, [&](int r, int f) {
@@ -558,6 +639,7 @@ class SequencePass {
       grad_[r * stride() + f] = (mean - input(at_[r] + 1, f)) * share;
     });
     if (!kTangents && warp_ == 0) {
+#pragma unroll 1
       for (int r = 0; r < asked_; ++r) {
         T score = 0;
         for (int f = lane_; f < d(); f += kWarp) {
@@ -576,12 +658,13 @@ class SequencePass {
     const int n = static_cast<int>(p_.num_items);
     T peaks[kRowsAtOnce];
     for (int r = 0; r < kRowsAtOnce; ++r) peaks[r] = minus_infinity<T>();
+#pragma unroll 1
     for (int item = thread_; item < n; item += kItems * threads_) {
       N sums[kItems][kRowsAtOnce]{};
       int at[kItems];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) at[i] = item + i * threads_ < n ? item + i * threads_ : item;
-#pragma unroll 4
+#pragma unroll 8
       for (int f = 0; f < d(); ++f) {
         const T* const column = items + int64_t{f} * n;
         T e[kItems];
@@ -615,6 +698,7 @@ class SequencePass {
     constexpr int kColumns = 2;
     const T* const items = static_cast<const T*>(p_.items);
     const int n = static_cast<int>(p_.num_items);
+#pragma unroll 1
     for (int column = warp_; column < d(); column += kColumns * warps_) {
       N sums[kColumns][kRowsAtOnce]{};
       int at[kColumns];
@@ -645,6 +729,7 @@ class SequencePass {
   __device__ int row_within(int r) const { return r < asked_ ? r : asked_ - 1; }
   __device__ T peak_of(int r) const {
     T peak = peaks_[r * kMostWarps];
+#pragma unroll 1
     for (int warp = 1; warp < warps_; ++warp) {
       const T other = peaks_[r * kMostWarps + warp];
       peak = other > peak ? other : peak;
@@ -653,6 +738,7 @@ class SequencePass {
   }
   __device__ N mass_of(int r) const {
     N sum{};
+#pragma unroll 1
     for (int warp = 0; warp < warps_; ++warp) sum = sum + masses_[r * kMostWarps + warp];
     return sum;
   }
@@ -680,7 +766,8 @@ class SequencePass {
     } else {
       read_upstream();
     }
-    for (int layer = layers_ - 1; layer >= 0; --layer) {
+#pragma unroll 1
+    for (int layer = layers() - 1; layer >= 0; --layer) {
       grid(rows_, by_width_, [&](int j, int f) { grad_hidden_[j * stride() + f] = N{}; });
       block_backward(layer);
       if (layer > 0) {
@@ -698,20 +785,18 @@ class SequencePass {
     }
     T* const grad_inputs = static_cast<T*>(p_.grad_inputs) + sequence_ * p_.grad_input_stride;
     add_norm_gradients(first_norm(), rows_, grad_hidden_, normed_);
-    for (int j = warp_; j < rows_; j += warps_) {
-      const N *grad = grad_hidden_ + j * stride(), *normed = normed_ + j * stride();
-      norm_row_backward(first_norm(), grad, normed, deviation_[j], [&](int f, N g) {
-        sums_[j * d() + f] += stored(g);
-        if (p_.grad_inputs != nullptr) grad_inputs[j * d() + f] = stored(g);
-      });
-    }
+    norm_rows_backward(rows_, first_norm(), grad_hidden_, normed_, deviation_, [&](int j, int f, N g) {
+      sums_[j * d() + f] += stored(g);
+      if (p_.grad_inputs != nullptr) grad_inputs[j * d() + f] = stored(g);
+    });
     if (p_.grad_inputs == nullptr) return;
     const int rest = static_cast<int>(p_.grad_input_rows) - rows_;
     tasks(rest * d(), [&](int i) { grad_inputs[rows_ * d() + i] = T(0); });
     if (p_.to_targets == 0) return;
     block_barrier();
-    const N* const outputs = outputs_of(layers_ - 1);
+    const N* const outputs = outputs_of(layers() - 1);
     tasks(d(), [&](int f) {
+#pragma unroll 1
       for (int r = 0; r < asked_; ++r) {
         T& to = grad_inputs[(at_[r] + 1) * d() + f];
         to += static_cast<T>(p_.to_targets) * stored(outputs[r * stride() + f]);
@@ -722,46 +807,45 @@ class SequencePass {
   // grad_ (k, d) is of the block's outputs; grad_hidden_ (rows, d) is added to.
   __device__ void block_backward(int layer) const {
     const int k = rows_of(layer);
-    const BlockParameters b = block_parameters(first_block(), d(), inner_, layer);
+    const BlockParameters b = block_parameters(first_block(), d(), inner(), layer);
     const Saved saved = this->saved(layer);
     norm_backward(layer, b.last_norm, 3 + 3 * layer, grad_, saved.last_normed, saved.last_deviation,
                   grad_more_);
-    add_gradients(b.down, b.down_bias, k, sum_, stride(), by_inner_, saved.bent, inner_);
-    grid(k, by_inner_, [&](int r, int j) {
-      const N sum = times_column(b.down, 0, d(), j, sum_ + r * stride(), N{});
-      grad_raised_[r * inner_ + j] = sum * saved.slope[r * inner_ + j];
-    });
+    add_gradients(b.down, b.down_bias, k, sum_, stride(), by_inner_, saved.bent, inner());
+    times_transposed(
+        k, b.down, d(), inner(), [](int) { return 0; }, [&](int r) { return sum_ + r * stride(); },
+        [&](int r, int j, N sum) { grad_raised_[r * inner() + j] = sum * saved.slope[r * inner() + j]; });
     block_barrier();
-    add_gradients(b.up, b.up_bias, k, grad_raised_, inner_, by_width_, saved.attended, stride());
-    grid(k, by_width_, [&](int r, int f) {
-      const N grad = grad_more_[r * stride() + f];
-      grad_[r * stride() + f] = times_column(b.up, 0, inner_, f, grad_raised_ + r * inner_, grad);
-    });
+    add_gradients(b.up, b.up_bias, k, grad_raised_, inner(), by_width_, saved.attended, stride());
+    times_transposed(
+        k, b.up, inner(), d(), [](int) { return 0; }, [&](int r) { return grad_raised_ + r * inner(); },
+        [&](int r, int f, N sum) { grad_[r * stride() + f] = grad_more_[r * stride() + f] + sum; });
     block_barrier();
     norm_backward(layer, b.norm, 2 + 3 * layer, grad_, saved.normed, saved.deviation, grad_more_);
     add_gradients(b.output, b.output_bias, k, sum_, stride(), by_width_, saved.context, stride());
-    grid(k, by_width_, [&](int r, int f) {
-      grad_context_[r * stride() + f] = times_column(b.output, 0, d(), f, sum_ + r * stride(), N{});
-    });
+    times_transposed(
+        k, b.output, d(), d(), [](int) { return 0; }, [&](int r) { return sum_ + r * stride(); },
+        [&](int r, int f, N sum) { grad_context_[r * stride() + f] = sum; });
     block_barrier();
     values_backward(layer, b);
-    scores_backward(layer, b);
-    grid(k * heads_, by_width_, [&](int row, int f) {
-      const int r = row_of_both(row), keys = position(layer, r) + 1;
-      const N *scores = grad_scores_ + row * length_, *keys_at = saved.inputs + f;
-      grad_direction_[row * stride() + f] = inner_product(
-          keys, [&](int j) { return scores[j]; }, [&](int j) { return keys_at[j * stride()]; }, N{});
-    });
+    scores_backward(layer);
+    products(
+        k * heads(), d(), [&](int row) { return position(layer, row_of_both(row)) + 1; },
+        [&](int row, int f, int j, N sum) {
+          return multiply_add(grad_scores_[row * length_ + j], saved.inputs[j * stride() + f], sum);
+        },
+        [&](int row, int f, N sum) { grad_direction_[row * stride() + f] = sum; });
     inputs_backward(layer);
     block_barrier();
-    grid(k, by_width_, [&](int r, int i) {
-      const N* grad = grad_direction_ + (r * heads_ + head_of(i)) * stride();
-      grad_query_[r * stride() + i] = times_row(b.key, i, d(), grad, N{});
-    });
+    times(
+        k, b.key, d(), d(),
+        [&](int r, int i) { return grad_direction_ + (r * heads() + head_of(i)) * stride(); },
+        [&](int r, int i, N sum) { grad_query_[r * stride() + i] = sum; });
     grid(d(), by_width_, [&](int i, int f) {
       T sum = sums_[b.key.at + i * d() + f];
+#pragma unroll 1
       for (int r = 0; r < k; ++r) {
-        const N grad = grad_direction_[(r * heads_ + head_of(i)) * stride() + f];
+        const N grad = grad_direction_[(r * heads() + head_of(i)) * stride() + f];
         sum = add_gradient(saved.query[r * stride() + i], grad, sum);
       }
       sums_[b.key.at + i * d() + f] = sum;
@@ -770,55 +854,71 @@ class SequencePass {
     queries_backward(layer, b);
   }
 
-  // From grad_context_ to grad_mixed_.
+  // From grad_context_ to grad_mixed_ and grad_total_.
   __device__ void values_backward(int layer, const BlockParameters& b) const {
     const int k = rows_of(layer), w = head_width();
     const Saved saved = this->saved(layer);
     grid(d(), by_width_, [&](int i, int f) {
       T sum = sums_[b.value.at + i * d() + f];
+#pragma unroll 1
       for (int r = 0; r < k; ++r) {
-        const N mixed = saved.mixed[(r * heads_ + head_of(i)) * stride() + f];
+        const N mixed = saved.mixed[(r * heads() + head_of(i)) * stride() + f];
         sum = add_gradient(grad_context_[r * stride() + i], mixed, sum);
       }
       sums_[b.value.at + i * d() + f] = sum;
     });
     tasks(d(), [&](int i) {
       T sum = sums_[b.value_bias.at + i];
+#pragma unroll 1
       for (int r = 0; r < k; ++r) {
-        sum = add_gradient(grad_context_[r * stride() + i], saved.total[r * heads_ + head_of(i)], sum);
+        sum = add_gradient(grad_context_[r * stride() + i], saved.total[r * heads() + head_of(i)], sum);
       }
       sums_[b.value_bias.at + i] = sum;
     });
-    grid(k * heads_, by_width_, [&](int row, int f) {
-      const int r = row_of_both(row), first = (row - r * heads_) * w;
-      grad_mixed_[row * stride() + f] =
-          times_column(b.value, first, w, f, grad_context_ + r * stride() + first, N{});
-    });
+    times_transposed(
+        k * heads(), b.value, w, d(), [&](int row) { return (row - row_of_both(row) * heads()) * w; },
+        [&](int row) {
+          const int r = row_of_both(row);
+          return grad_context_ + r * stride() + (row - r * heads()) * w;
+        },
+        [&](int row, int f, N sum) { grad_mixed_[row * stride() + f] = sum; });
+    products(
+        k * heads(), 1, [&](int) { return w; },
+        [&](int row, int, int i, N sum) {
+          const int r = row_of_both(row), at = (row - r * heads()) * w + i;
+          return multiply_add(grad_context_[r * stride() + at], weight(b.value_bias, 0, at), sum);
+        },
+        [&](int row, int, N sum) { grad_total_[row] = sum; });
     block_barrier();
   }
 
-  // From grad_mixed_ to grad_scores_: a warp for each row and head.
-  __device__ void scores_backward(int layer, const BlockParameters& b) const {
+  // From grad_mixed_ and grad_total_ to grad_scores_.
+  __device__ void scores_backward(int layer) const {
     const Saved saved = this->saved(layer);
+    const int rows = rows_of(layer) * heads();
     const T scale = T(1) / square_root(static_cast<T>(head_width()));
-    for (int row = warp_; row < rows_of(layer) * heads_; row += warps_) {
-      const int r = row_of_both(row), head = row - r * heads_, keys = position(layer, r) + 1;
-      const N *grad_mixed = grad_mixed_ + row * stride(), *weights = saved.weights + row * length_;
+    products(
+        rows, rows_, [&](int) { return d(); },
+        [&](int row, int j, int f, N sum) {
+          return multiply_add(grad_mixed_[row * stride() + f], saved.inputs[j * stride() + f], sum);
+        },
+        [&](int row, int j, N sum) {
+          const int r = row_of_both(row), head = row - r * heads();
+          if (j > position(layer, r)) return;
+          grad_scores_[row * length_ + j] = attention_dropped(layer, head, r, j, sum + grad_total_[row]);
+        });
+    block_barrier();
+    // a warp for each row and head
+#pragma unroll 1
+    for (int row = warp_; row < rows; row += warps_) {
+      const int keys = position(layer, row_of_both(row)) + 1;
+      const N* weights = saved.weights + row * length_;
       N* grad_scores = grad_scores_ + row * length_;
-      N grad_total{};
-      for (int i = lane_; i < head_width(); i += kWarp) {
-        const int at = head * head_width() + i;
-        grad_total = multiply_add(grad_context_[r * stride() + at], weight(b.value_bias, 0, at), grad_total);
-      }
-      grad_total = warp_sum(grad_total);
       N product{};
-      for (int j = lane_; j < keys; j += kWarp) {
-        const N* value = saved.inputs + j * stride();
-        const N grad = pair_product(d(), grad_mixed, value, grad_total);
-        grad_scores[j] = attention_dropped(layer, head, r, j, grad);
-        product = multiply_add(weights[j], grad_scores[j], product);
-      }
+#pragma unroll 1
+      for (int j = lane_; j < keys; j += kWarp) product = multiply_add(weights[j], grad_scores[j], product);
       product = warp_sum(product);
+#pragma unroll 1
       for (int j = lane_; j < keys; j += kWarp) {
         grad_scores[j] = weights[j] * (grad_scores[j] - product) * scale;
       }
@@ -832,10 +932,12 @@ class SequencePass {
     const int k = rows_of(layer);
     grid(rows_, by_width_, [&](int j, int f) {
       N sum = grad_hidden_[j * stride() + f];
+#pragma unroll 1
       for (int r = 0; r < k; ++r) {
         if (position(layer, r) < j) continue;
-        for (int head = 0; head < heads_; ++head) {
-          const int row = r * heads_ + head;
+#pragma unroll 1
+        for (int head = 0; head < heads(); ++head) {
+          const int row = r * heads() + head;
           sum = multiply_add(saved.dropped[row * length_ + j], grad_mixed_[row * stride() + f], sum);
           sum = multiply_add(grad_scores_[row * length_ + j], saved.direction[row * stride() + f], sum);
         }
@@ -850,6 +952,7 @@ class SequencePass {
     const Saved saved = this->saved(layer);
     grid(d(), by_width_, [&](int i, int j) {
       T sum = sums_[b.query.at + i * d() + j];
+#pragma unroll 1
       for (int r = 0; r < k; ++r) {
         sum =
             add_gradient(grad_query_[r * stride() + i], saved.inputs[position(layer, r) * stride() + j], sum);
@@ -858,23 +961,26 @@ class SequencePass {
     });
     tasks(d(), [&](int i) {
       T sum = sums_[b.query_bias.at + i];
+#pragma unroll 1
       for (int r = 0; r < k; ++r) sum += stored(grad_query_[r * stride() + i]);
       sums_[b.query_bias.at + i] = sum;
     });
-    const auto from_row = [&](int r, int f) {
-      return times_column(b.query, 0, d(), f, grad_query_ + r * stride(), grad_more_[r * stride() + f]);
-    };
+    times_transposed(
+        k, b.query, d(), d(), [](int) { return 0; }, [&](int r) { return grad_query_ + r * stride(); },
+        [&](int r, int f, N sum) { grad_[r * stride() + f] = grad_more_[r * stride() + f] + sum; });
+    block_barrier();
     if (everywhere(layer)) {
       grid(k, by_width_, [&](int r, int f) {
         N& to = grad_hidden_[r * stride() + f];
-        to = to + from_row(r, f);
+        to = to + grad_[r * stride() + f];
       });
     } else {
       // asked positions may be equal
       tasks(d(), [&](int f) {
+#pragma unroll 1
         for (int r = 0; r < k; ++r) {
           N& to = grad_hidden_[position(layer, r) * stride() + f];
-          to = to + from_row(r, f);
+          to = to + grad_[r * stride() + f];
         }
       });
     }
@@ -895,7 +1001,7 @@ class SequencePass {
   N *weights_, *hidden_, *normed_, *deviation_, *sum_, *blocks_, *logits_ = nullptr;
   N *grad_ = nullptr, *grad_more_ = nullptr, *grad_context_ = nullptr, *grad_query_ = nullptr,
     *grad_mixed_ = nullptr, *grad_direction_ = nullptr, *grad_scores_ = nullptr, *grad_raised_ = nullptr,
-    *grad_hidden_ = nullptr, *masses_ = nullptr;
+    *grad_hidden_ = nullptr, *grad_total_ = nullptr, *masses_ = nullptr;
   T *sums_ = nullptr, *peaks_ = nullptr;
 };
 

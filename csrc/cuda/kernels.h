@@ -170,7 +170,7 @@ int64_t encoder_scratch_float32(EncoderPass pass, const EncoderProblem& problem)
 int64_t encoder_scratch_float64(EncoderPass pass, const EncoderProblem& problem);
 const char* encode_float32(EncoderPass pass, const EncoderProblem& problem, void* stream);
 const char* encode_float64(EncoderPass pass, const EncoderProblem& problem, void* stream);
-// float32, of width 32.
+// float32, of width 32, inner width 64, one layer and one head.
 int64_t encoder_scratch_width32(EncoderPass pass, const EncoderProblem& problem);
 const char* encode_width32(EncoderPass pass, const EncoderProblem& problem, void* stream);
 

@@ -11,12 +11,23 @@ from td3_fast.ops import DropoutStream
 pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
 
 
-def setting(*, batch=13, length=9, asked=2, layers=1, heads=1, rates=(0.2, 0.5), dtype=torch.float64):
+def setting(
+    *,
+    batch=13,
+    length=9,
+    asked=2,
+    layers=1,
+    heads=1,
+    hidden=8,
+    inner=10,
+    rates=(0.2, 0.5),
+    dtype=torch.float64,
+):
     config = SASRecConfig(
         num_items=5,
         max_len=11,
-        hidden=8,
-        inner=10,
+        hidden=hidden,
+        inner=inner,
         heads=heads,
         layers=layers,
         hidden_dropout=rates[0],
@@ -76,8 +87,9 @@ def test_equals_the_modules_at_every_order(changes, dropout):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_float32_is_as_near_to_float64_as_the_modules_are():
-    _, flat, theta, inputs, positions = setting(batch=40, dtype=torch.float64)
+@pytest.mark.parametrize("changes", [{"batch": 40}], ids=str)
+def test_float32_is_as_near_to_float64_as_the_modules_are(changes):
+    _, flat, theta, inputs, positions = setting(**changes, dtype=torch.float64)
     truth = orders(lambda: reference(flat, theta, inputs, positions, DropoutStream(7)), theta, inputs)
     theta32, inputs32 = (x.detach().float().requires_grad_() for x in (theta, inputs))
     modules = orders(

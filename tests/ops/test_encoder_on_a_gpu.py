@@ -13,6 +13,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() or not ops.has_fused("cuda"), reason="no GPU"),
 ]
+# those of the kernels that are compiled for them
+USUAL_SIZES = {"hidden": 32, "inner": 64}
 DROPOUT = pytest.mark.parametrize("dropout", [None, 7], ids=["no dropout", "dropout"])
 
 
@@ -43,6 +45,8 @@ def assert_alike(on_gpu, on_cpu, dtype):
         {"rates": (0.0, 0.3)},
         {"batch": 700},
         {"batch": 300, "layers": 3, "heads": 4},
+        USUAL_SIZES,
+        {"batch": 700, **USUAL_SIZES},
     ],
     ids=str,
 )
@@ -77,6 +81,7 @@ def test_causal_encoder(changes, dropout, dtype):
         {"batch": 25, "asked": 3, "items": 1700},
         {"batch": 25, "asked": 9},
         {"batch": 25, "items": 9000},
+        {"batch": 25, "items": 1700, **USUAL_SIZES},
     ],
     ids=str,
 )
@@ -96,7 +101,7 @@ def test_inner_gradient(changes, dropout, trained, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @DROPOUT
-@pytest.mark.parametrize("changes", [{}, {"layers": 2, "heads": 2}, {"batch": 700}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"layers": 2, "heads": 2}, {"batch": 700}, USUAL_SIZES], ids=str)
 def test_next_item_gradient_and_histories(changes, dropout, trained, dtype):
     learner, _, tensors = real.setting(**changes, dtype=dtype)
     features = real.features_like(tensors[1], len(tensors[4]))

@@ -13,15 +13,15 @@ from td3_fast.ops.causal_encoder import packed_sizes
 pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
 
 
-def setting(*, batch=13, length=9, layers=1, heads=1, items=30, dtype=torch.float64):
+def setting(*, batch=13, length=9, layers=1, heads=1, hidden=8, inner=10, items=30, dtype=torch.float64):
     """(learner, its vector, the tensors of `next_item_gradient`)."""
-    config = SASRecConfig(num_items=items, max_len=11, hidden=8, inner=10, heads=heads, layers=layers)
+    config = SASRecConfig(num_items=items, max_len=11, hidden=hidden, inner=inner, heads=heads, layers=layers)
     learner = SASRec(config, seed=1).to(dtype)
     flat = FlatParameters(learner)
     generator = torch.Generator().manual_seed(2)
     theta = flat.gather(learner.state_dict())
     theta = theta + 0.3 * torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(dtype)
-    table = torch.randn(items, 8, generator=generator, dtype=torch.float64).to(dtype)
+    table = torch.randn(items, hidden, generator=generator, dtype=torch.float64).to(dtype)
     lengths = torch.randint(1, length + 1, (batch,), generator=generator)
     histories = torch.randint(1, items, (batch, length), generator=generator)
     histories = torch.where(torch.arange(length) < lengths.unsqueeze(1), histories, 0)
@@ -31,7 +31,7 @@ def setting(*, batch=13, length=9, layers=1, heads=1, items=30, dtype=torch.floa
 
 def features_like(table, batch):
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(batch, 8, generator=generator, dtype=torch.float64).to(table.dtype)
+    return torch.randn(batch, table.shape[1], generator=generator, dtype=torch.float64).to(table.dtype)
 
 
 def by_autograd(flat, theta, table, histories, lengths, targets, dropout, features, alignment, *, trained):

@@ -45,9 +45,19 @@ def test_inner_gradient(simt, changes, dropout, trained):
     step.test_equals_autograd_through_the_modules(changes, dropout, trained)
 
 
+# those of the kernels that are compiled for them
+USUAL_SIZES = {"hidden": 32, "inner": 64}
+
+
+@pytest.mark.parametrize("sizes", [{}, USUAL_SIZES], ids=str)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_inner_gradient_in_float32(simt, trained):
-    step.test_float32_is_as_near_to_float64_as_autograd_is(trained)
+def test_inner_gradient_in_float32(simt, trained, sizes):
+    step.test_float32_is_as_near_to_float64_as_autograd_is(trained, {"batch": 6, "items": 400, **sizes})
+
+
+@pytest.mark.parametrize("sizes", [{}, USUAL_SIZES], ids=str)
+def test_encoder_in_float32(simt, sizes):
+    encoder.test_float32_is_as_near_to_float64_as_the_modules_are({"batch": 5, **sizes})
 
 
 def test_any_order_of_threads(simt):
