@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from td3_fast.data import Examples, ExamplesOnDevice
@@ -135,6 +134,7 @@ class Follower:
                 steps=steps,
                 window=window,
                 record=self.recorder(),
+                losses=False,
             )
         return recorded.begin(loop, mixture)
 
@@ -164,7 +164,10 @@ class Follower:
             size = self.sharing.size
             cotangents = tuple(self.sharing.total(c) / size for c in cotangents)
         gradient = loop.pull_back(window, cotangents, mixture, growth_limit=limit)
-        window_length = torch.as_tensor(window.pulled_back, dtype=fit.dtype, device=fit.device)
+        pulled_back = window.pulled_back
+        if not isinstance(pulled_back, Tensor):
+            pulled_back = fit.new_full((), pulled_back)  # which the host does not wait for
+        window_length = pulled_back.to(fit.dtype)
         losses = {"cross_entropy": fit, "alignment": aligned, "inner": inner, "window": window_length}
         return gradient, losses, between
 

@@ -83,7 +83,9 @@ class SequencePass {
     lane_ = thread % kWarp, warp_ = thread / kWarp, warps_ = threads / kWarp;
     by_width_ = columns(d()), by_inner_ = columns(inner());
     lay_out(memory);
-    logits_ = reinterpret_cast<N*>(static_cast<unsigned char*>(p_.logits) + block * p_.logits_bytes);
+    if (p_.logits != nullptr) {
+      logits_ = reinterpret_cast<N*>(static_cast<unsigned char*>(p_.logits) + block * p_.logits_bytes);
+    }
     copy_parameters();
     if (kBackward) tasks(size_, [&](int i) { sums_[i] = T(0); });
 #pragma unroll 1
@@ -145,6 +147,7 @@ class SequencePass {
       take(&sums_, size_);
       take(&masses_, asked_ * kMostWarps);
       take(&peaks_, asked_ * kMostWarps);
+      if (p_.logits == nullptr) take(&logits_, asked_ * p_.num_items);
     }
     return next;
   }

@@ -143,12 +143,17 @@ class EncoderCall {
     }
     problem.blocks = encoder_blocks(pass, problem);
     problem.scratch_bytes = encoder_scratch(pass, problem);
+    Tensor logits;
+    if (problem.scratch_bytes > 0 && problem.num_items > 0) {
+      // too many to lie in shared memory, where the rest may
+      const int64_t numbers = problem.num_items * options_.sizes.asked;
+      problem.logits_bytes = numbers * (problem.parameters_tangent != nullptr ? 2 : 1) * like_.element_size();
+      logits = bytes_of_blocks(problem.logits_bytes);
+      problem.logits = logits.mutable_data_ptr();
+      problem.scratch_bytes = encoder_scratch(pass, problem);
+    }
     const Tensor scratch = bytes_of_blocks(problem.scratch_bytes);
     problem.scratch = scratch.mutable_data_ptr();
-    const int64_t numbers = problem.num_items * options_.sizes.asked;
-    problem.logits_bytes = numbers * (problem.parameters_tangent != nullptr ? 2 : 1) * like_.element_size();
-    const Tensor logits = bytes_of_blocks(problem.logits_bytes);
-    problem.logits = logits.mutable_data_ptr();
     check_launch(encode(pass, problem, current_stream(like_)));
   }
 

@@ -144,7 +144,7 @@ struct EncoderProblem {
   // x the row of the inputs after that of h.
   const void* items;  // (d, n): column by column
   int64_t num_items;
-  void* logits;  // (blocks, logits_bytes), scratch
+  void* logits;  // (blocks, logits_bytes), scratch; null: they lie with all else
   int64_t logits_bytes;
 
   void* outputs;            // (batch, k, d)

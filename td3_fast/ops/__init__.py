@@ -11,7 +11,13 @@ from td3_fast.ops.dropout import (
     seed_path,
     seeded_generator,
 )
-from td3_fast.ops.inner_gradient import InnerGradient, for_inner_gradient, inner_gradient
+from td3_fast.ops.inner_gradient import (
+    InnerGradient,
+    for_inner_gradient,
+    gradient_is_enough,
+    inner_gradient,
+    known_gradient,
+)
 from td3_fast.ops.item_cross_entropy import (
     ItemLogsumexp,
     item_cross_entropy,
@@ -47,6 +53,7 @@ __all__ = [
     "derive_seeds",
     "encode_histories",
     "for_inner_gradient",
+    "gradient_is_enough",
     "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",
@@ -55,6 +62,7 @@ __all__ = [
     "item_cross_entropy",
     "item_logsumexp",
     "kept_score_bytes",
+    "known_gradient",
     "look_up",
     "mix_items",
     "mix_items_transposed",

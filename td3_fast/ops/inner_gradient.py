@@ -11,9 +11,10 @@ from td3_fast.ops.causal_encoder import EncoderShape, dropout_words, packed_size
 from td3_fast.ops.dropout import DropoutStream
 from td3_fast.ops.library import register_fake
 
-# Of the item table, where a GPU compares the outputs of a sequence with all of it in the same kernel; as in
-# csrc/cuda/gradient_operators.cpp.
+# At most, of items and of the targets of a sequence, where a GPU compares its outputs with all items in the same
+# kernel; as in csrc/cuda/gradient_operators.cpp.
 ITEMS_IN_PASS = 8192
+ASKED_IN_PASS = 8
 
 
 def for_inner_gradient(items: Tensor) -> Tensor:
@@ -86,6 +87,28 @@ def inner_gradient(
     if not trained:
         return InnerGradient(loss, to_parameters, None, None, inputs, saved, words, sizes)
     return InnerGradient(loss, to_parameters, to_items, to_embeds, inputs, saved, words, sizes)
+
+
+def gradient_is_enough(items: Tensor, targets: Tensor, *, trained: bool) -> bool:
+    """Whether `InnerGradient.tangent` needs nothing of the call but its inputs, so that `known_gradient` serves."""
+    return items.is_cuda and not trained and len(items) <= ITEMS_IN_PASS and targets.shape[1] <= ASKED_IN_PASS
+
+
+def known_gradient(
+    gradient: Tensor,  # (size,)
+    parameters: Tensor,
+    items: Tensor,
+    embeds: Tensor,
+    targets: Tensor,
+    shape: EncoderShape,
+    *,
+    dropout: DropoutStream | None = None,
+) -> InnerGradient:
+    """What `inner_gradient` returned for the same arguments, but the loss, from the gradient that is kept of it."""
+    batch, positions = embeds.shape[:2]
+    words = dropout_words(dropout, shape, batch, positions - 1, targets.shape[1], device=embeds.device)
+    inputs = (parameters, embeds, targets, items)
+    return InnerGradient(gradient[:0], gradient, None, None, inputs, [], words, packed_sizes(shape))
 
 
 @register_fake("td3_fast::inner_gradient")

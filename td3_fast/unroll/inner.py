@@ -20,7 +20,9 @@ from td3_fast.ops import (
     EncoderShape,
     derive_seed,
     derive_seeds,
+    gradient_is_enough,
     inner_gradient,
+    known_gradient,
     seed_path,
     seeded_generator,
 )
@@ -257,15 +259,19 @@ class InnerLoop:
         inputs: StepInputs,
         *,
         create_graph: bool,
+        gradient: Tensor | None = None,
     ) -> Evaluation:
-        """The loss of a step and its gradients; with `create_graph` those can be differentiated again."""
+        """The loss of a step and its gradients; with `create_graph` those can be differentiated again.
+
+        gradient: that of the parameters, where `gradient_is_enough` and it is known; the loss is left out then.
+        """
         trained = len(parameters) > 1
         table = (parameters[1] if trained else items).detach()
         embeds = mixture.embed(inputs.users, table)
         shape = flat.fused_shape(parameters[0])
-        if shape is not None and not self.separate_passes and self.tables is WHOLE:
+        if shape is not None and self._takes_one_call:
             evaluated = self._in_one_call(
-                shape, parameters[0].detach(), table, embeds, inputs, trained=trained
+                shape, parameters[0].detach(), table, embeds, inputs, trained=trained, known=gradient
             )
         else:
             leaves = [p.detach().requires_grad_() for p in parameters]
@@ -277,6 +283,18 @@ class InnerLoop:
         # what it holds may be as large as the table
         return evaluated if create_graph else evaluated._replace(second_order=None)
 
+    @property
+    def _takes_one_call(self) -> bool:
+        return not self.separate_passes and self.tables is WHOLE
+
+    def gradient_is_enough(self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor) -> bool:
+        """Whether `evaluate` takes the gradient of a step that was taken before, in place of taking it again."""
+        return (
+            self._takes_one_call
+            and flat.fused_shape(parameters[0]) is not None
+            and gradient_is_enough(items, self.targets(0), trained=len(parameters) > 1)
+        )
+
     def _in_one_call(
         self,
         shape: EncoderShape,
@@ -286,9 +304,14 @@ class InnerLoop:
         inputs: StepInputs,
         *,
         trained: bool,
+        known: Tensor | None,
     ) -> Evaluation:
         ((_, dropout),) = self.passes(inputs)
-        made = inner_gradient(theta, table, embeds, inputs.targets, shape, dropout=dropout, trained=trained)
+        given = (theta, table, embeds, inputs.targets, shape)
+        if known is None:
+            made = inner_gradient(*given, dropout=dropout, trained=trained)
+        else:
+            made = known_gradient(known, *given, dropout=dropout)
         gradients = (made.parameters,) if made.items is None else (made.parameters, made.items)
 
         def second_order(cotangents: list[Tensor]) -> tuple[Tensor, ...]:

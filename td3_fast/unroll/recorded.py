@@ -131,7 +131,8 @@ class RecordedLoop:
     tensor is read on the host.
 
     loop: one of the loops; parameters, items: as those of a state, and the table where it holds none; mixture: of the
-    kind and size of all that follow; steps, window: the most that a loop takes, and that are kept.
+    kind and size of all that follow; steps, window: the most that a loop takes, and that are kept; losses: whether
+    `run` returns those of its steps.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class RecordedLoop:
         steps: int,
         window: int,
         record: Recorder,
+        losses: bool = True,
     ) -> None:
         self._loop = loop
         self._flat = FlatParameters(loop.learner)
@@ -162,6 +164,9 @@ class RecordedLoop:
         # steps are called to be recorded, and count rows even where there are fewer
         self._table = self._packed(self._inputs, rows=max(steps, STEPS_TO_RECORD)).to(items.device, copy=True)
         self._losses = parameters[0].new_zeros(len(self._table))
+        self._notes_losses = losses
+        # where a step is pulled back by the gradient that it was taken with, which is kept
+        self._keeps_gradients = loop.gradient_is_enough(self._flat, parameters, self._items)
         # of the steps taken, and of those kept
         self._counters = torch.zeros(2, dtype=torch.int64, device=items.device)
         self._step, self._at = self._counters[:1], self._counters[1:]
@@ -173,6 +178,7 @@ class RecordedLoop:
             return
         window, items = max(self.limits[1], STEPS_TO_RECORD), self._items
         self._kept = [state.new_zeros(window, *state.shape) for state in self._states]
+        self._kept_gradients = self._now[0].new_zeros(window if self._keeps_gradients else 0, self._flat.size)
         self._adjoint = [torch.zeros_like(tensor) for tensor in self._now]
         # what X has as cotangents in each kept step, and the tables beside them
         theta, last = self._now[0], self._kept[-1][:, 0]
@@ -234,7 +240,8 @@ class RecordedLoop:
         self._load(state)
         for taken in self._repeat(self._take, until - first):
             progress("fit", taken, until - first, {})
-        return self._state(until), self._losses[first:until].clone()
+        losses = self._losses[first:until] if self._notes_losses else self._losses[:0]
+        return self._state(until), losses.clone()
 
     def run_window(
         self, state: AdamState, items: Tensor, mixture: ItemMixture, *, until: int, kept_limit: int = 0
@@ -331,18 +338,28 @@ class RecordedLoop:
     # What follows is recorded.
 
     def _take(self) -> None:
+        loss, _ = self._taken()
+        if self._notes_losses:
+            self._losses.index_copy_(0, self._step, loss.view(1))
+        self._counters.add_(1)
+
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        """Take a step; returns its loss and the gradient of the parameters."""
         inputs, state = self._row(), self._state(0)
         evaluated = self._loop.evaluate(
             self._flat, state.parameters, self._items, self._mixture, inputs, create_graph=False
         )
         adam_step_(state, evaluated.gradients, self._loop.adam, inputs.size)
-        self._losses.index_copy_(0, self._step, evaluated.loss.view(1))
-        self._counters.add_(1)
+        return evaluated.loss, evaluated.gradients[0]
 
     def _keep_and_take(self) -> None:
         for table, state in zip(self._kept, self._states, strict=True):
             table.index_copy_(0, self._at, state.unsqueeze(0))
-        self._take()
+        loss, gradient = self._taken()
+        if self._keeps_gradients:
+            self._kept_gradients.index_copy_(0, self._at, gradient.unsqueeze(0))
+        self._losses.index_copy_(0, self._step, loss.view(1))
+        self._counters.add_(1)
 
     def _pull_back(self) -> None:
         for table, counted in self._pulled_back_step():
@@ -362,8 +379,17 @@ class RecordedLoop:
         rows = [table.index_select(0, self._at).squeeze(0) for table in self._kept]
         p, m, v = (tuple(row[i] for row in rows) for i in range(3))
         state = AdamState(p, m, v, 0)
+        gradient = None
+        if self._keeps_gradients:
+            gradient = self._kept_gradients.index_select(0, self._at).squeeze(0)
         evaluated = self._loop.evaluate(
-            self._flat, state.parameters, self._items, self._mixture, self._row(), create_graph=True
+            self._flat,
+            state.parameters,
+            self._items,
+            self._mixture,
+            self._row(),
+            create_graph=True,
+            gradient=gradient,
         )
         n = self._count
         adjoint = list(zip(self._adjoint[:n], self._adjoint[n : 2 * n], self._adjoint[2 * n :], strict=True))
