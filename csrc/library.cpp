@@ -138,13 +138,13 @@ TORCH_LIBRARY(td3_fast, m) {
   m.set_python_module("td3_fast.ops.inner_gradient");
   m.def(
       "inner_gradient(Tensor parameters, Tensor embeds, Tensor targets, Tensor items, Tensor[] words, "
-      "int[] sizes, bool trained) "
+      "int[] sizes, bool trained, Tensor? users=None) "
       "-> (Tensor loss, Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds, Tensor[] saved)",
       tags);
   m.def(
       "inner_gradient_tangent(Tensor tangent_parameters, Tensor? tangent_items, Tensor? tangent_embeds, "
       "Tensor parameters, Tensor embeds, Tensor targets, Tensor items, Tensor[] saved, Tensor[] words, "
-      "int[] sizes) -> (Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds)",
+      "int[] sizes, Tensor? users=None) -> (Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds)",
       tags);
 
   m.set_python_module("td3_fast.ops.adam");

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -87,18 +88,20 @@ Tensor nothing(const Tensor& like) {
 // of items and embeds only where `trained`. `saved` is what the derivative needs: the outputs and all of
 // item_logsumexp_forward.
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
-                                                                               const Tensor& embeds,
+                                                                               const Tensor& embeds_in,
                                                                                const Tensor& targets,
                                                                                const Tensor& items,
                                                                                at::TensorList words,
                                                                                at::IntArrayRef sizes,
-                                                                               bool trained) {
+                                                                               bool trained,
+                                                                               const OptionalTensor& users) {
   using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, bool, bool);
   using Backward =
       std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, std::array<bool, 2>);
   static const auto logsumexp_forward = find_operator<Forward>("td3_fast::item_logsumexp_forward");
   static const auto logsumexp_backward = find_operator<Backward>("td3_fast::item_logsumexp_backward");
+  const Tensor embeds = users ? at::index_select(embeds_in, 0, *users) : embeds_in;
   const StepOptions step(parameters, embeds, targets, words, sizes);
   return with_type(embeds, [&](auto zero) {
     using T = decltype(zero);
@@ -139,17 +142,19 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                                                           const OptionalTensor& tangent_items,
                                                           const OptionalTensor& tangent_embeds,
                                                           const Tensor& parameters,
-                                                          const Tensor& embeds,
+                                                          const Tensor& embeds_in,
                                                           const Tensor& targets,
                                                           const Tensor& items,
                                                           at::TensorList saved,
                                                           at::TensorList words,
-                                                          at::IntArrayRef sizes) {
+                                                          at::IntArrayRef sizes,
+                                                          const OptionalTensor& users) {
   using DoubleBackward = std::tuple<Tensor, Tensor, Tensor>(
       const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>);
   static const auto logsumexp_double_backward =
       find_operator<DoubleBackward>("td3_fast::item_logsumexp_double_backward");
+  const Tensor embeds = users ? at::index_select(embeds_in, 0, *users) : embeds_in;
   const StepOptions step(parameters, embeds, targets, words, sizes);
   TORCH_CHECK_VALUE(saved.size() == 5, "expected the 5 tensors that inner_gradient saved, got ",
                     saved.size());

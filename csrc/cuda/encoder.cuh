@@ -83,9 +83,7 @@ class SequencePass {
     lane_ = thread % kWarp, warp_ = thread / kWarp, warps_ = threads / kWarp;
     by_width_ = columns(d()), by_inner_ = columns(inner());
     lay_out(memory);
-    if (p_.logits != nullptr) {
-      logits_ = reinterpret_cast<N*>(static_cast<unsigned char*>(p_.logits) + block * p_.logits_bytes);
-    }
+    logits_ = reinterpret_cast<N*>(static_cast<unsigned char*>(p_.logits) + block * p_.logits_bytes);
     copy_parameters();
     if (kBackward) tasks(size_, [&](int i) { sums_[i] = T(0); });
 #pragma unroll 1
@@ -147,7 +145,6 @@ class SequencePass {
       take(&sums_, size_);
       take(&masses_, asked_ * kMostWarps);
       take(&peaks_, asked_ * kMostWarps);
-      if (p_.logits == nullptr) take(&logits_, asked_ * p_.num_items);
     }
     return next;
   }
@@ -452,8 +449,8 @@ class SequencePass {
 
   __device__ N input(int j, int f) const {
     const T* const inputs = static_cast<const T*>(p_.inputs);
-    const int64_t at = p_.ids != nullptr ? p_.ids[sequence_ * length_ + j] * d() + f
-                                         : sequence_ * p_.input_stride + j * d() + f;
+    const int64_t at =
+        p_.ids != nullptr ? p_.ids[sequence_ * length_ + j] * d() + f : row_ * p_.input_stride + j * d() + f;
     if constexpr (kTangents) {
       const T* const tangent = static_cast<const T*>(p_.inputs_tangent);
       return {inputs[at],
@@ -472,6 +469,7 @@ class SequencePass {
   // ---- forward ----
 
   __device__ void forward() {
+    row_ = p_.rows != nullptr ? p_.rows[sequence_] : sequence_;
     tasks(asked_, [&](int r) {
       const int64_t position = p_.positions[sequence_ * asked_ + r] + p_.offset;
       if (position < 0 || position >= length_) trap();
@@ -997,10 +995,10 @@ class SequencePass {
   int inner_, heads_, layers_, length_, asked_, any_width_, first_parameter_, size_;
   int thread_ = 0, threads_ = 0, lane_ = 0, warp_ = 0, warps_ = 0;
   Columns by_width_, by_inner_;
-  int rows_ = 0;  // up to the last asked position
-  int64_t sequence_ = 0;
-  T loss_ = 0;  // of the first thread
-  int* at_;     // the asked positions
+  int rows_ = 0;                    // up to the last asked position
+  int64_t sequence_ = 0, row_ = 0;  // the latter among the inputs
+  T loss_ = 0;                      // of the first thread
+  int* at_;                         // the asked positions
   N *weights_, *hidden_, *normed_, *deviation_, *sum_, *blocks_, *logits_ = nullptr;
   N *grad_ = nullptr, *grad_more_ = nullptr, *grad_context_ = nullptr, *grad_query_ = nullptr,
     *grad_mixed_ = nullptr, *grad_direction_ = nullptr, *grad_scores_ = nullptr, *grad_raised_ = nullptr,

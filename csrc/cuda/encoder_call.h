@@ -67,6 +67,13 @@ class EncoderCall {
     problem.inputs = read(table.contiguous());
     problem.ids = static_cast<const int64_t*>(read(ids.contiguous()));
   }
+  // Some of the inputs: rows (batch,) of them, whose first ones count.
+  void select(const Tensor& inputs, const Tensor& rows) {
+    const Tensor whole = whole_sequences(inputs);
+    problem.inputs = read(whole);
+    problem.input_stride = whole.stride(0);
+    problem.rows = static_cast<const int64_t*>(read(rows.contiguous()));
+  }
   // In the direction of these; undefined: inputs do not move.
   void move(const Tensor& parameters, const OptionalTensor& inputs) {
     problem.parameters_tangent = read(parameters.contiguous());
@@ -143,15 +150,10 @@ class EncoderCall {
     }
     problem.blocks = encoder_blocks(pass, problem);
     problem.scratch_bytes = encoder_scratch(pass, problem);
-    Tensor logits;
-    if (problem.scratch_bytes > 0 && problem.num_items > 0) {
-      // too many to lie in shared memory, where the rest may
-      const int64_t numbers = problem.num_items * options_.sizes.asked;
-      problem.logits_bytes = numbers * (problem.parameters_tangent != nullptr ? 2 : 1) * like_.element_size();
-      logits = bytes_of_blocks(problem.logits_bytes);
-      problem.logits = logits.mutable_data_ptr();
-      problem.scratch_bytes = encoder_scratch(pass, problem);
-    }
+    const int64_t numbers = problem.num_items * options_.sizes.asked;
+    problem.logits_bytes = numbers * (problem.parameters_tangent != nullptr ? 2 : 1) * like_.element_size();
+    const Tensor logits = bytes_of_blocks(problem.logits_bytes);
+    problem.logits = logits.mutable_data_ptr();
     const Tensor scratch = bytes_of_blocks(problem.scratch_bytes);
     problem.scratch = scratch.mutable_data_ptr();
     check_launch(encode(pass, problem, current_stream(like_)));

@@ -5,6 +5,7 @@
 #include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/gather.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
@@ -39,28 +40,41 @@ Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
   return at::gather(embeds, 1, index).view({-1, embeds.size(2)});
 }
 
+// The soft embeddings of the users of a step; only of their sizes, where a pass reads them where they are.
+Tensor of_users(const Tensor& embeds, const OptionalTensor& users, bool sizes_alone) {
+  if (!users) return embeds;
+  TORCH_CHECK_VALUE(users->dim() == 1 && users->scalar_type() == at::kLong && embeds.dim() == 3,
+                    "expected int64 users (b,), got ", users->sizes(), " of ", users->scalar_type());
+  return sizes_alone ? embeds.narrow(0, 0, 1).expand({users->size(0), -1, -1})
+                     : at::index_select(embeds, 0, *users);
+}
+
 bool compares_in_pass(const Tensor& items, const Tensor& embeds, const Tensor& targets) {
   return items.scalar_type() == embeds.scalar_type() && items.size(0) <= kMostItemsInPass &&
          targets.size(1) <= kMostAskedInPass;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
-                                                                               const Tensor& embeds,
+                                                                               const Tensor& embeds_in,
                                                                                const Tensor& targets,
                                                                                const Tensor& items,
                                                                                at::TensorList words,
                                                                                at::IntArrayRef sizes,
-                                                                               bool trained) {
+                                                                               bool trained,
+                                                                               const OptionalTensor& users) {
   using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, bool, bool);
   using Backward =
       std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, std::array<bool, 2>);
   static const auto logsumexp_forward = find_operator<Forward>("td3_fast::item_logsumexp_forward");
   static const auto logsumexp_backward = find_operator<Backward>("td3_fast::item_logsumexp_backward");
+  const bool in_pass = !trained && compares_in_pass(items, embeds_in, targets);
+  const Tensor embeds = of_users(embeds_in, users, in_pass);
   EncoderCall call(parameters, histories_of(embeds, targets), targets, words, sizes, kBeforeTarget);
   TORCH_CHECK_VALUE(items.dim() == 2 && items.size(1) == embeds.size(2), "expected items (n, d), got ",
                     items.sizes());
-  if (!trained && compares_in_pass(items, embeds, targets)) {
+  if (in_pass) {
+    if (users) call.select(embeds_in, *users);
     call.compare_with(items);
     const auto [grad_parameters, loss] = call.backward();
     return {loss, grad_parameters, nothing(items), nothing(embeds), std::vector<Tensor>()};
@@ -90,24 +104,26 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                                                           const OptionalTensor& tangent_items,
                                                           const OptionalTensor& tangent_embeds,
                                                           const Tensor& parameters,
-                                                          const Tensor& embeds,
+                                                          const Tensor& embeds_in,
                                                           const Tensor& targets,
                                                           const Tensor& items,
                                                           at::TensorList saved,
                                                           at::TensorList words,
-                                                          at::IntArrayRef sizes) {
+                                                          at::IntArrayRef sizes,
+                                                          const OptionalTensor& users) {
   using DoubleBackward = std::tuple<Tensor, Tensor, Tensor>(
       const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>);
   static const auto logsumexp_double_backward =
       find_operator<DoubleBackward>("td3_fast::item_logsumexp_double_backward");
+  const bool in_pass = saved.empty();
+  const Tensor embeds = of_users(embeds_in, users, in_pass);
   TORCH_CHECK_VALUE(tangent_parameters.sizes() == parameters.sizes() &&
                         (!tangent_items || tangent_items->sizes() == items.sizes()) &&
                         (!tangent_embeds || tangent_embeds->sizes() == embeds.sizes()),
                     "a tangent has the shape of what it moves");
   EncoderCall call(parameters, histories_of(embeds, targets), targets, words, sizes, kBeforeTarget);
   const double share = 1.0 / static_cast<double>(targets.numel());
-  const bool in_pass = saved.empty();
   TORCH_CHECK_VALUE(in_pass ? !tangent_items && !tangent_embeds : saved.size() == 5,
                     "expected the tensors that inner_gradient saved, got ", saved.size());
   OptionalTensor moved_histories;
@@ -115,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
   call.move(tangent_parameters, moved_histories);
   Tensor moved_grad_items = nothing(items);
   if (in_pass) {
+    if (users) call.select(embeds_in, *users);
     call.compare_with(items);
   } else {
     const Tensor moved_hidden = call.outputs().view({-1, embeds.size(2)});

@@ -133,6 +133,7 @@ struct EncoderProblem {
   const void* inputs;              // (batch, length, d), or where there are `ids` a table (n, d)
   const void* inputs_tangent;      // (batch, length, d)
   const int64_t* ids;              // (batch, length), rows of the table
+  const int64_t* rows;             // (batch,), which of the inputs each sequence is; null: in their order
   int64_t input_stride, input_tangent_stride, grad_input_stride;  // elements from one sequence to the next
   const int64_t* positions;                                       // (batch, k)
   int64_t offset;                                                 // what is added to positions
@@ -144,7 +145,7 @@ struct EncoderProblem {
   // x the row of the inputs after that of h.
   const void* items;  // (d, n): column by column
   int64_t num_items;
-  void* logits;  // (blocks, logits_bytes), scratch; null: they lie with all else
+  void* logits;  // (blocks, logits_bytes), scratch: in shared memory they are slower
   int64_t logits_bytes;
 
   void* outputs;            // (batch, k, d)

@@ -35,6 +35,7 @@ class InnerGradient(NamedTuple):
     saved: list[Tensor]
     words: list[Tensor]
     sizes: list[int]
+    users: Tensor | None = None
 
     def tangent(
         self, parameters: Tensor, items: Tensor | None = None, embeds: Tensor | None = None
@@ -46,7 +47,7 @@ class InnerGradient(NamedTuple):
         embeds (b, ζ, d).
         """
         to_parameters, to_items, to_embeds = torch.ops.td3_fast.inner_gradient_tangent(
-            parameters, items, embeds, *self.inputs, self.saved, self.words, self.sizes
+            parameters, items, embeds, *self.inputs, self.saved, self.words, self.sizes, self.users
         )
         return to_parameters, None if items is None else to_items, to_embeds
 
@@ -60,6 +61,7 @@ def inner_gradient(
     *,
     dropout: DropoutStream | None = None,
     trained: bool = False,
+    users: Tensor | None = None,  # (b,) int64
 ) -> InnerGradient:
     """The mean over sequences and targets of `item_cross_entropy(h, items, x)`, and its gradients.
 
@@ -72,21 +74,28 @@ def inner_gradient(
         items: of the dtype of the parameters, or of 16 bits.
         targets: positions 1 to ζ - 1; ζ - 1 <= shape.positions.
         trained: whether to differentiate towards items and embeds too.
+        users: which of `embeds` the sequences are, where these are (μ, ζ, d) of all users.
 
     Raises:
         ValueError: sizes or dtypes do not agree.
         IndexError: a target is not one of the positions, or the first.
     """
-    batch, positions = embeds.shape[:2]
-    words = dropout_words(dropout, shape, batch, positions - 1, targets.shape[1], device=embeds.device)
+    words = _words(dropout, shape, embeds, targets)
     sizes = packed_sizes(shape)
     loss, to_parameters, to_items, to_embeds, saved = torch.ops.td3_fast.inner_gradient(
-        parameters, embeds, targets, items, words, sizes, trained
+        parameters, embeds, targets, items, words, sizes, trained, users
     )
     inputs = (parameters, embeds, targets, items)
     if not trained:
-        return InnerGradient(loss, to_parameters, None, None, inputs, saved, words, sizes)
-    return InnerGradient(loss, to_parameters, to_items, to_embeds, inputs, saved, words, sizes)
+        return InnerGradient(loss, to_parameters, None, None, inputs, saved, words, sizes, users)
+    return InnerGradient(loss, to_parameters, to_items, to_embeds, inputs, saved, words, sizes, users)
+
+
+def _words(
+    dropout: DropoutStream | None, shape: EncoderShape, embeds: Tensor, targets: Tensor
+) -> list[Tensor]:
+    batch, asked = targets.shape
+    return dropout_words(dropout, shape, batch, embeds.shape[1] - 1, asked, device=embeds.device)
 
 
 def gradient_is_enough(items: Tensor, targets: Tensor, *, trained: bool) -> bool:
@@ -103,12 +112,12 @@ def known_gradient(
     shape: EncoderShape,
     *,
     dropout: DropoutStream | None = None,
+    users: Tensor | None = None,
 ) -> InnerGradient:
     """What `inner_gradient` returned for the same arguments, but the loss, from the gradient that is kept of it."""
-    batch, positions = embeds.shape[:2]
-    words = dropout_words(dropout, shape, batch, positions - 1, targets.shape[1], device=embeds.device)
+    words = _words(dropout, shape, embeds, targets)
     inputs = (parameters, embeds, targets, items)
-    return InnerGradient(gradient[:0], gradient, None, None, inputs, [], words, packed_sizes(shape))
+    return InnerGradient(gradient[:0], gradient, None, None, inputs, [], words, packed_sizes(shape), users)
 
 
 @register_fake("td3_fast::inner_gradient")
@@ -120,6 +129,7 @@ def _(
     words: list[Tensor],
     sizes: list[int],
     trained: bool,
+    users: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     hidden = embeds.new_empty(targets.numel(), embeds.shape[2])
     logsumexp, remainder, mean, probabilities = torch.ops.td3_fast.item_logsumexp_forward(
@@ -129,7 +139,7 @@ def _(
         embeds.new_empty(()),
         torch.empty_like(parameters),
         items.new_empty(items.shape if trained else 0),
-        embeds.new_empty(embeds.shape if trained else 0),
+        embeds.new_empty((len(targets), *embeds.shape[1:]) if trained else 0),
         [hidden, logsumexp, remainder, mean, probabilities],
     )
 
@@ -146,6 +156,7 @@ def _(
     saved: list[Tensor],
     words: list[Tensor],
     sizes: list[int],
+    users: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_items = items.new_empty(0 if tangent_items is None else items.shape)
-    return torch.empty_like(parameters), to_items, embeds.new_empty(embeds.shape)
+    return torch.empty_like(parameters), to_items, embeds.new_empty(len(targets), *embeds.shape[1:])

@@ -267,13 +267,13 @@ class InnerLoop:
         """
         trained = len(parameters) > 1
         table = (parameters[1] if trained else items).detach()
-        embeds = mixture.embed(inputs.users, table)
         shape = flat.fused_shape(parameters[0])
         if shape is not None and self._takes_one_call:
             evaluated = self._in_one_call(
-                shape, parameters[0].detach(), table, embeds, inputs, trained=trained, known=gradient
+                shape, parameters[0].detach(), table, mixture, inputs, trained=trained, known=gradient
             )
         else:
+            embeds = mixture.embed(inputs.users, table)
             leaves = [p.detach().requires_grad_() for p in parameters]
             evaluated = self._by_autograd(flat, leaves, table, embeds, inputs, create_graph=create_graph)
         if evaluated.to_embeds is not None:
@@ -300,18 +300,23 @@ class InnerLoop:
         shape: EncoderShape,
         theta: Tensor,
         table: Tensor,
-        embeds: Tensor,
+        mixture: Embeddings,
         inputs: StepInputs,
         *,
         trained: bool,
         known: Tensor | None,
     ) -> Evaluation:
         ((_, dropout),) = self.passes(inputs)
+        embeds, users = mixture.whole, None
+        if embeds is None:
+            embeds = mixture.embed(inputs.users, table)
+        else:
+            users = inputs.users
         given = (theta, table, embeds, inputs.targets, shape)
         if known is None:
-            made = inner_gradient(*given, dropout=dropout, trained=trained)
+            made = inner_gradient(*given, dropout=dropout, trained=trained, users=users)
         else:
-            made = known_gradient(known, *given, dropout=dropout)
+            made = known_gradient(known, *given, dropout=dropout, users=users)
         gradients = (made.parameters,) if made.items is None else (made.parameters, made.items)
 
         def second_order(cotangents: list[Tensor]) -> tuple[Tensor, ...]:

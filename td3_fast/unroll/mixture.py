@@ -26,6 +26,10 @@ NOTED_LIMIT = 64 * 2**20  # bytes of cotangents and tables
 class Embeddings(Protocol):
     """What the steps of an inner loop ask of an `ItemMixture`."""
 
+    @property
+    def whole(self) -> Tensor | None:
+        """X (μ, ζ, d) of all users, where it is there and every table's."""
+
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         """X of the selected users under the table `items`."""
 
@@ -71,6 +75,10 @@ class _Constants:
     sums: ClassVar[tuple[str, ...]] = ("_gradient", "_of_keys")
     by_index = False  # whether rows are taken by an index on the device even where a view would do
 
+    @property
+    def whole(self) -> Tensor | None:
+        return None
+
     def twin(self) -> Self:
         twin = copy.copy(self)
         twin.by_index = True
@@ -107,6 +115,10 @@ class FixedEmbeddings(_Constants):
     def __init__(self, embeddings: Tensor) -> None:
         self._embeddings = embeddings.detach()
         self._gradient = torch.zeros_like(self._embeddings)
+
+    @property
+    def whole(self) -> Tensor | None:
+        return self._embeddings
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         return self._embeddings.index_select(0, users)

@@ -406,6 +406,7 @@ class _Notes:
 
     def __init__(self, mixture: ItemMixture) -> None:
         self._mixture = mixture
+        self.whole = mixture.whole
         self.noted: list[tuple[Tensor, Tensor]] = []
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
