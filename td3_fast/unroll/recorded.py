@@ -8,6 +8,7 @@ from step to step lies in tensors that stay where they are, and counters on the 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -161,6 +162,9 @@ class RecordedLoop:
         self._states = [p.new_zeros(3, *p.shape) for p in parameters]
         self._now = [state[i] for i in range(3) for state in self._states]
         self._inputs = loop.first_inputs(steps)
+        self._row_shapes = [
+            tensor.shape[1:] for tensor in (self._inputs.users, self._inputs.targets, self._inputs.seeds)
+        ]
         # steps are called to be recorded, and count rows even where there are fewer
         self._table = self._packed(self._inputs, rows=max(steps, STEPS_TO_RECORD)).to(items.device, copy=True)
         self._losses = parameters[0].new_zeros(len(self._table))
@@ -204,14 +208,9 @@ class RecordedLoop:
     def _row(self) -> StepInputs:
         """The inputs of the step that is next, as `_packed` laid them out."""
         row = self._table.index_select(0, self._step).squeeze(0)
-        sizes = [
-            self._inputs.users[0].numel(),
-            self._inputs.targets[0].numel(),
-            self._inputs.seeds[0].numel(),
-        ]
-        users, targets, seeds, bits = row.split([*sizes, 1])
+        users, targets, seeds, bits = row.split([*map(math.prod, self._row_shapes), 1])
         size = bits.view(self._now[0].dtype)[0]  # of four bytes the lower ones
-        return StepInputs(users, targets.view(self._inputs.targets.shape[1:]), seeds, size)
+        return StepInputs(users, targets.view(self._row_shapes[1]), seeds, size)
 
     def begin(self, loop: InnerLoop, mixture: ItemMixture) -> RecordedLoop:
         """The same, about to take the steps of another loop, on another summary."""
