@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
     const Tensor grad_items =
         trained ? at::zeros(items.sizes(), items.options()) : at::empty({0}, items.options());
     // of the whole batch, whose embeddings are never made
-    const EncoderSizes all = EncoderOptions(parameters, shape_of_rows(items, ids), positions, words, sizes).sizes;
+    const EncoderSizes all =
+        EncoderOptions(parameters, shape_of_rows(items, ids), positions, words, sizes).sizes;
     const int64_t at_once = KeptPass<T>::most_sequences(all, std::min(batch, kSequencesAtOnce));
     KeptPass<T> pass(all, at_once, false);
     for (int64_t first = 0; first < batch; first += at_once) {
