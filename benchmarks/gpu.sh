@@ -27,8 +27,9 @@ assert ops.has_fused("cuda"), "built without CUDA kernels"
 print(torch.cuda.get_device_name(), ops.build_facts())
 PYTHON
 echo "built after $SECONDS s"
-timeout "$(left)" "$python" -P -m pytest tests/ops
-timeout "$(left)" "$python" -P -m pytest tests/test_recorded.py -m gpu
+workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 8" || true)
+# shellcheck disable=SC2086 # two words, or none
+timeout "$(left)" "$python" -P -m pytest tests/ops tests/data tests/test_adam.py tests/test_recorded.py -m gpu $workers
 echo "tested after $SECONDS s"
 
 # Both orders of one small problem, every allocation its own so that the tool sees beyond which it goes.
