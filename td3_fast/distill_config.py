@@ -101,7 +101,9 @@ class DistillConfig:
         "MRR@10"  # of the learners whose mean chooses the best epoch, on the validation part
     )
     validation_runs: int = 1
-    micro_batch: int = 1024  # real examples per pass, shortest histories first
+    micro_batch: int = (
+        1024  # real examples per pass, shortest histories first; more where a GPU makes no embeddings
+    )
     summary: Kind = "tucker"
     latent_rank: int = 32  # of a Farzi summary, which has no other rank
     trajectories: int = 1  # learners per outer step, whose meta-gradients are averaged

@@ -56,9 +56,15 @@ class OuterObjective:
         self._count = len(index)
         sharing = sharing or Group()
         size = micro_batch
-        fused = flat.fused_shape(self._teacher_parameters) is not None and tables is WHOLE
-        if there is not None and fused and config.item_embedding == "frozen":
-            size = max(size, EXAMPLES_IN_A_CALL)  # no tensor of their embeddings is made
+        fused = (
+            flat.fused_shape(self._teacher_parameters) is not None
+            and tables is WHOLE
+            and config.engine == "native"
+            and has_next_item_gradient(self._teacher_items, self._teacher_parameters)
+        )
+        # no tensor of their embeddings is made then; smaller parts were asked for where memory is short
+        if there is not None and fused and config.item_embedding == "frozen" and size >= config.micro_batch:
+            size = max(size, EXAMPLES_IN_A_CALL)
         # masks are drawn by micro-batch, so where there are some, micro-batches stay as they are in one process
         if not config.semantics.masks_real_examples:
             size = min(size, -(-len(index) // sharing.size))
@@ -123,8 +129,8 @@ class OuterObjective:
         table = parameters[1] if trained else items
         shape = flat.fused_shape(theta)
         if shape is not None and self._tables is WHOLE and has_next_item_gradient(table, theta):
-            for i, on_host in self.parts:
-                part = self._on(table.device, on_host)
+            for i, cut in self.parts:
+                part = self._on(table.device, cut)
                 share = len(part.targets) / self._count
                 made = next_item_gradient(
                     theta,

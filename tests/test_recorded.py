@@ -202,10 +202,13 @@ def on_gpu(**changes: object) -> tuple[Distiller, DistillState]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("trajectories", [1, 4])
-@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
-def test_graphs_on_a_gpu(item_embedding: str, trajectories: int) -> None:
+@pytest.mark.parametrize("items", ["frozen", "frozen bfloat16", "trained"])
+def test_graphs_on_a_gpu(items: str, trajectories: int) -> None:
     """Replays have the bits of calls, side by side or not, and are what the CPU gives in float64."""
+    item_embedding, _, dtype = items.partition(" ")
     changes: dict[str, object] = {"item_embedding": item_embedding, "trajectories": trajectories}
+    if dtype:
+        changes["item_dtype"] = dtype
     distiller, state = small_distiller(**changes)
     expected, _ = distiller.meta_gradient(state)
     results = []

@@ -1,8 +1,8 @@
 // The encoder's passes: a block of threads for one sequence at a time. See kernels.h for what is computed.
 //
 // A pass is written once, for numbers N that are plain or dual. It is a row of phases with a barrier after
-// each; in a phase every thread takes every `threads`-th task, or every warp every `warps`-th row. A number
-// is always summed by one thread or warp in the same order, so results do not depend on the hardware.
+// each; in a phase threads, groups of eight lanes or warps take every so many-th number or row. A number is
+// always summed by one of them in the same order, so results do not depend on the hardware.
 #pragma once
 
 #include <type_traits>
@@ -42,9 +42,8 @@ TD3_FAST_HOST_DEVICE inline BlockParameters block_parameters(int first, int d, i
 }
 
 // kWidth: d, where it is known beforehand, a multiple of 32, and then `inner` is twice as much and there are
-// one layer and one head; else 0. kShared: everything that is handed on between threads lies in shared
-// memory; else in global scratch.
-template <typename T, bool kTangents, bool kBackward, int kWidth, bool kShared>
+// one layer and one head; else 0.
+template <typename T, bool kTangents, bool kBackward, int kWidth>
 class SequencePass {
   using N = std::conditional_t<kTangents, Dual<T>, T>;
   static constexpr int kPad = 32;  // after so many parameters a number is left out
@@ -447,10 +446,14 @@ class SequencePass {
 
   // ---- inputs and outputs ----
 
+  __device__ int64_t within_table(int64_t row) const {
+    if (row < 0 || row >= p_.table_rows) trap();
+    return row;
+  }
   __device__ N input(int j, int f) const {
     const T* const inputs = static_cast<const T*>(p_.inputs);
-    const int64_t at =
-        p_.ids != nullptr ? p_.ids[sequence_ * length_ + j] * d() + f : row_ * p_.input_stride + j * d() + f;
+    const int64_t at = p_.ids != nullptr ? within_table(p_.ids[sequence_ * length_ + j]) * d() + f
+                                         : row_ * p_.input_stride + j * d() + f;
     if constexpr (kTangents) {
       const T* const tangent = static_cast<const T*>(p_.inputs_tangent);
       return {inputs[at],
@@ -469,7 +472,7 @@ class SequencePass {
   // ---- forward ----
 
   __device__ void forward() {
-    row_ = p_.rows != nullptr ? p_.rows[sequence_] : sequence_;
+    row_ = p_.rows != nullptr ? within_table(p_.rows[sequence_]) : sequence_;
     tasks(asked_, [&](int r) {
       const int64_t position = p_.positions[sequence_ * asked_ + r] + p_.offset;
       if (position < 0 || position >= length_) trap();
@@ -492,7 +495,7 @@ class SequencePass {
         [&](int i, Loaded loaded) {
           const int at = i / d() * stride() + i % d();
           normed_[at] = loaded.x;
-          hidden_[at] = N{} + constant(loaded.survivor);
+          hidden_[at] = constant(loaded.survivor);
         });
     block_barrier();
     norm_rows(rows_, first_norm(), normed_, deviation_, [&](int j, int f, N y) {

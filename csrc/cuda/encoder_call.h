@@ -66,6 +66,7 @@ class EncoderCall {
   void look_up(const Tensor& table, const Tensor& ids) {
     problem.inputs = read(table.contiguous());
     problem.ids = static_cast<const int64_t*>(read(ids.contiguous()));
+    problem.table_rows = table.size(0);
   }
   // Some of the inputs: rows (batch,) of them, whose first ones count.
   void select(const Tensor& inputs, const Tensor& rows) {
@@ -73,6 +74,7 @@ class EncoderCall {
     problem.inputs = read(whole);
     problem.input_stride = whole.stride(0);
     problem.rows = static_cast<const int64_t*>(read(rows.contiguous()));
+    problem.table_rows = inputs.size(0);
   }
   // In the direction of these; undefined: inputs do not move.
   void move(const Tensor& parameters, const OptionalTensor& inputs) {
@@ -120,12 +122,12 @@ class EncoderCall {
     if (options_.batch == 0 || options_.sizes.asked == 0) {
       return {at::zeros({size}, like_.options()), at::zeros({}, like_.options())};
     }
-    problem.blocks = encoder_blocks(EncoderPass::kBackward, problem);
-    const Tensor partials = at::empty({problem.blocks, size + 1}, like_.options());
+    const int64_t blocks = encoder_blocks(EncoderPass::kBackward, problem);
+    const Tensor partials = at::empty({blocks, size + 1}, like_.options());
     problem.partials = partials.mutable_data_ptr();
     run(EncoderPass::kBackward);
     const Tensor sums = at::empty({size + 1}, like_.options());
-    check_launch(sum_partials(problem.float64, problem.blocks, size + 1, partials.const_data_ptr(),
+    check_launch(sum_partials(problem.float64, blocks, size + 1, partials.const_data_ptr(),
                               sums.mutable_data_ptr(), current_stream(like_)));
     return {sums.narrow(0, 0, size), sums.select(0, size)};
   }
@@ -134,6 +136,8 @@ class EncoderCall {
 
  private:
   const void* read(const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.device() == like_.device(), "expected all tensors on ", like_.device(),
+                      ", got one on ", tensor.device());
     kept_.push_back(tensor);
     return tensor.const_data_ptr();
   }

@@ -10,11 +10,12 @@ constexpr int kThreads = 256;
 constexpr int kManyThreads = 512;  // where most multiprocessors have nothing to do
 constexpr int64_t kFewSequences = 132;
 
+// kShared: everything that is handed on between threads lies in shared memory; else in global scratch.
 template <typename T, bool kTangents, bool kBackward, int kWidth, bool kShared>
 __global__ void __launch_bounds__(kManyThreads)
     encoder_kernel(const __grid_constant__ EncoderProblem problem) {
   const int64_t block = blockIdx.x;
-  SequencePass<T, kTangents, kBackward, kWidth, kShared> pass(problem);
+  SequencePass<T, kTangents, kBackward, kWidth> pass(problem);
   if constexpr (kShared) {
     pass.run(shared_memory<unsigned char>(), static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
              block);
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kManyThreads)
 template <typename T, bool kTangents, bool kBackward, int kWidth>
 struct Instance {
   static int64_t bytes(const EncoderProblem& problem) {
-    return SequencePass<T, kTangents, kBackward, kWidth, true>(problem).bytes();
+    return SequencePass<T, kTangents, kBackward, kWidth>(problem).bytes();
   }
   static bool in_shared(const EncoderProblem& problem) { return bytes(problem) <= shared_memory_limit(); }
   static const char* run(const EncoderProblem& problem, void* stream) {

@@ -42,7 +42,7 @@ Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
 
 // The soft embeddings of the users of a step; only of their sizes, where a pass reads them where they are.
 Tensor of_users(const Tensor& embeds, const OptionalTensor& users, bool sizes_alone) {
-  if (!users) return embeds;
+  if (!users) return embeds.dim() == 3 ? whole_sequences(embeds) : embeds;
   TORCH_CHECK_VALUE(users->dim() == 1 && users->scalar_type() == at::kLong && embeds.dim() == 3,
                     "expected int64 users (b,), got ", users->sizes(), " of ", users->scalar_type());
   return sizes_alone ? embeds.narrow(0, 0, 1).expand({users->size(0), -1, -1})
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
   const bool in_pass = !trained && compares_in_pass(items, embeds_in, targets);
   const Tensor embeds = of_users(embeds_in, users, in_pass);
   EncoderCall call(parameters, histories_of(embeds, targets), targets, words, sizes, kBeforeTarget);
-  TORCH_CHECK_VALUE(items.dim() == 2 && items.size(1) == embeds.size(2), "expected items (n, d), got ",
-                    items.sizes());
+  TORCH_CHECK_VALUE(items.dim() == 2 && items.size(0) > 0 && items.size(1) == embeds.size(2),
+                    "expected items (n, d) with n >= 1, got ", items.sizes());
   if (in_pass) {
     if (users) call.select(embeds_in, *users);
     call.compare_with(items);
@@ -124,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                     "a tangent has the shape of what it moves");
   EncoderCall call(parameters, histories_of(embeds, targets), targets, words, sizes, kBeforeTarget);
   const double share = 1.0 / static_cast<double>(targets.numel());
-  TORCH_CHECK_VALUE(in_pass ? !tangent_items && !tangent_embeds : saved.size() == 5,
+  TORCH_CHECK_VALUE(in_pass ? !tangent_items && !tangent_embeds && compares_in_pass(items, embeds_in, targets)
+                            : saved.size() == 5,
                     "expected the tensors that inner_gradient saved, got ", saved.size());
   OptionalTensor moved_histories;
   if (tangent_embeds) moved_histories = histories_of(*tangent_embeds, targets);

@@ -105,13 +105,12 @@ const char* full_ranks(const Ranking& problem, void* stream);
 const char* candidate_ranks(const Ranking& problem, void* stream);
 
 // The words of sites in a row, by blocks of Philox: whole ones, so that each site starts at 16 bytes.
-constexpr int64_t kMostSites = 25;  // of an encoder of 8 layers
 struct RandomWords {
   const int64_t* seed;  // on the device
   uint32_t first_site;
-  int sites;                 // at least 1
-  int64_t ends[kMostSites];  // of each site, in blocks; the last is at least 1
-  void* blocks;              // (ends[sites - 1], 16 bytes)
+  int sites;                // at least 1
+  int64_t ends[kMaxSites];  // of each site, in blocks; the last is at least 1
+  void* blocks;             // (ends[sites - 1], 16 bytes)
 };
 
 const char* draw_words(const RandomWords& problem, void* stream);
@@ -134,6 +133,7 @@ struct EncoderProblem {
   const void* inputs_tangent;      // (batch, length, d)
   const int64_t* ids;              // (batch, length), rows of the table
   const int64_t* rows;             // (batch,), which of the inputs each sequence is; null: in their order
+  int64_t table_rows;              // that ids or rows may name
   int64_t input_stride, input_tangent_stride, grad_input_stride;  // elements from one sequence to the next
   const int64_t* positions;                                       // (batch, k)
   int64_t offset;                                                 // what is added to positions
@@ -149,7 +149,7 @@ struct EncoderProblem {
   int64_t logits_bytes;
 
   void* outputs;            // (batch, k, d)
-  void* grad_inputs;        // (batch, length, d)
+  void* grad_inputs;        // (batch, grad_input_rows, d)
   double to_targets;        // times the outputs is added to the row of grad_inputs after that of the output
   int64_t grad_input_rows;  // of each sequence; those beyond the length are zero before that
   int64_t blocks;           // of threads; each takes every blocks-th sequence

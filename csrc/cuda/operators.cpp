@@ -463,11 +463,11 @@ Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArra
   const c10::OptionalDeviceGuard guard(seed.device());
   const Tensor words = at::empty({all * kWordsPerBlock}, seed.options().dtype(at::kShort));
   int16_t* to = words.mutable_data_ptr<int16_t>();
-  for (int64_t first = 0; first < sites; first += kMostSites) {
+  for (int64_t first = 0; first < sites; first += kMaxSites) {
     RandomWords problem{};
     problem.seed = seed.const_data_ptr<int64_t>();
     problem.first_site = static_cast<uint32_t>(first_site + first);
-    problem.sites = static_cast<int>(std::min(kMostSites, sites - first));
+    problem.sites = static_cast<int>(std::min(kMaxSites, sites - first));
     problem.blocks = to;
     int64_t end = 0;
     for (int i = 0; i < problem.sites; ++i) problem.ends[i] = end += blocks_of_words(counts[first + i]);

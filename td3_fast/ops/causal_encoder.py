@@ -10,7 +10,7 @@ from torch import Tensor
 from td3_fast.ops.dropout import DropoutStream, dropped_of
 from td3_fast.ops.library import has_fused, register_fake
 
-MAX_LAYERS = 8  # kMaxLayers in csrc/cpu/encoder.h
+MAX_LAYERS = 8  # kMaxLayers in csrc/encoder_sizes.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,27 @@ def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
 
 def _shared_bytes(shape: EncoderShape, element_size: int) -> int:
     """What a block of threads keeps of the widest pass with two outputs, as csrc/cuda/encoder.cuh lays it out."""
-    d, inner, heads, length = shape.width | 1, shape.inner, shape.heads, shape.positions
-    k = length if shape.layers > 1 else 2
-    block = 4 * (shape.width + 1) * shape.width + 4 * shape.width
-    block += (shape.width + 1) * inner + (inner + 1) * shape.width
-    parameters = 2 * shape.width + shape.layers * block
-    saved = (6 + 2 * heads) * d + 2 * inner + 2 + heads * (2 * length + 1)
-    duals = parameters * 33 // 32 + 3 * length * d + ((shape.layers - 1) * length + 2) * saved
-    duals += k * ((5 + 2 * heads) * d + heads * length + inner)
-    return element_size * (2 * duals + parameters + length * shape.width) + 2048
+    width, inner, heads, length = shape.width, shape.inner, shape.heads, shape.positions
+    stride, asked, warps = width | 1, 2, 16
+    most = max(length, asked) if shape.layers > 1 else asked  # rows of a block
+    block = 4 * (width + 1) * width + 4 * width + (width + 1) * inner + (inner + 1) * width
+    copied = 2 * width + shape.layers * block
+    saved = (6 + 2 * heads) * stride + 2 * inner + 2 + heads * (2 * length + 1)
+    duals = [
+        copied + copied // 32 + 1,
+        *[length * stride] * 3,
+        length,
+        *[most * stride] * 5,
+        ((shape.layers - 1) * length + asked) * saved,
+        *[most * heads * stride] * 2,
+        most * heads * length,
+        most * inner,
+        most * heads,
+        asked * warps,
+    ]
+    plain = [length * width + copied, asked * warps]
+    sizes = [2 * element_size * n for n in duals] + [element_size * n for n in plain] + [4 * asked]
+    return sum(-(-size // 16) * 16 for size in sizes)
 
 
 @functools.cache
@@ -69,11 +81,11 @@ def causal_encoder(
 ) -> Tensor:
     """The outputs of a SASRec at the asked positions; its reference is `learners.SASRec.encode`.
 
-    Sequences are the lanes of vectors, nothing is computed beyond the last asked position, and only inputs and
-    outputs are kept between orders: a pass is recomputed by its derivative. The double backward runs the same code on
-    dual numbers. Twice differentiable in `parameters` and `inputs_embeds`; a third order raises. Dropout masks are
-    those that the reference draws from an equal `dropout`. `torch.func` and `torch.vmap` do not take it; the reference
-    they do.
+    On the CPU sequences are the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond
+    the last asked position, and only inputs and outputs are kept between orders: a pass is recomputed by its
+    derivative. The double backward runs the same code on dual numbers. Twice differentiable in `parameters` and
+    `inputs_embeds`; a third order raises. Dropout masks are those that the reference draws from an equal `dropout`.
+    `torch.func` and `torch.vmap` do not take it; the reference they do.
 
     Args:
         parameters: position table (positions, d); weight and bias of the first norm; for each layer weight and bias
@@ -85,8 +97,8 @@ def causal_encoder(
         (batch, k, d).
 
     Raises:
-        ValueError: sizes or dtypes do not agree.
-        IndexError: a position is not one of the inputs.
+        ValueError: sizes, dtypes or devices do not agree.
+        IndexError: on the CPU, a position is not one of the inputs; a GPU is left unusable to the process by that.
     """
     batch, length, _ = inputs_embeds.shape
     device = inputs_embeds.device
@@ -121,7 +133,8 @@ def encode_histories(
 
     Raises:
         ValueError: sizes or dtypes do not agree.
-        IndexError: on the CPU, an item is not one of the table, or a length not one of the histories.
+        IndexError: on the CPU, an item is not one of the table, or a length not one of the histories; a GPU is left
+            unusable to the process by that.
     """
     batch, length = histories.shape
     words = dropout_words(dropout, shape, batch, length, 1, device=items.device)

@@ -66,8 +66,8 @@ def inner_gradient(
     """The mean over sequences and targets of `item_cross_entropy(h, items, x)`, and its gradients.
 
     x: the rows of `embeds` at the targets; h: what `causal_encoder` makes of the rows before each. The same as by
-    autograd, with the encoder's forward pass made once for both (unless that keeps more than 32 MiB), and no graph. Its
-    reference is `unroll.InnerLoop.loss` and its derivatives.
+    autograd, with no graph, and on the CPU with the encoder's forward pass made once for both (unless that keeps
+    more than 32 MiB). Its reference is `unroll.InnerLoop.loss` and its derivatives.
 
     Args:
         parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
@@ -78,7 +78,8 @@ def inner_gradient(
 
     Raises:
         ValueError: sizes or dtypes do not agree.
-        IndexError: a target is not one of the positions, or the first.
+        IndexError: on the CPU, a target is not one of the positions, or the first; a GPU is left unusable to the
+            process by that.
     """
     words = _words(dropout, shape, embeds, targets)
     sizes = packed_sizes(shape)
@@ -98,9 +99,16 @@ def _words(
     return dropout_words(dropout, shape, batch, embeds.shape[1] - 1, asked, device=embeds.device)
 
 
-def gradient_is_enough(items: Tensor, targets: Tensor, *, trained: bool) -> bool:
-    """Whether `InnerGradient.tangent` needs nothing of the call but its inputs, so that `known_gradient` serves."""
-    return items.is_cuda and not trained and len(items) <= ITEMS_IN_PASS and targets.shape[1] <= ASKED_IN_PASS
+def gradient_is_enough(parameters: Tensor, items: Tensor, targets: Tensor, *, trained: bool) -> bool:
+    """Whether `InnerGradient.tangent` needs nothing of the call but its inputs, so that `known_gradient` serves: where
+    a GPU compares outputs with all items in the same kernel."""
+    return (
+        parameters.is_cuda
+        and not trained
+        and items.dtype == parameters.dtype
+        and len(items) <= ITEMS_IN_PASS
+        and targets.shape[1] <= ASKED_IN_PASS
+    )
 
 
 def known_gradient(
@@ -135,12 +143,13 @@ def _(
     logsumexp, remainder, mean, probabilities = torch.ops.td3_fast.item_logsumexp_forward(
         hidden, items, True, trained
     )
+    nothing_saved = gradient_is_enough(parameters, items, targets, trained=trained)
     return (
         embeds.new_empty(()),
         torch.empty_like(parameters),
         items.new_empty(items.shape if trained else 0),
         embeds.new_empty((len(targets), *embeds.shape[1:]) if trained else 0),
-        [hidden, logsumexp, remainder, mean, probabilities],
+        [] if nothing_saved else [hidden, logsumexp, remainder, mean, probabilities],
     )
 
 

@@ -292,7 +292,7 @@ class InnerLoop:
         return (
             self._takes_one_call
             and flat.fused_shape(parameters[0]) is not None
-            and gradient_is_enough(items, self.targets(0), trained=len(parameters) > 1)
+            and gradient_is_enough(parameters[0], items, self.targets(0), trained=len(parameters) > 1)
         )
 
     def _in_one_call(

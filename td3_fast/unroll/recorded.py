@@ -1,7 +1,7 @@
 """The inner loop for a GPU: each kind of step recorded once and replayed, with nothing for the host to decide.
 
-A step of the paper's size is some two hundred launches of a few microseconds' work, so that launching takes all of the
-time. A CUDA graph launches them at once, but with the arguments that they were captured with. Here whatever differs
+A step of the paper's size is ten to two hundred launches of a few microseconds' work, so that launching takes most of
+the time. A CUDA graph launches them at once, but with the arguments that they were captured with. Here whatever differs
 from step to step lies in tensors that stay where they are, and counters on the device say which rows of them are meant.
 """
 
@@ -127,9 +127,9 @@ class RecordedLoop:
     """`InnerLoop` on tensors that stay where they are, for loops that differ in their seeds and in their summary.
 
     `begin` says whose steps are next; `run`, `run_window` and `pull_back` are those of `InnerLoop`, except that a
-    window keeps states and no graphs, so that its steps are evaluated once more on the way back, and that one that is
-    cut short is gone through to its end, adding zeros. States that are returned are overwritten by the next call. No
-    tensor is read on the host.
+    window keeps states and no graphs, so that its steps are evaluated once more on the way back, unless their
+    gradient is enough for that, and that one that is cut short is gone through to its end, adding zeros. States
+    that are returned are overwritten by the next call. No tensor is read on the host.
 
     loop: one of the loops; parameters, items: as those of a state, and the table where it holds none; mixture: of the
     kind and size of all that follow; steps, window: the most that a loop takes, and that are kept; losses: whether
@@ -150,8 +150,9 @@ class RecordedLoop:
     ) -> None:
         self._loop = loop
         self._flat = FlatParameters(loop.learner)
-        trained = len(parameters) > 1
-        self._items = items if trained else for_inner_gradient(items)
+        # whether a step is pulled back by the gradient that it was taken with, which is kept then
+        self._keeps_gradients = loop.gradient_is_enough(self._flat, parameters, items)
+        self._items = for_inner_gradient(items) if self._keeps_gradients else items
         self._mixture = mixture.twin()
         self._record = record
         self._recorded: dict[tuple[str, int], Callable[[], None]] = {}
@@ -169,8 +170,6 @@ class RecordedLoop:
         self._table = self._packed(self._inputs, rows=max(steps, STEPS_TO_RECORD)).to(items.device, copy=True)
         self._losses = parameters[0].new_zeros(len(self._table))
         self._notes_losses = losses
-        # where a step is pulled back by the gradient that it was taken with, which is kept
-        self._keeps_gradients = loop.gradient_is_enough(self._flat, parameters, self._items)
         # of the steps taken, and of those kept
         self._counters = torch.zeros(2, dtype=torch.int64, device=items.device)
         self._step, self._at = self._counters[:1], self._counters[1:]

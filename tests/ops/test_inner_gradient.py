@@ -145,6 +145,33 @@ def test_embeds_that_are_a_cut_of_longer_sequences():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_embeds_that_lie_otherwise(trained):
+    learner, _, (theta, items, embeds, targets) = setting()
+    shape = learner.encoder_shape()
+    turned = embeds.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = in_one_call(shape, theta, items, embeds, targets, None, trained=trained)
+    for a, b in zip(
+        in_one_call(shape, theta, items, turned, targets, None, trained=trained), expected, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_users_are_rows_of_all_embeds(trained):
+    learner, _, (theta, items, embeds, targets) = setting()
+    shape, users = learner.encoder_shape(), torch.tensor([3, 12, 0, 5])
+    results = []
+    for given, chosen in ((embeds, users), (embeds[users], None)):
+        made = inner_gradient(theta, items, given, targets[:4], shape, trained=trained, users=chosen)
+        moved = [theta, items, embeds[users]] if trained else [theta]
+        results.append(
+            (made.loss, made.parameters, made.items, made.embeds, *made.tangent(*directions(moved)))
+        )
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
 def test_equal_bits_on_any_number_of_threads():
     learner, _, tensors = setting(batch=300, items=400, dtype=torch.float32)
     threads, results = torch.get_num_threads(), []

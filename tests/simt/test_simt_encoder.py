@@ -1,12 +1,14 @@
 """The CUDA encoder and the inner step in one call, on the host, by what checks those of the CPU."""
 
+import functools
+
 import pytest
 import test_causal_encoder as encoder
 import test_inner_gradient as step
 import test_next_item_gradient as real
 import torch
 
-from td3_fast.ops import DropoutStream, encode_histories
+from td3_fast.ops import DropoutStream, encode_histories, inner_gradient, known_gradient
 
 DROPOUT = pytest.mark.parametrize("dropout", [None, 7], ids=["no dropout", "dropout"])
 
@@ -66,12 +68,41 @@ def test_any_order_of_threads(simt):
     step.test_equals_autograd_through_the_modules({"batch": 3}, 7, False)
 
 
-@pytest.mark.parametrize("which", ["directions", "cut"])
-def test_inputs_of_the_inner_gradient(simt, which):
-    if which == "directions":
-        step.test_a_direction_of_some_of_the_inputs()
-    else:
-        step.test_embeds_that_are_a_cut_of_longer_sequences()
+@pytest.mark.parametrize(
+    "check",
+    [
+        step.test_a_direction_of_some_of_the_inputs,
+        step.test_embeds_that_are_a_cut_of_longer_sequences,
+        *(
+            functools.partial(check, trained=trained)
+            for check in (step.test_embeds_that_lie_otherwise, step.test_users_are_rows_of_all_embeds)
+            for trained in (False, True)
+        ),
+    ],
+    ids=["directions", "cut", "turned", "turned, trained", "users", "users, trained"],
+)
+def test_inputs_of_the_inner_gradient(simt, check):
+    check()
+
+
+def test_nothing_saved_where_it_is_needed_is_refused(simt):
+    learner, _, (theta, items, embeds, targets) = step.setting(batch=2, dtype=torch.float32)
+    shape = learner.encoder_shape()
+    for table in (items.bfloat16(), items.repeat(400, 1)):
+        made = known_gradient(theta, theta, table, embeds, targets, shape)
+        with pytest.raises(ValueError, match="saved"):
+            made.tangent(theta)
+
+
+def test_items_and_users_that_are_not_there(simt):
+    learner, _, (theta, items, embeds, targets) = step.setting(batch=2)
+    shape = learner.encoder_shape()
+    with pytest.raises(RuntimeError, match="trap"):
+        inner_gradient(theta, items, embeds, targets, shape, users=torch.tensor([0, 2]))
+    with pytest.raises(RuntimeError, match="trap"):
+        encode_histories(theta, items, torch.tensor([[3, 30]]), torch.tensor([2]), shape)
+    with pytest.raises(ValueError, match="n >= 1"):
+        inner_gradient(theta, items[:0], embeds, targets, shape)
 
 
 @pytest.mark.parametrize(("batch", "asked"), [(0, 2), (3, 0)])
