@@ -56,7 +56,7 @@ def distiller_of(sizes: str, embedding: str, trajectories: int, device: torch.de
         return Distiller(many.split, many.pretrained.to(device), config, seed=0)
     split = leave_one_out(generate_interactions(seed=0, **SIZES[sizes]))
     recipe = recipe_named(sizes).sized("50x50")
-    config = replace(recipe.distill, item_embedding=embedding, trajectories=trajectories)  # type: ignore[arg-type]
+    config = replace(recipe.distill, item_embedding=embedding, trajectories=trajectories)
     return make_distiller(split, config, recipe.learner, device=str(device))
 
 

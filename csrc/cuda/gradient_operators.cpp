@@ -20,7 +20,7 @@ namespace td3_fast::cuda {
 namespace {
 
 // Beyond, the scores of a sequence's outputs against all items leave too little to a multiprocessor, and the
-// operators of item_logsumexp share the work better.
+// operators of item_logsumexp share the work better. td3_fast/ops/inner_gradient.py has the same two.
 constexpr int64_t kMostItemsInPass = 8192;
 constexpr int64_t kMostAskedInPass = 8;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -67,7 +68,7 @@ class ItemMixture(Embeddings, Protocol):
         """What was noted since the last call, as the gradient of the tensor that the mixture was made from."""
 
 
-class _Constants:
+class _Constants(ABC):
     """`twin` and `assign` by the names of the tensors that soft embeddings are a function of, `apart` by those that
     cotangents are added to; `note_steps` step by step."""
 
@@ -90,8 +91,8 @@ class _Constants:
         for name in self.constants:
             getattr(self, name).copy_(getattr(other, name))
 
-    def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def note(self, users: Tensor, cotangent: Tensor, items: Tensor) -> None: ...
 
     def note_steps(self, users: Tensor, cotangents: Tensor, items: Tensor) -> None:
         steps = list(zip(users, cotangents, items, strict=True))
