@@ -1,4 +1,4 @@
-"""`distill` under torchrun: one folder as from one process, and a process that dies in the middle."""
+"""`distill` under torchrun: one folder as from one process, interruptions, and a process that dies in the middle."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
 from td3_fast.checkpoint import load_checkpoint
+from td3_fast.cli import app
 from td3_fast.data import generate_interactions, write_interactions
 from td3_fast.distill import DistillState
 from td3_fast.report import read_json_lines
@@ -31,6 +34,27 @@ MODES = {
     "trajectories": ["--item-embedding", "frozen", "--trajectories", "3"],
     "items": ["--item-embedding", "trained", "--item-shards", "2"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No pictures, in processes of their own neither: test_cli.py has them, and they are half of so short a run."""
+    folder = tmp_path_factory.mktemp("no-matplotlib")
+    (folder / "matplotlib.py").write_text("raise ImportError\n")
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patches.setattr("td3_fast.run_folder.draw_report", lambda *args, **options: None)
+        yield
+
+
+def alone(*words: str | Path) -> Result:
+    """`distill` in this process, on one thread as those of torchrun."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return CliRunner().invoke(app, ["distill", *map(str, words)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def torchrun(*words: str | Path, restarts: int = 0) -> subprocess.Popen[str]:
@@ -62,15 +86,21 @@ def process_of_rank(launcher: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no child of rank {rank}")
 
 
-def kill_at(process: subprocess.Popen[str], log: Path, *, step: int, rank: int) -> None:
-    """SIGKILL one process once `step` outer steps are in the log."""
+def wait_for(process: subprocess.Popen[str], log: Path, *, step: int) -> None:
+    """Return once `step` outer steps are in the log."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until and process.poll() is None:
         if log.exists() and f'"step": {step},' in log.read_text():
-            os.kill(process_of_rank(process.pid, rank), signal.SIGKILL)
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def state_at(folder: Path) -> DistillState:
+    """What a run that was stopped goes on from."""
+    state = load_checkpoint(folder / "checkpoint.safetensors").state
+    assert isinstance(state, DistillState)
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +138,8 @@ def test_two_processes_leave_what_one_leaves(
 ) -> None:
     mode, folder, out = unbroken
     single = [word for word in MODES[mode] if word not in ("--item-shards", "2")]
-    command = [sys.executable, "-m", "td3_fast.cli", "distill", str(data), *TINY, *single]
-    subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
+    result = alone(data, *TINY, *single, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
     two, one = (TuckerSummary.load(place / "summary.safetensors") for place in (folder, tmp_path))
     assert two.metadata is not None
     assert one.metadata is not None
@@ -132,20 +162,32 @@ def test_two_processes_leave_what_one_leaves(
 
 
 @pytest.mark.parametrize("unbroken", ["items"], indirect=True)
-def test_a_process_that_dies_ends_the_run_which_goes_on_with_the_same_bits(
+def test_a_run_that_is_interrupted_and_then_loses_a_process_goes_on_with_the_same_bits(
     unbroken: tuple[str, Path, str], data: Path, tmp_path: Path
 ) -> None:
     mode, folder, _ = unbroken
     words = [data, *TINY, *MODES[mode], "--out", tmp_path]
+    log = tmp_path / "log.jsonl"
+
     process = torchrun(*words)
-    kill_at(process, tmp_path / "log.jsonl", step=4, rank=1)
+    wait_for(process, log, step=3)
+    process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code != 0
+    assert "lost" not in err
+    steps = [entry["step"] for entry in read_json_lines(log) if entry["event"] == "step"]
+    assert state_at(tmp_path).step == steps[-1] >= 3  # all stopped after the same one
+
+    process = torchrun(*words, "--resume")
+    wait_for(process, log, step=9)
+    os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code != 0
+    assert "nothing to resume" not in out
     assert "process 0 of 2 lost the others, one of them has probably died" in err
     assert "Go on with:\n  torchrun --nproc-per-node 2 -m td3_fast.cli distill" in err
-    state = load_checkpoint(tmp_path / "checkpoint.safetensors").state
-    assert isinstance(state, DistillState)
-    assert state.step >= 4  # the process that writes has seen it, and nothing is lost
+    assert state_at(tmp_path).step >= 9  # the process that writes has seen it, and nothing is lost
+
     code, out, err = finish(torchrun(*words, "--resume"))
     assert code == 0, err
     assert "nothing to resume" not in out
@@ -158,40 +200,15 @@ def test_torchrun_restarts_a_run_by_itself(
 ) -> None:
     mode, folder, _ = unbroken
     process = torchrun(data, *TINY, *MODES[mode], "--out", tmp_path, restarts=1)
-    kill_at(process, tmp_path / "log.jsonl", step=4, rank=1)
+    wait_for(process, tmp_path / "log.jsonl", step=4)
+    os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, err
     assert "pretrained already" in out
     assert_same_run(tmp_path, folder)
 
 
-@pytest.mark.parametrize("unbroken", ["items"], indirect=True)
-def test_an_interruption_stops_all_after_the_same_step(
-    unbroken: tuple[str, Path, str], data: Path, tmp_path: Path
-) -> None:
-    mode, folder, _ = unbroken
-    words = [data, *TINY, *MODES[mode], "--out", tmp_path]
-    process = torchrun(*words)
-    until = time.monotonic() + SECONDS
-    log = tmp_path / "log.jsonl"
-    while time.monotonic() < until and not (log.exists() and '"step": 3,' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code != 0
-    assert "lost" not in err
-    state = load_checkpoint(tmp_path / "checkpoint.safetensors").state
-    steps = [entry["step"] for entry in read_json_lines(log) if entry["event"] == "step"]
-    assert state.step == steps[-1] >= 3
-    code, _, err = finish(torchrun(*words, "--resume"))
-    assert code == 0, err
-    assert_same_run(tmp_path, folder)
-
-
 def test_shards_without_processes_are_refused(data: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "td3_fast.cli", "distill", str(data), *TINY, "--item-shards", "2"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "torchrun --nproc-per-node 2" in done.stderr
+    result = alone(data, *TINY, "--item-shards", "2", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "torchrun --nproc-per-node 2" in result.stderr
