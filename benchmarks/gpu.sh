@@ -29,7 +29,8 @@ PYTHON
 echo "built after $SECONDS s"
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 8" || true)
 # shellcheck disable=SC2086 # two words, or none
-timeout "$(left)" "$python" -P -m pytest tests/ops tests/data tests/test_adam.py tests/test_recorded.py -m gpu $workers
+timeout "$(left)" "$python" -P -m pytest tests/ops tests/data tests/test_adam.py \
+  tests/test_recorded.py tests/test_search.py tests/test_reproduce.py tests/test_cost.py -m gpu $workers
 echo "tested after $SECONDS s"
 
 # Both orders of one small problem, every allocation its own so that the tool sees beyond which it goes.

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from td3_fast.cli_data import Columns, Data, Format, Seed
-from td3_fast.cli_options import MaxEpochs, Threads, go_on, read_split, set_threads, watching
+from td3_fast.cli_options import (
+    Device,
+    MaxEpochs,
+    Threads,
+    device_named,
+    go_on,
+    read_split,
+    set_threads,
+    watching,
+)
 from td3_fast.terminal import duration, guarded, say
 
 if TYPE_CHECKING:
@@ -61,6 +70,7 @@ def reproduce(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
     """Make the cells of a table of the paper and print them beside the paper's figures.
 
@@ -72,6 +82,7 @@ def reproduce(
     stopped, or where more distillations or learners are asked for.
     """
     set_threads(threads)
+    where = device_named(device)
     from td3_fast.recipes import parse_size, recipe_named
     from td3_fast.table_files import PAGE, TABLE
 
@@ -109,6 +120,7 @@ def reproduce(
         "distillations": distillations,
         "seeds": seeds,
         "seed": seed,
+        "device": where,
     }
     say(f"{split.interactions!r}; into {folder}")
     report = _Report(folder, dataset) if table == "all" else None

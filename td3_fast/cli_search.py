@@ -10,10 +10,12 @@ import typer
 
 from td3_fast.cli_data import Columns, Data, Format, Seed
 from td3_fast.cli_options import (
+    Device,
     MaxEpochs,
     Overwrite,
     SummaryFile,
     Threads,
+    device_named,
     filters_of,
     go_on,
     names_in,
@@ -61,6 +63,7 @@ def search(
     format: Format = None,
     columns: Columns = None,
     threads: Threads = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
     """Choose a model by training candidates on SUMMARY and ranking them on the validation part of DATA.
@@ -78,7 +81,7 @@ def search(
     from td3_fast.search_run import SearchRun, search_table
     from td3_fast.summary import load_summary
 
-    loaded = load_summary(summary)
+    loaded = load_summary(summary).to(device_named(device))
     axes: dict[str, Any] = {
         "learners": None if learners is None else names_in(learners),
         "widths": _numbers(widths, int, "--widths"),

@@ -23,7 +23,15 @@ from td3_fast.recipes import Recipe
 from td3_fast.report import JsonLines, read_json_lines, read_results
 from td3_fast.reproduce_page import Section, document, html_table
 from td3_fast.run import Run
-from td3_fast.run_folder import LOG, PRETRAINED, RESULTS, SUMMARY, Watcher, peak_memory_mib
+from td3_fast.run_folder import (
+    LOG,
+    PRETRAINED,
+    RESULTS,
+    SUMMARY,
+    Watcher,
+    environment,
+    peak_memory_mib,
+)
 from td3_fast.summary import load_summary
 from td3_fast.table_files import check_place, write_table
 from td3_fast.terminal import duration
@@ -38,7 +46,7 @@ OPERATIONS = (PRETRAINING, DISTILLATION, ON_FULL, ON_SUMMARY)
 MEASURED = "costs.jsonl"  # one line for each step that is done
 FIELDS = (
     "table", "dataset", "operation", "size", "seconds_mean", "seconds_sd", "peak_memory_mib", "over", "threads",
-    "paper_seconds", "paper_memory_mb",
+    "device", "paper_seconds", "paper_memory_mb",
 )  # fmt: skip
 Step = tuple[str, int, int]  # operation, seed, number of the learner
 
@@ -48,9 +56,8 @@ class Measured:
     """What one step took."""
 
     seconds: float  # from before an interruption included
-    peak_memory_mib: (
-        float | None
-    )  # resident, of the whole process; None where the system does not count it anew
+    # on a GPU what PyTorch had there at once, else resident, of the whole process; None where nobody counts it anew
+    peak_memory_mib: float | None
     threads: int
 
 
@@ -66,8 +73,11 @@ class _Work:
     source: str
     recipe: Recipe
     filters: dict[str, Any]
+    device: torch.device
 
     def __call__(self, watcher: Watcher) -> Measured:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         run = Run(
             folder=self.folder,
             split=self.split,
@@ -75,6 +85,7 @@ class _Work:
             recipe=self.recipe,
             filters=self.filters,
             seed=self.seed,
+            device=self.device,
             evaluation_seeds=1,
             watcher=watcher,
         )
@@ -95,13 +106,18 @@ class _Work:
             seconds = self._on_full(watcher)
         return Measured(
             seconds=round(seconds, 3),
-            peak_memory_mib=peak_memory_mib() if known else None,
+            peak_memory_mib=self._peak_memory() if known else None,
             threads=torch.get_num_threads(),
         )
 
+    def _peak_memory(self) -> float | None:
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
+        return peak_memory_mib()
+
     def _on_summary(self, watcher: Watcher) -> float:
         """Seconds of training a learner on the summary, as step 3 of the method does."""
-        summary = load_summary(self.folder / SUMMARY)
+        summary = load_summary(self.folder / SUMMARY).to(self.device)
         seed = derive_seed(self.seed, "run", self.number)
         frozen = self.recipe.distill.item_embedding == "frozen"
         learner = fresh_like(teacher_of(summary), seed=seed, share_items=frozen)
@@ -113,7 +129,7 @@ class _Work:
         """Seconds of training a learner from nothing on all of the training part, with early stopping."""
         seed = derive_seed(self.seed, "run", self.number)
         config = {**self.recipe.learner, "num_items": self.split.interactions.num_items}
-        learner = build_learner(self.recipe.learner_name, config, seed=seed)
+        learner = build_learner(self.recipe.learner_name, config, seed=seed).to(self.device)
         fit = self.recipe.pretrain.fit
         begun = time.perf_counter()
         ranker = Ranker(
@@ -143,7 +159,8 @@ class CostTable:
     Each step is done in a process of its own, measured there, and kept: a table that was stopped goes on, and a
     distillation from its checkpoint. Time is wall-clock time; choosing on the validation part is included; starting
     the process, reading the data and scoring on the test part are not. Memory is the largest resident size of the
-    process, with interpreter, libraries and data; of an interrupted step, since it was taken up again.
+    process, with interpreter, libraries and data, or on a GPU what PyTorch had there at once; of an interrupted step,
+    since it was taken up again.
     """
 
     folder: Path
@@ -156,6 +173,7 @@ class CostTable:
     distillations: int = 1  # from the seeds `seed`, `seed + 1` and so on
     seeds: int = 3  # learners on each summary; on the full data, in all
     seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that computes
     watcher: Watcher = field(default_factory=Watcher)
     on_written: Callable[[Section], None] = lambda section: None  # hears of the table anew after each step
 
@@ -188,6 +206,12 @@ class CostTable:
                 self._write(costs, finished=len(measured), of=len(steps))
         return costs
 
+    @property
+    def gpu(self) -> str | None:
+        """The name of the GPU that computes; None: the CPU does."""
+        name: str | None = environment(self.device).get("device")
+        return name
+
     def _steps(self) -> Iterator[Step]:
         for seed in range(self.seed, self.seed + self.distillations):
             yield PRETRAINING, seed, 0
@@ -207,12 +231,15 @@ class CostTable:
             source=self.source,
             recipe=self.recipe,
             filters=self.filters,
+            device=self.device,
         )
 
     def _key(self) -> str:
         """Of all that a step depends on besides its seed."""
         recipe = asdict(self.recipe) | {"pretrain": self.recipe.pretrain.settings()}
         settings = {"data": self.split.interactions.fingerprint, "recipe": recipe}
+        if self.gpu is not None:
+            settings["device"] = self.gpu
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def _costs(self, measured: Mapping[Step, Measured]) -> list[Cost]:
@@ -240,11 +267,11 @@ class CostTable:
         config = self.recipe.distill
         about = (
             f"{finished} of {of} steps; recipe {self.recipe.name}, summary of {config.users}x{config.positions}, seed "
-            f"{self.seed}; data {self.source}; torch {torch.__version__}, on the CPU"
+            f"{self.seed}; data {self.source}; torch {torch.__version__}, on {self.gpu or 'the CPU'}"
         )
         lines = [self._line(cost) for cost in costs]
         title = f"Table {TABLE} of TD3 on {self.dataset}"
-        made = Section(title, about, _parts(costs))
+        made = Section(title, about, _parts(costs, on_gpu=self.gpu is not None))
         write_table(self.folder, FIELDS, lines, document(made))
         self.on_written(made)
 
@@ -253,7 +280,7 @@ class CostTable:
         values = (
             TABLE, self.dataset, cost.operation, f"{config.users}x{config.positions}", round(cost.seconds, 3),
             round(cost.sd, 3), cost.peak_memory_mib, cost.times, " ".join(map(str, cost.threads)),
-            *(cost.paper or (None, None)),
+            self.gpu or "CPU", *(cost.paper or (None, None)),
         )  # fmt: skip
         return dict(zip(FIELDS, values, strict=True))
 
@@ -266,7 +293,7 @@ def speed_up(costs: Sequence[Cost]) -> float | None:
     return seconds[ON_FULL] / seconds[ON_SUMMARY]
 
 
-def _parts(costs: Sequence[Cost]) -> list[str]:
+def _parts(costs: Sequence[Cost], *, on_gpu: bool) -> list[str]:
     compared = any(cost.paper for cost in costs)
     head = ["", "time", "done", "threads", "peak memory, MiB"]
     rows = []
@@ -287,11 +314,13 @@ def _parts(costs: Sequence[Cost]) -> list[str]:
     faster = speed_up(costs)
     if faster is not None:
         parts.append(f"<p>A learner is trained {faster:.1f} times faster on the summary.</p>")
+    memory = "the largest resident size of a process that does this step alone, with interpreter, libraries and data"
+    if on_gpu:
+        memory = "the most that PyTorch had on the GPU at once, in a process that does this step alone"
     parts.append(
         "<p>Wall-clock time, mean ± standard deviation where it was done more than once; an interruption is not "
-        "counted. Choosing on the validation part is included, the score on the test part is not. Peak memory: the "
-        "largest resident size of a process that does this step alone, interpreter, libraries and data included. "
-        "Times hold for a machine that did nothing else.</p>"
+        "counted. Choosing on the validation part is included, the score on the test part is not. "
+        f"Peak memory: {memory}. Times hold for a machine that did nothing else.</p>"
     )
     if compared:
         parts.append(

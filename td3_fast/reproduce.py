@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from td3_fast.data import Split
 from td3_fast.evaluate import Row
 from td3_fast.evaluate_run import EvaluateRun
@@ -38,6 +40,7 @@ class Reproduction:
     distillations: int = 1  # from the seeds `seed`, `seed + 1` and so on
     seeds: int = 3  # learners of each summary; of a row without one, in all
     seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that computes
     notes: Sequence[str] = ()  # sentences below the tables of the page
     watcher: Watcher = field(default_factory=Watcher)
     shared: Path | None = None  # the folder of cells and pretrained learners; None: `folder`
@@ -89,6 +92,7 @@ class Reproduction:
             "split": self.split,
             "source": self.source,
             "filters": self.filters,
+            "device": self.device,
             "watcher": self.watcher,
         }
 
@@ -122,7 +126,7 @@ class Reproduction:
             return rows
         evaluation = EvaluateRun(
             folder=folder,
-            summary=load_summary(distilled / SUMMARY),
+            summary=load_summary(distilled / SUMMARY).to(self.device),
             split=self.split,
             source=self.source,
             seed=seed,

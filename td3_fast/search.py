@@ -136,10 +136,11 @@ def search(
 ) -> list[Standing]:
     """Train each candidate on `summary`, rank it on the validation part of `split`, and order them, best first.
 
-    candidates: `grid(summary)` by default. A learner starts from the summary's pretrained tables (`teacher_of`) and is
-    trained as the summary was distilled for, whatever its class, but with dropout: candidates may differ in nothing
-    else, and there are summaries that leave it out. With `config.full_seeds` each candidate is also
-    trained on all of the training part, from nothing and with early stopping, after all of them are on the summary.
+    candidates: `grid(summary)` by default. All are trained on the device of `summary`. A learner starts from the
+    summary's pretrained tables (`teacher_of`) and is trained as the summary was distilled for, whatever its class, but
+    with dropout: candidates may differ in nothing else, and there are summaries that leave it out. With
+    `config.full_seeds` each candidate is also trained on all of the training part, from nothing and with early
+    stopping, after all of them are on the summary.
     known: finished trials, which are not run again; on_trial: sees each one that is run. The test part is not touched.
     """
     config = config or SearchConfig()
@@ -254,6 +255,7 @@ def _scores(
     if source == "summary":
         summary.fit(learner, seed=seed, progress=progress, **config.fit_changes())
     else:
-        learner = build_learner(candidate.learner, learner.hyperparameters(), seed=seed)
+        device = learner.item_embeddings.device
+        learner = build_learner(candidate.learner, learner.hyperparameters(), seed=seed).to(device)
         fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
     return ranker.metrics(learner)

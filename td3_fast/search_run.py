@@ -116,7 +116,7 @@ class SearchRun:
                 "protocol": self.config.protocol,
                 "metric": self.config.metric,
                 **self._identity(),
-                "environment": environment(),
+                "environment": environment(self.summary.item_factors.device),
             },
             "versions": versions(),
         }

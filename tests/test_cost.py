@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from td3_fast.cli import app
@@ -84,6 +85,7 @@ def test_every_operation_has_its_time_and_memory(split: Split, recipe: Recipe, t
     assert "4 of 4 steps" in page
     assert "1 h 58 min" in page
     assert "http" not in page
+    assert {line["device"] for line in lines.values()} == {"CPU"}
 
 
 @pytest.mark.usefixtures("at_once")
@@ -153,3 +155,12 @@ def test_the_command_says_what_each_operation_took(split: Split, tmp_path: Path)
     for operation in OPERATIONS:
         assert operation in result.stdout
     assert "times faster on the summary" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_memory_is_that_of_the_gpu(split: Split, recipe: Recipe, tmp_path: Path) -> None:
+    costs = make(tmp_path, split, recipe, seeds=1, device=torch.device("cuda", 0)).run()
+    assert all(cost.peak_memory_mib is not None and 0 < cost.peak_memory_mib < 100 for cost in costs)
+    with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
+        assert {line["device"] for line in csv.DictReader(file)} == {torch.cuda.get_device_name()}

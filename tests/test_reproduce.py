@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from td3_fast.cli import app
@@ -375,3 +376,12 @@ def test_the_cells_of_one_size_stand_beside_the_whole_table(
     ((cells, folder, shared),) = seen
     assert [cell.label for cell in cells] == ["TD3 30x50", "full"]
     assert (folder, shared) == (tmp_path / "30x50", tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(split: Split, recipe: Recipe, tmp_path: Path) -> None:
+    cells = [*CELLS, toy("TD3", learner="GRU4Rec"), toy("full", None, learner="GRU4Rec")]
+    figures = make(tmp_path, split, recipe, cells=cells, device=torch.device("cuda", 0)).run()
+    assert {figure.cell.label for figure in figures} == {cell.label for cell in cells}
+    assert all(0 <= figure.mean <= 100 for figure in figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -317,3 +318,12 @@ def test_a_folder_of_something_else_is_not_overwritten(files: tuple[Path, Path],
     result = run("search", *files, *SMALL, "--out", tmp_path)
     assert result.exit_code == 2
     assert "--overwrite" in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(summary: TuckerSummary, split: Split) -> None:
+    there = copy.deepcopy(summary).to(torch.device("cuda"))
+    found = search(there, split, FEW, config=CONFIG)
+    assert {standing.candidate.name for standing in found} == {candidate.name for candidate in FEW}
+    assert all(standing.full is not None for standing in found)
