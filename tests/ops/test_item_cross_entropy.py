@@ -32,6 +32,14 @@ DTYPES = {
     "float16": (torch.float16, torch.float16),
 }
 
+# What is not kept is made anew in the type of the sums, from tables of any: of many items three types stand for all.
+CASES = [
+    pytest.param(shape, dtypes, id=f"{shape}-{name}")
+    for shape in SHAPES
+    for name, dtypes in DTYPES.items()
+    if shape[1] < 10_000 or name in ("float64", "float32", "bfloat16 table")
+]
+
 fused = functools.partial(ops.item_cross_entropy, backend="fused")
 reference = functools.partial(ops.item_cross_entropy, backend="reference")
 
@@ -54,8 +62,7 @@ def assert_matches_reference(inputs, *, scale=1.0):
         assert_within_budget(actual, same_dtype, exact, name=name, scale=scale)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtypes"), CASES)
 def test_value_and_both_orders_match_the_reference(shape, dtypes, device):
     assert_matches_reference(make_inputs(shape, dtypes, device))
 
@@ -161,10 +168,8 @@ def assert_matches_reference_on_items(inputs, target, *, scale=1.0):
         assert_within_budget(actual, same_dtype, exact, name=name, scale=scale)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize(
-    "shape", [s for s in SHAPES if s[0]], ids=str
-)  # F.embedding has no second order of none
+# F.embedding has no second order of none
+@pytest.mark.parametrize(("shape", "dtypes"), [case for case in CASES if case.values[0][0]])
 def test_both_orders_with_items_as_targets_match_the_reference(shape, dtypes, device):
     *inputs, _ = make_inputs(shape, dtypes, device)
     # few items, so that rows share targets
