@@ -4,6 +4,8 @@
 // An operator of its own, since autograd would add two dense gradients of the item table: that of the
 // logsumexp, and that of the look-up of the targets, zero but for a few rows.
 
+#include "class_cross_entropy.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
@@ -19,10 +21,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <numeric>
-#include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -31,9 +30,6 @@
 
 namespace td3_fast {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Rows are widened before they reach the operators: what these return is to be rounded after the target's
 // share.
@@ -100,6 +96,8 @@ void add_rows_(const Tensor& table, const Tensor& target, const Tensor& rows) {
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_cross_entropy_forward(
     const Tensor& hidden, const Tensor& items, const Tensor& target, bool save, bool keep) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, bool, bool);
@@ -163,8 +161,6 @@ std::tuple<Tensor, Tensor, Tensor> class_cross_entropy_double_backward(const Opt
   }
   return {grad_grad_loss, grad_hidden.to(hidden.scalar_type()), grad_items};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(td3_fast, CompositeExplicitAutograd, m) {
   m.impl("class_cross_entropy_forward", class_cross_entropy_forward);

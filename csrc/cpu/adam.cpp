@@ -2,20 +2,14 @@
 
 #include "adam.h"
 
-#include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <optional>
 
 #include "../adam_arguments.h"
 #include "panels.h"
+#include "registration.h"
 
 namespace td3_fast::cpu {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kElementsPerTask = 32768;
 
@@ -23,7 +17,7 @@ constexpr int64_t kElementsPerTask = 32768;
 template <typename Run>
 void for_elements(const Tensor& like,
                   at::ArrayRef<double> rates,
-                  const std::optional<Tensor>& size,
+                  const OptionalTensor& size,
                   const Run& run) {
   const double step = size.has_value() ? size->item<double>() : rates[4];
   const auto typed = [&](auto zero) {
@@ -41,12 +35,14 @@ void for_elements(const Tensor& like,
   like.scalar_type() == at::kDouble ? typed(double{}) : typed(float{});
 }
 
+}  // namespace
+
 void adam_step_(const Tensor& parameter,
                 const Tensor& first_moment,
                 const Tensor& second_moment,
                 const Tensor& gradient,
                 at::ArrayRef<double> rates,
-                const std::optional<Tensor>& size) {
+                const OptionalTensor& size) {
   check_adam({&parameter, &first_moment, &second_moment, &gradient}, rates, size);
   overwritten({&parameter, &first_moment, &second_moment});
   for_elements(parameter, rates, size, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
@@ -65,12 +61,12 @@ Tensor adam_adjoint_(const Tensor& parameter,
                      const Tensor& to_first_moment,
                      const Tensor& to_second_moment,
                      at::ArrayRef<double> rates,
-                     const std::optional<Tensor>& size) {
+                     const OptionalTensor& size) {
   check_adam({&parameter, &first_moment, &second_moment, &gradient, &to_parameter, &to_first_moment,
               &to_second_moment},
              rates, size);
   overwritten({&to_parameter, &to_first_moment, &to_second_moment});
-  const Tensor to_gradient = at::empty_like(gradient);
+  const Tensor to_gradient = gradient.new_empty(gradient.sizes());
   for_elements(parameter, rates, size, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
     using T = decltype(zero);
     adam<T>().adjoint(
@@ -80,18 +76,6 @@ Tensor adam_adjoint_(const Tensor& parameter,
         to_second_moment.mutable_data_ptr<T>() + first, to_gradient.mutable_data_ptr<T>() + first);
   });
   return to_gradient;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("adam_step_", adam_step_);
-  m.impl("adam_adjoint_", adam_adjoint_);
-}
-
-TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
-  m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
-  m.impl("adam_adjoint_", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace td3_fast::cpu

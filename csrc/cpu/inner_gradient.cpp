@@ -2,27 +2,11 @@
 // of its outputs against soft embeddings, and the encoder backwards, whose forward pass is made once unless
 // there is too much to keep.
 
-#include <ATen/ops/dot.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
-
-#include <array>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "../dispatch.h"
 #include "encoder_calls.h"
+#include "registration.h"
 
 namespace td3_fast::cpu {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // The tensors of a step: X (b, ζ, d), of which all but the last position are the encoder's inputs, and the
 // target positions (b, k), each predicted from the positions before it.
@@ -37,7 +21,7 @@ struct StepOptions {
               at::TensorList words,
               at::IntArrayRef sizes)
       : histories(all_but_last(embeds)),
-        positions(targets - 1),
+        positions(targets.sub(1)),
         encoder(parameters, histories, positions, words, sizes),
         rows(targets.numel()),
         width(embeds.size(2)) {
@@ -70,7 +54,7 @@ template <typename T>
 Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
   const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
   const Tensor at = targets.contiguous(), source = embeds.contiguous();
-  const Tensor rows = at::empty({targets.numel(), width}, embeds.options());
+  const Tensor rows = embeds.new_empty({targets.numel(), width});
   const int64_t* target = at.const_data_ptr<int64_t>();
   const T* from = source.const_data_ptr<T>();
   T* out = rows.mutable_data_ptr<T>();
@@ -81,8 +65,10 @@ Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
 }
 
 Tensor nothing(const Tensor& like) {
-  return at::empty({0}, like.options());
+  return like.new_empty({0});
 }
+
+}  // namespace
 
 // Gradients of mean over rows of logsumexp(h E^T) - h x, h the outputs and x the embeds at the targets. Those
 // of items and embeds only where `trained`. `saved` is what the derivative needs: the outputs and all of
@@ -95,36 +81,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
                                                                                at::IntArrayRef sizes,
                                                                                bool trained,
                                                                                const OptionalTensor& users) {
-  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, bool, bool);
-  using Backward =
-      std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                 const Tensor&, const Tensor&, std::array<bool, 2>);
-  static const auto logsumexp_forward = find_operator<Forward>("td3_fast::item_logsumexp_forward");
-  static const auto logsumexp_backward = find_operator<Backward>("td3_fast::item_logsumexp_backward");
-  const Tensor embeds = users ? at::index_select(embeds_in, 0, *users) : embeds_in;
+  const Tensor embeds = users ? embeds_in.index_select(0, *users) : embeds_in;
   const StepOptions step(parameters, embeds, targets, words, sizes);
   return with_type(embeds, [&](auto zero) {
     using T = decltype(zero);
     EncoderInputs<T> in(step.encoder, parameters, step.histories, step.positions, words);
-    const Tensor hidden = at::empty({step.rows, step.width}, embeds.options());
+    const Tensor hidden = embeds.new_empty({step.rows, step.width});
     in.call.outputs = hidden.mutable_data_ptr<T>();
     KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, false);
     pass.forward(step.encoder, in.call);
 
-    auto [logsumexp, remainder, mean, probabilities] = logsumexp_forward.call(hidden, items, true, trained);
+    auto [logsumexp, remainder, mean, probabilities] = item_logsumexp_forward(hidden, items, true, trained);
     const Tensor rows = at_targets<T>(embeds, targets);
     const T share = T(1) / static_cast<T>(step.rows);
-    const Tensor upstream = at::full({step.rows}, share, embeds.options());
-    const Tensor loss = at::dot(logsumexp, upstream) - at::dot(hidden.view(-1), rows.view(-1)) * share;
-    const Tensor grad_hidden = (mean - rows).mul_(share);
+    const Tensor upstream = embeds.new_full({step.rows}, share);
+    const Tensor loss = logsumexp.dot(upstream).sub(hidden.view(-1).dot(rows.view(-1)).mul(share));
+    const Tensor grad_hidden = mean.sub(rows).mul_(share);
 
-    const Tensor grad_parameters = at::empty_like(in.parameters);
+    const Tensor grad_parameters = parameters.new_empty(parameters.sizes());
     Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
     in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     if (trained) {
-      grad_items = std::get<1>(logsumexp_backward.call(upstream, hidden, items, logsumexp, remainder, mean,
+      grad_items = std::get<1>(item_logsumexp_backward(upstream, hidden, items, logsumexp, remainder, mean,
                                                        probabilities, {false, true}));
-      grad_embeds = at::zeros(embeds.sizes(), embeds.options());
+      grad_embeds = embeds.new_zeros(embeds.sizes());
       in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
       in.call.grad_input_stride = grad_embeds.stride(0);
     }
@@ -149,12 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                                                           at::TensorList words,
                                                           at::IntArrayRef sizes,
                                                           const OptionalTensor& users) {
-  using DoubleBackward = std::tuple<Tensor, Tensor, Tensor>(
-      const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>);
-  static const auto logsumexp_double_backward =
-      find_operator<DoubleBackward>("td3_fast::item_logsumexp_double_backward");
-  const Tensor embeds = users ? at::index_select(embeds_in, 0, *users) : embeds_in;
+  const Tensor embeds = users ? embeds_in.index_select(0, *users) : embeds_in;
   const StepOptions step(parameters, embeds, targets, words, sizes);
   TORCH_CHECK_VALUE(saved.size() == 5, "expected the 5 tensors that inner_gradient saved, got ",
                     saved.size());
@@ -169,43 +144,30 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     const Tensor moved_embeds = tangent_embeds ? tangent_embeds->contiguous() : Tensor();
     in.call.parameters_tangent = moved_parameters.const_data_ptr<T>();
     if (tangent_embeds) in.move_inputs(moved_embeds);
-    const Tensor moved_hidden = at::empty({step.rows, step.width}, embeds.options());
+    const Tensor moved_hidden = embeds.new_empty({step.rows, step.width});
     in.call.outputs = moved_hidden.mutable_data_ptr<T>();
     KeptPass<T> pass(step.encoder.sizes, step.encoder.batch, true);
     pass.forward(step.encoder, in.call);
 
     const T share = T(1) / static_cast<T>(step.rows);
-    const Tensor upstream = at::full({step.rows}, share, embeds.options());
+    const Tensor upstream = embeds.new_full({step.rows}, share);
     const Tensor &hidden = saved[0], &mean = saved[3];
     auto [to_upstream, moved_grad_hidden, moved_grad_items] =
-        logsumexp_double_backward.call(moved_hidden, tangent_items, upstream, hidden, items, saved[1],
+        item_logsumexp_double_backward(moved_hidden, tangent_items, upstream, hidden, items, saved[1],
                                        saved[2], mean, saved[4], {false, true, tangent_items.has_value()});
     if (tangent_embeds) moved_grad_hidden.sub_(at_targets<T>(moved_embeds, targets), share);
-    const Tensor grad_hidden = (mean - at_targets<T>(embeds, targets)).mul_(share);
+    const Tensor grad_hidden = mean.sub(at_targets<T>(embeds, targets)).mul_(share);
     in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     in.call.grad_outputs_tangent = moved_grad_hidden.const_data_ptr<T>();
 
-    const Tensor to_parameters = at::empty_like(in.parameters);
-    const Tensor to_embeds = at::zeros(embeds.sizes(), embeds.options());
+    const Tensor to_parameters = parameters.new_empty(parameters.sizes());
+    const Tensor to_embeds = embeds.new_zeros(embeds.sizes());
     in.call.grad_inputs = to_embeds.mutable_data_ptr<T>();
     in.call.grad_input_stride = to_embeds.stride(0);
     pass.backward(step.encoder, to_parameters);
     add_at_targets<T>(to_embeds, targets, moved_hidden, -share);
     return std::make_tuple(to_parameters, moved_grad_items, to_embeds);
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("inner_gradient", inner_gradient);
-  m.impl("inner_gradient_tangent", inner_gradient_tangent);
-}
-
-// What they return has no history: a derivative of it raises instead of being zero.
-TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
-  m.impl("inner_gradient", torch::autograd::autogradNotImplementedFallback());
-  m.impl("inner_gradient_tangent", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace td3_fast::cpu

@@ -1,15 +1,8 @@
 // The operators of the item logsumexp on the CPU.
 
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <tuple>
-
 #include "operators.h"
 
 namespace td3_fast::cpu {
-namespace {
 
 // With `save`, also softmax(hidden items^T) items; with `keep`, while it is small, softmax(hidden items^T) as
 // kept.h has it.
@@ -25,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& 
     const Tensor logsumexp = output<T>(true, {rows}), remainder = output<T>(true, {rows});
     const Tensor mean = output<T>(save, {rows, width});
     const int64_t panels_to_keep = save && keep ? kept_panels<T>(rows, items) : 0;
-    const Tensor probabilities = pooled(panels_to_keep * kept_panel_size<T>(num_items), options_of<T>());
+    const Tensor probabilities = pooled(panels_to_keep * kept_panel_size<T>(num_items), kType<T>);
     const Kept<T> kept = kept_in<T>(probabilities, num_items);
     const Table<T> table(items);
     for_row_blocks<T>(rows, width, false, [&](int64_t begin, int64_t count) {
@@ -49,7 +42,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
     using T = decltype(zero);
     const int64_t rows = hidden.size(0), num_items = items.size(0), width = items.size(1);
     // The expected item row is the gradient of the logsumexp.
-    const Tensor grad_hidden = needed[0] ? mean * grad_logsumexp.unsqueeze(1) : Tensor();
+    const Tensor grad_hidden = needed[0] ? mean.mul(grad_logsumexp.unsqueeze(1)) : Tensor();
     const Tensor grad_items = output<T>(needed[1], {num_items, width});
     if (needed[1]) {
       const Tensor rows_in = as<T>(hidden);
@@ -106,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
         std::fill_n(means.data(), 2 * padded, T(0));
         if (grad_grad_h.defined()) {
           const Tensor products =
-              at::sum(rows_of(grad_grad_h, begin, count) * rows_of(mean, begin, count), {1});
+              rows_of(grad_grad_h, begin, count).mul(rows_of(mean, begin, count)).sum({1});
           std::copy_n(products.template const_data_ptr<T>(), count, means.data());
         }
       }
@@ -120,14 +113,6 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
     if (rows == 0 && out_items.defined()) out_items.zero_();
     return std::make_tuple(result(out_grad, logsumexp), result(out_hidden, hidden), result(out_items, items));
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("item_logsumexp_forward", item_logsumexp_forward);
-  m.impl("item_logsumexp_backward", item_logsumexp_backward);
-  m.impl("item_logsumexp_double_backward", item_logsumexp_double_backward);
 }
 
 }  // namespace td3_fast::cpu

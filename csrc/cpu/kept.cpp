@@ -23,7 +23,7 @@ class Pool {
         return taken;
       }
     }
-    return fresh({bytes}, at::TensorOptions().dtype(at::kByte));
+    return fresh({bytes}, at::kByte);
   }
 
   // Blocks that wait longest make room.
@@ -45,13 +45,13 @@ class Pool {
 
 }  // namespace
 
-at::Tensor pooled(int64_t size, const at::TensorOptions& options) {
+at::Tensor pooled(int64_t size, at::ScalarType type) {
   constexpr int64_t kSmall = int64_t{1} << 20;  // an allocator has these at hand
-  const int64_t bytes = size * static_cast<int64_t>(options.dtype().itemsize());
-  if (bytes < kSmall) return at::empty({size}, options);
+  const int64_t bytes = size * static_cast<int64_t>(c10::elementSize(type));
+  if (bytes < kSmall) return fresh({size}, type);
   static Pool* const pool = new Pool;  // never destroyed: tensors may outlive it
   const at::Tensor block = pool->take(bytes);
-  return at::from_blob(block.mutable_data_ptr(), {size}, [block](void*) { pool->give(block); }, options);
+  return at::from_blob(block.mutable_data_ptr(), {size}, [block](void*) { pool->give(block); }, type);
 }
 
 }  // namespace td3_fast::cpu

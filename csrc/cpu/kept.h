@@ -14,7 +14,7 @@ constexpr int64_t kKeptBytes = (int64_t{67} << 20) / 2, kKeptBytesBesideTable = 
 // Memory for what is kept, used again once it is freed: one block of this size is met by every training step,
 // and new from the system it costs as much as the pass that it saves. At most kKeptBytes wait for their next
 // use.
-Tensor pooled(int64_t size, const at::TensorOptions& options);
+Tensor pooled(int64_t size, at::ScalarType type);
 
 // Of the first `panels` panels of rows the forward pass keeps exp(scores - maximum of the row's chunk), and
 // the factors that make probabilities of them once the maxima of all chunks are known: nothing is written

@@ -3,18 +3,14 @@
 // The table, or the rows' cotangent, is packed into panels of columns once; the probabilities are read in
 // place, in blocks that stay in cache while every panel uses them.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 
 #include "../checks.h"
 #include "panels.h"
+#include "registration.h"
 
 namespace td3_fast::cpu {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kRowsPerTask = 24;
 constexpr int64_t kItemsPerTask = 96, kItemsPerCall = 24;
@@ -42,7 +38,7 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = items.size(1), panels = ceil_div(d, P);
-  const Tensor mixed = fresh({rows, d}, items.options());
+  const Tensor mixed = fresh({rows, d}, kType<T>);
   const Scratch<T> packed = pack_columns<T>(items);
   const int64_t tasks = ceil_div(rows, kRowsPerTask), workers = num_workers(tasks, rows * n * d);
   const Scratch<T> scratch(workers * kRowsPerTask * P);
@@ -69,7 +65,7 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = cotangent.size(1), panels = ceil_div(d, P);
-  const Tensor sums_of_items = fresh({n, d}, cotangent.options());
+  const Tensor sums_of_items = fresh({n, d}, kType<T>);
   if (sums_of_items.numel() == 0) return sums_of_items;
   const Scratch<T> packed = pack_columns<T>(cotangent);
   const int64_t tasks = ceil_div(n, kItemsPerTask), workers = num_workers(tasks, rows * n * d);
@@ -108,6 +104,8 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   return sums_of_items;
 }
 
+}  // namespace
+
 Tensor mix_items(const Tensor& probabilities, const Tensor& items) {
   check(probabilities, items, 1);
   return items.scalar_type() == at::kDouble ? mix<double>(probabilities, items)
@@ -118,13 +116,6 @@ Tensor mix_items_transposed(const Tensor& probabilities, const Tensor& cotangent
   check(probabilities, cotangent, 0);
   return cotangent.scalar_type() == at::kDouble ? mix_transposed<double>(probabilities, cotangent)
                                                 : mix_transposed<float>(probabilities, cotangent);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("mix_items", mix_items);
-  m.impl("mix_items_transposed", mix_items_transposed);
 }
 
 }  // namespace td3_fast::cpu

@@ -1,14 +1,11 @@
 // What the operators on rows and item tables have in common: types, outputs and blocks of rows.
 #pragma once
 
-#include <optional>
-
 #include "../checks.h"
+#include "registration.h"
 #include "softmax_passes.h"
 
 namespace td3_fast::cpu {
-
-using OptionalTensor = std::optional<Tensor>;
 
 inline Tensor undefined_or(const OptionalTensor& tensor) {
   return tensor.value_or(Tensor());
@@ -16,7 +13,7 @@ inline Tensor undefined_or(const OptionalTensor& tensor) {
 
 template <typename T>
 Tensor as(const Tensor& tensor) {
-  return tensor.defined() ? tensor.to(c10::CppTypeToScalarType<T>::value) : tensor;
+  return tensor.defined() ? tensor.to(kType<T>) : tensor;
 }
 
 inline Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t count) {
@@ -25,12 +22,12 @@ inline Tensor rows_of(const Tensor& tensor, int64_t begin, int64_t count) {
 
 template <typename T>
 Tensor output(bool needed, at::IntArrayRef sizes) {
-  return needed ? fresh(sizes, options_of<T>()) : Tensor();
+  return needed ? fresh(sizes, kType<T>) : Tensor();
 }
 
 // What an operator returns for a gradient that was not asked for: an empty tensor.
 inline Tensor result(const Tensor& tensor, const Tensor& like) {
-  return tensor.defined() ? tensor.to(like.scalar_type()) : at::empty({0}, like.options());
+  return tensor.defined() ? tensor.to(like.scalar_type()) : like.new_empty({0});
 }
 
 template <typename T>

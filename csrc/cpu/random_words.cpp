@@ -2,20 +2,16 @@
 
 #include "random_words.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "../checks.h"
 #include "../philox.h"
 #include "panels.h"
+#include "registration.h"
 
 namespace td3_fast::cpu {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kBlocksPerTask = 4096;
 constexpr int64_t kWorkOfBlock = 64;  // in multiply-adds, by which threads are counted
@@ -35,9 +31,11 @@ void draw_blocks(uint64_t key, int64_t site, int64_t blocks, int16_t* to) {
   });
 }
 
+}  // namespace
+
 Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
   check_random_words(seed, site, count);
-  const Tensor words = at::empty({count}, seed.options().dtype(at::kShort));
+  const Tensor words = seed.new_empty({count}, at::kShort);
   int16_t* to = words.mutable_data_ptr<int16_t>();
   const int64_t whole = count / kWordsPerBlock;
   draw_blocks(key_of(seed), site, whole, to);
@@ -51,7 +49,7 @@ Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
 
 Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArrayRef counts) {
   const int64_t all = check_random_words(seed, first_site, counts);
-  const Tensor words = at::empty({all * kWordsPerBlock}, seed.options().dtype(at::kShort));
+  const Tensor words = seed.new_empty({all * kWordsPerBlock}, at::kShort);
   int16_t* to = words.mutable_data_ptr<int16_t>();
   int64_t site = first_site;
   for (const int64_t count : counts) {
@@ -62,10 +60,4 @@ Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArra
   return words;
 }
 
-}  // namespace
 }  // namespace td3_fast::cpu
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("random_words", td3_fast::cpu::random_words);
-  m.impl("random_words_of_sites", td3_fast::cpu::random_words_of_sites);
-}

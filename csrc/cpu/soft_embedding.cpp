@@ -1,15 +1,8 @@
 // The operators of the soft embedding on the CPU.
 
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
-#include <tuple>
-
 #include "operators.h"
 
 namespace td3_fast::cpu {
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> soft_embedding_forward(const Tensor& queries,
                                                           const Tensor& keys,
@@ -58,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_backward(const OptionalTensor&
                           rows_of(remainder, begin, count), Kept<T>());
       backward(block, rows_of(grad_queries, begin, count), grad_keys, grad_values, begin > 0);
     });
-    if (needed[2] && !grad_x.defined()) grad_values = at::zeros({items, width}, options_of<T>());
+    if (needed[2] && !grad_x.defined()) grad_values = values.new_zeros({items, width}, kType<T>);
     if (rows == 0 && grad_keys.defined()) grad_keys.zero_();
     if (rows == 0 && grad_values.defined()) grad_values.zero_();
     return std::make_tuple(result(grad_queries, queries), result(grad_keys, keys),
@@ -108,20 +101,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding_double_backwar
       double_backward<T>(cotangents, means, nullptr, rows_of(out_queries, begin, count), out_keys, out_values,
                          rows_of(out_grad_x, begin, count), begin > 0);
     });
-    if (needed[2] && !reaches_values) out_values = at::zeros({items, width}, options_of<T>());
+    if (needed[2] && !reaches_values) out_values = values.new_zeros({items, width}, kType<T>);
     if (rows == 0 && out_keys.defined()) out_keys.zero_();
     if (rows == 0 && out_values.defined()) out_values.zero_();
     return std::make_tuple(result(out_queries, queries), result(out_keys, keys), result(out_values, values),
                            result(out_grad_x, queries), result(out_grad_l, logsumexp));
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("soft_embedding_forward", soft_embedding_forward);
-  m.impl("soft_embedding_backward", soft_embedding_backward);
-  m.impl("soft_embedding_double_backward", soft_embedding_double_backward);
 }
 
 }  // namespace td3_fast::cpu

@@ -3,9 +3,6 @@
 // The item logsumexp is the case of no values, with the expected item row in the place of the embedding.
 #pragma once
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/sum.h>
-
 #include <limits>
 
 #include "kept.h"
@@ -63,7 +60,7 @@ struct Rows {
     if (grad_embedding.defined()) {
       values = values_in;
       grad_lanes = pack_lanes<T>(grad_embedding);
-      const Tensor products = at::sum(grad_embedding * embedding, {1});
+      const Tensor products = grad_embedding.mul(embedding).sum({1});
       std::copy_n(products.const_data_ptr<T>(), rows, inner.data());
     }
     if (grad_logsumexp.defined()) {

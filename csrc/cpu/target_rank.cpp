@@ -4,19 +4,15 @@
 // row leaves out is read off the same tile of scores and taken back. Every score, the target's own included,
 // is a sum in one order, so equal embeddings tie exactly.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <optional>
+#include <algorithm>
 #include <vector>
 
 #include "../checks.h"
 #include "panels.h"
+#include "registration.h"
 
 namespace td3_fast::cpu {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kTileItems = 128;
 constexpr int64_t kPanelsPerTask = 16;
@@ -174,11 +170,13 @@ void with_rows(const Tensor& hidden, const Run& run) {
   }
 }
 
+}  // namespace
+
 Tensor target_rank(const Tensor& hidden,
                    const Tensor& item_embeddings,
                    const Tensor& target,
-                   const std::optional<Tensor>& excluded_offsets,
-                   const std::optional<Tensor>& excluded_items,
+                   const OptionalTensor& excluded_offsets,
+                   const OptionalTensor& excluded_items,
                    bool exclude_padding) {
   check_ranking(hidden, item_embeddings, target);
   check_excluded(hidden, excluded_offsets, excluded_items);
@@ -188,7 +186,7 @@ Tensor target_rank(const Tensor& hidden,
     items = excluded_items->contiguous();
   }
   const Tensor targets = target.contiguous();
-  const Tensor ranks = at::empty(target.sizes(), target.options());
+  const Tensor ranks = target.new_empty(target.sizes());
   check_ids(targets.const_data_ptr<int64_t>(), targets.size(0), item_embeddings.size(0), "target");
   const LeftOut left_out(targets, offsets, items, item_embeddings.size(0), exclude_padding);
   with_rows(hidden, [&](auto zero, const Tensor& rows) {
@@ -206,7 +204,7 @@ Tensor candidate_rank(const Tensor& hidden,
   check_ranking(hidden, item_embeddings, target);
   check_candidates(hidden, candidates);
   const Tensor targets = target.contiguous(), ids = candidates.contiguous();
-  const Tensor ranks = at::empty(target.sizes(), target.options());
+  const Tensor ranks = target.new_empty(target.sizes());
   check_ids(targets.const_data_ptr<int64_t>(), targets.numel(), item_embeddings.size(0), "target");
   check_ids(ids.const_data_ptr<int64_t>(), ids.numel(), item_embeddings.size(0), "candidate");
   with_rows(hidden, [&](auto zero, const Tensor& rows) {
@@ -215,13 +213,6 @@ Tensor candidate_rank(const Tensor& hidden,
                        targets.const_data_ptr<int64_t>(), ranks.mutable_data_ptr<int64_t>());
   });
   return ranks;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
-  m.impl("target_rank", target_rank);
-  m.impl("candidate_rank", candidate_rank);
 }
 
 }  // namespace td3_fast::cpu
