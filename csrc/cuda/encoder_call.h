@@ -1,23 +1,13 @@
 // A pass of the encoder over a batch, and the tensors that it reads.
 #pragma once
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
-
-#include <optional>
-#include <tuple>
-#include <vector>
 
 #include "../encoder_options.h"
 #include "kernels.h"
 #include "operators.h"
 
 namespace td3_fast::cuda {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Positions (batch, 1) that are lengths, and what makes them those of the last items.
 inline Tensor last_positions(const Tensor& lengths) {
@@ -26,7 +16,7 @@ inline Tensor last_positions(const Tensor& lengths) {
 constexpr int64_t kLast = -1;
 
 inline Tensor nothing(const Tensor& like) {
-  return at::empty({0}, like.options());
+  return like.new_empty({0});
 }
 
 // With the elements of each sequence one after the other, as a cut of longer ones has them too.
@@ -97,8 +87,7 @@ class EncoderCall {
 
   // (batch, k, d), made by the next pass.
   Tensor outputs() {
-    const Tensor made =
-        at::empty({options_.batch, options_.sizes.asked, options_.sizes.width}, like_.options());
+    const Tensor made = like_.new_empty({options_.batch, options_.sizes.asked, options_.sizes.width});
     problem.outputs = made.mutable_data_ptr();
     return made;
   }
@@ -106,7 +95,7 @@ class EncoderCall {
   Tensor grad_inputs(int64_t rows) {
     const bool any = options_.sizes.asked > 0;
     const std::vector<int64_t> sizes = {options_.batch, rows, options_.sizes.width};
-    const Tensor made = any ? at::empty(sizes, like_.options()) : at::zeros(sizes, like_.options());
+    const Tensor made = any ? like_.new_empty(sizes) : like_.new_zeros(sizes);
     problem.grad_inputs = made.mutable_data_ptr();
     problem.grad_input_rows = rows;
     problem.grad_input_stride = made.stride(0);
@@ -120,13 +109,13 @@ class EncoderCall {
   std::tuple<Tensor, Tensor> backward() {
     const int64_t size = encoder_parameters(options_.sizes);
     if (options_.batch == 0 || options_.sizes.asked == 0) {
-      return {at::zeros({size}, like_.options()), at::zeros({}, like_.options())};
+      return {like_.new_zeros({size}), like_.new_zeros({})};
     }
     const int64_t blocks = encoder_blocks(EncoderPass::kBackward, problem);
-    const Tensor partials = at::empty({blocks, size + 1}, like_.options());
+    const Tensor partials = like_.new_empty({blocks, size + 1});
     problem.partials = partials.mutable_data_ptr();
     run(EncoderPass::kBackward);
-    const Tensor sums = at::empty({size + 1}, like_.options());
+    const Tensor sums = like_.new_empty({size + 1});
     check_launch(sum_partials(problem.float64, blocks, size + 1, partials.const_data_ptr(),
                               sums.mutable_data_ptr(), current_stream(like_)));
     return {sums.narrow(0, 0, size), sums.select(0, size)};
@@ -142,9 +131,7 @@ class EncoderCall {
     return tensor.const_data_ptr();
   }
 
-  Tensor bytes_of_blocks(int64_t each) const {
-    return at::empty({problem.blocks * each}, like_.options().dtype(at::kByte));
-  }
+  Tensor bytes_of_blocks(int64_t each) const { return like_.new_empty({problem.blocks * each}, at::kByte); }
 
   void run(EncoderPass pass) {
     if (problem.inputs == nullptr) {

@@ -1,14 +1,8 @@
 // The encoder on CUDA, at every order. Compiled against any PyTorch; no header of CUDA is included.
 
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
-#include <tuple>
-
 #include "encoder_call.h"
 
 namespace td3_fast::cuda {
-namespace {
 
 Tensor causal_encoder_forward(const Tensor& parameters,
                               const Tensor& inputs,
@@ -44,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const Optional
                                                                   at::IntArrayRef sizes,
                                                                   bool needs_inputs) {
   EncoderCall call(parameters, inputs, positions, words, sizes);
-  call.move(grad_grad_parameters ? *grad_grad_parameters : at::zeros_like(parameters), grad_grad_inputs);
+  call.move(grad_grad_parameters ? *grad_grad_parameters : parameters.new_zeros(parameters.sizes()),
+            grad_grad_inputs);
   call.set_upstream(grad_outputs, std::nullopt);
   const Tensor outputs = call.outputs();
   const Tensor grad_inputs = needs_inputs ? call.grad_inputs(inputs.size(1)) : nothing(inputs);
@@ -63,15 +58,6 @@ Tensor encode_histories(const Tensor& parameters,
   const Tensor outputs = call.outputs();
   call.forward();
   return outputs.squeeze(1);
-}
-
-}  // namespace
-
-void register_encoder_operators(torch::Library& m) {
-  m.impl("causal_encoder_forward", causal_encoder_forward);
-  m.impl("causal_encoder_backward", causal_encoder_backward);
-  m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
-  m.impl("encode_histories", encode_histories);
 }
 
 }  // namespace td3_fast::cuda

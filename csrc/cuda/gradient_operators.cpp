@@ -1,17 +1,7 @@
 // Whole gradients on CUDA: of an inner step, with its derivative, and of the loss on real examples.
 // csrc/cpu/inner_gradient.cpp and next_item_gradient.cpp say what is computed.
 
-#include <ATen/ops/dot.h>
 #include <ATen/ops/embedding_dense_backward.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/gather.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/sum.h>
-#include <torch/library.h>
-
-#include <array>
-#include <tuple>
-#include <vector>
 
 #include "../dispatch.h"
 #include "encoder_call.h"
@@ -37,7 +27,7 @@ constexpr int64_t kBeforeTarget = -1;
 // The rows of embeds (b, ζ, d) at the targets (b, k): (b k, d).
 Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
   const Tensor index = targets.unsqueeze(2).expand({-1, -1, embeds.size(2)});
-  return at::gather(embeds, 1, index).view({-1, embeds.size(2)});
+  return embeds.gather(1, index).view({-1, embeds.size(2)});
 }
 
 // The soft embeddings of the users of a step; only of their sizes, where a pass reads them where they are.
@@ -46,13 +36,15 @@ Tensor of_users(const Tensor& embeds, const OptionalTensor& users, bool sizes_al
   TORCH_CHECK_VALUE(users->dim() == 1 && users->scalar_type() == at::kLong && embeds.dim() == 3,
                     "expected int64 users (b,), got ", users->sizes(), " of ", users->scalar_type());
   return sizes_alone ? embeds.narrow(0, 0, 1).expand({users->size(0), -1, -1})
-                     : at::index_select(embeds, 0, *users);
+                     : embeds.index_select(0, *users);
 }
 
 bool compares_in_pass(const Tensor& items, const Tensor& embeds, const Tensor& targets) {
   return items.scalar_type() == embeds.scalar_type() && items.size(0) <= kMostItemsInPass &&
          targets.size(1) <= kMostAskedInPass;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
                                                                                const Tensor& embeds_in,
@@ -62,12 +54,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
                                                                                at::IntArrayRef sizes,
                                                                                bool trained,
                                                                                const OptionalTensor& users) {
-  using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, bool, bool);
-  using Backward =
-      std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                 const Tensor&, const Tensor&, std::array<bool, 2>);
-  static const auto logsumexp_forward = find_operator<Forward>("td3_fast::item_logsumexp_forward");
-  static const auto logsumexp_backward = find_operator<Backward>("td3_fast::item_logsumexp_backward");
   const bool in_pass = !trained && compares_in_pass(items, embeds_in, targets);
   const Tensor embeds = of_users(embeds_in, users, in_pass);
   EncoderCall call(parameters, histories_of(embeds, targets), targets, words, sizes, kBeforeTarget);
@@ -82,15 +68,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
   const Tensor hidden = call.outputs().view({-1, embeds.size(2)});
   call.forward();
   call.problem.outputs = nullptr;
-  auto [logsumexp, remainder, mean, probabilities] = logsumexp_forward.call(hidden, items, true, trained);
+  auto [logsumexp, remainder, mean, probabilities] = item_logsumexp_forward(hidden, items, true, trained);
   const Tensor rows = at_targets(embeds, targets);
   const double share = 1.0 / static_cast<double>(rows.size(0));
-  const Tensor upstream = at::full({rows.size(0)}, share, embeds.options());
-  const Tensor loss = at::dot(logsumexp, upstream) - at::dot(hidden.view(-1), rows.view(-1)) * share;
-  call.set_upstream((mean - rows).mul_(share), std::nullopt);
+  const Tensor upstream = embeds.new_full({rows.size(0)}, share);
+  const Tensor loss = logsumexp.dot(upstream).sub(hidden.view(-1).dot(rows.view(-1)).mul(share));
+  call.set_upstream(mean.sub(rows).mul_(share), std::nullopt);
   Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
   if (trained) {
-    grad_items = std::get<1>(logsumexp_backward.call(upstream, hidden, items, logsumexp, remainder, mean,
+    grad_items = std::get<1>(item_logsumexp_backward(upstream, hidden, items, logsumexp, remainder, mean,
                                                      probabilities, {false, true}));
     grad_embeds = call.grad_inputs(embeds.size(1));
     call.problem.to_targets = -share;
@@ -111,11 +97,6 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                                                           at::TensorList words,
                                                           at::IntArrayRef sizes,
                                                           const OptionalTensor& users) {
-  using DoubleBackward = std::tuple<Tensor, Tensor, Tensor>(
-      const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 3>);
-  static const auto logsumexp_double_backward =
-      find_operator<DoubleBackward>("td3_fast::item_logsumexp_double_backward");
   const bool in_pass = saved.empty();
   const Tensor embeds = of_users(embeds_in, users, in_pass);
   TORCH_CHECK_VALUE(tangent_parameters.sizes() == parameters.sizes() &&
@@ -138,14 +119,14 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     const Tensor moved_hidden = call.outputs().view({-1, embeds.size(2)});
     call.forward();
     call.problem.outputs = nullptr;
-    const Tensor upstream = at::full({targets.numel()}, share, embeds.options());
+    const Tensor upstream = embeds.new_full({targets.numel()}, share);
     const Tensor& mean = saved[3];
     auto [to_upstream, moved_grad_hidden, to_items] =
-        logsumexp_double_backward.call(moved_hidden, tangent_items, upstream, saved[0], items, saved[1],
+        item_logsumexp_double_backward(moved_hidden, tangent_items, upstream, saved[0], items, saved[1],
                                        saved[2], mean, saved[4], {false, true, tangent_items.has_value()});
     if (tangent_embeds) moved_grad_hidden.sub_(at_targets(*tangent_embeds, targets), share);
     if (tangent_items) moved_grad_items = to_items;
-    call.set_upstream((mean - at_targets(embeds, targets)).mul_(share), moved_grad_hidden);
+    call.set_upstream(mean.sub(at_targets(embeds, targets)).mul_(share), moved_grad_hidden);
   }
   const Tensor to_embeds = call.grad_inputs(embeds.size(1));
   call.problem.to_targets = -share;
@@ -184,30 +165,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
   call.problem.outputs = nullptr;
   const auto [losses, logsumexp, remainder, mean, probabilities] =
       loss_forward.call(hidden, items, targets, true, false);
-  const Tensor upstream = at::full({batch}, share, items.options());
+  const Tensor upstream = items.new_full({batch}, share);
   auto [grad_hidden, grad_items] = loss_backward.call(upstream, hidden, items, targets, logsumexp, remainder,
                                                       mean, probabilities, {true, trained});
-  Tensor aligned = at::zeros({}, items.options());
+  Tensor aligned = items.new_zeros({});
   if (features) {
-    const Tensor apart = hidden - *features;
-    aligned = at::sum(apart * apart) * pull;
-    grad_hidden = grad_hidden + apart * (2 * pull);
+    const Tensor apart = hidden.sub(*features);
+    aligned = apart.mul(apart).sum().mul(pull);
+    grad_hidden = grad_hidden.add(apart.mul(2 * pull));
   }
   call.set_upstream(grad_hidden, std::nullopt);
   const Tensor grad_embeds = trained ? call.grad_inputs(histories.size(1)) : Tensor();
   const Tensor grad_parameters = std::get<0>(call.backward());
   if (trained) {
-    grad_items = grad_items + at::embedding_dense_backward(grad_embeds, histories, items.size(0), -1, false);
+    grad_items =
+        grad_items.add(at::embedding_dense_backward(grad_embeds, histories, items.size(0), -1, false));
   }
-  return {at::sum(losses) * share, aligned, grad_parameters, grad_items};
-}
-
-}  // namespace
-
-void register_gradient_operators(torch::Library& m) {
-  m.impl("inner_gradient", inner_gradient);
-  m.impl("inner_gradient_tangent", inner_gradient_tangent);
-  m.impl("next_item_gradient", next_item_gradient);
+  return {losses.sum().mul(share), aligned, grad_parameters, grad_items};
 }
 
 }  // namespace td3_fast::cuda

@@ -4,19 +4,9 @@
 #include "operators.h"
 
 #include <ATen/Context.h>
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
-#include <tuple>
 
 #include "../adam_arguments.h"
 #include "../checks.h"
@@ -25,9 +15,6 @@
 
 namespace td3_fast::cuda {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Blocks that a pass is split into, at least, where it is large enough: two for each multiprocessor of the
 // largest GPUs. They depend on shapes alone, and so do the bits of the result.
@@ -60,7 +47,7 @@ void* output_pointer(const Tensor& tensor) {
 }
 
 Tensor result(const Tensor& tensor, const Tensor& like) {
-  return tensor.defined() ? tensor.to(like.scalar_type()) : at::empty({0}, like.options());
+  return tensor.defined() ? tensor.to(like.scalar_type()) : like.new_empty({0});
 }
 
 int64_t ceil_divide(int64_t a, int64_t b) {
@@ -136,10 +123,10 @@ struct Call {
     logsumexp = logsumexp_in.contiguous();
     remainder = remainder_in.contiguous();
     const at::ScalarType type = c10::typeMetaToScalarType(accumulate.dtype());
-    inner = grad_embedding.defined() ? at::sum(grad_embedding.to(type) * embedding, {1})
-                                     : at::zeros_like(logsumexp);
+    inner = grad_embedding.defined() ? grad_embedding.to(type).mul(embedding).sum({1})
+                                     : logsumexp.new_zeros(logsumexp.sizes());
     const Tensor grad = in_type(grad_l, type);
-    shift = grad.defined() ? grad - inner : -inner;
+    shift = grad.defined() ? grad.sub(inner) : inner.neg();
     problem.grad_embedding = pointer(grad_embedding);
     if (!grad_embedding.defined()) problem.values = nullptr;
     problem.logsumexp = pointer(logsumexp);
@@ -167,7 +154,7 @@ struct Call {
 
   // Scratch (splits, rows, columns) of the rows of queries or of a table.
   Tensor scratch(int64_t splits, int64_t rows, int64_t columns) const {
-    return at::empty({splits, rows, columns}, accumulate);
+    return queries.new_empty({splits, rows, columns}, accumulate);
   }
 
   Merge merge(int64_t splits, int64_t rows, int64_t width) const {
@@ -183,7 +170,7 @@ struct Call {
   Tensor sum_splits(const Tensor& scratch) const {
     if (scratch.size(0) == 1) return scratch.squeeze(0);
     Merge sums = merge(scratch.size(0), scratch.size(1), scratch.size(2));
-    const Tensor sum = at::empty({sums.rows, sums.width}, accumulate);
+    const Tensor sum = queries.new_empty({sums.rows, sums.width}, accumulate);
     sums.weighted = pointer(scratch);
     sums.embedding = output_pointer(sum);
     check_launch(merge_sums(sums, stream));
@@ -194,9 +181,10 @@ struct Call {
 // embedding (undefined where width is 0), logsumexp and remainder, in the accumulate type.
 std::tuple<Tensor, Tensor, Tensor> forward(Call& call) {
   SoftEmbedding& problem = call.problem;
-  const Tensor logsumexp = at::empty({problem.rows}, call.accumulate), remainder = at::empty_like(logsumexp);
+  const Tensor logsumexp = call.queries.new_empty({problem.rows}, call.accumulate);
+  const Tensor remainder = logsumexp.new_empty({problem.rows});
   const Tensor embedding =
-      problem.width > 0 ? at::empty({problem.rows, problem.width}, call.accumulate) : Tensor();
+      problem.width > 0 ? call.queries.new_empty({problem.rows, problem.width}, call.accumulate) : Tensor();
   if (problem.rows == 0) return {embedding, logsumexp, remainder};
   const int64_t splits = call.item_splits();
   const Tensor maxima = call.scratch(splits, problem.rows, 1), sums = call.scratch(splits, problem.rows, 1);
@@ -221,7 +209,7 @@ struct Gradients {
 };
 
 Tensor zeros(const Call& call, int64_t rows, int64_t columns) {
-  return at::zeros({rows, columns}, call.accumulate);
+  return call.queries.new_zeros({rows, columns}, call.accumulate);
 }
 
 // Gradients of keys and values, where needed.
@@ -270,7 +258,8 @@ Gradients first_order(Call& call, std::array<bool, 3> needed) {
 // The row means of u, and the offset of the second order.
 std::tuple<Tensor, Tensor> row_means(Call& call) {
   SoftEmbedding& problem = call.problem;
-  const Tensor u_mean = at::empty({problem.rows}, call.accumulate), offset = at::empty_like(u_mean);
+  const Tensor u_mean = call.queries.new_empty({problem.rows}, call.accumulate);
+  const Tensor offset = u_mean.new_empty({problem.rows});
   if (problem.rows == 0) return {u_mean, offset};
   const int64_t splits = call.item_splits();
   const Tensor means = call.scratch(splits, problem.rows, 7);
@@ -296,14 +285,46 @@ Gradients second_order(Call& call, const std::tuple<Tensor, Tensor>& means, std:
   return gradients;
 }
 
+Ranking ranking(const Tensor& hidden, const Tensor& items, const Tensor& target, const Tensor& ranks) {
+  Ranking problem{};
+  problem.table = element_of(items);
+  problem.rows = hidden.size(0);
+  problem.items = items.size(0);
+  problem.depth = items.size(1);
+  problem.hidden = hidden.const_data_ptr();
+  problem.item_embeddings = items.const_data_ptr();
+  problem.target = target.const_data_ptr<int64_t>();
+  problem.ranks = ranks.mutable_data_ptr<int64_t>();
+  return problem;
+}
+
+AdamCall adam_call(const Tensor& gradient, at::ArrayRef<double> rates, const OptionalTensor& size) {
+  AdamCall call{};
+  call.float64 = gradient.scalar_type() == at::kDouble;
+  call.count = gradient.numel();
+  call.beta1 = rates[0];
+  call.beta2 = rates[1];
+  call.eps = rates[2];
+  call.weight_decay = rates[3];
+  if (size.has_value()) {
+    call.size_on_device = size->const_data_ptr();
+  } else {
+    call.size = rates[4];
+  }
+  call.gradient = gradient.const_data_ptr();
+  return call;
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> soft_embedding_forward(const Tensor& queries,
                                                           const Tensor& keys,
                                                           const Tensor& values) {
   check_soft_embedding(queries, keys, values);
   Call call(queries, keys, values, values.size(1));
   const auto [embedding, logsumexp, remainder] = forward(call);
-  const Tensor out = embedding.defined() ? embedding.to(queries.scalar_type())
-                                         : at::empty({queries.size(0), 0}, queries.options());
+  const Tensor out =
+      embedding.defined() ? embedding.to(queries.scalar_type()) : queries.new_empty({queries.size(0), 0});
   return {out, logsumexp, remainder};
 }
 
@@ -353,8 +374,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> item_logsumexp_forward(const Tensor& 
   check_soft_embedding(hidden, items, items);
   Call call(hidden, items, save ? items : Tensor(), save ? items.size(1) : 0);
   const auto [mean, logsumexp, remainder] = forward(call);
-  const Tensor saved = save && !mean.defined() ? at::empty({hidden.size(0), 0}, logsumexp.options()) : mean;
-  return {logsumexp, remainder, result(saved, logsumexp), at::empty({0}, logsumexp.options())};
+  const Tensor saved = save && !mean.defined() ? logsumexp.new_empty({hidden.size(0), 0}) : mean;
+  return {logsumexp, remainder, result(saved, logsumexp), logsumexp.new_empty({0})};
 }
 
 std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
@@ -367,7 +388,7 @@ std::tuple<Tensor, Tensor> item_logsumexp_backward(const Tensor& grad_logsumexp,
                                                    std::array<bool, 2> needed) {
   check_soft_embedding(hidden, items, items);
   Tensor grad_hidden, grad_items;
-  if (needed[0]) grad_hidden = mean * grad_logsumexp.unsqueeze(1);
+  if (needed[0]) grad_hidden = mean.mul(grad_logsumexp.unsqueeze(1));
   if (needed[1]) {
     Call call(hidden, items, Tensor(), 0);
     call.set_upstream(std::nullopt, grad_logsumexp, mean, logsumexp, remainder);
@@ -392,25 +413,12 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
   call.set_cotangents(grad_grad_hidden, grad_grad_items, std::nullopt);
   // With frozen items u is γh·item, and its mean γh·mean; without an embedding there is nothing to offset.
   const bool known = call.grad_grad_queries.defined() && !call.grad_grad_keys.defined();
-  const auto means = known ? std::tuple(at::sum(call.grad_grad_queries.to(mean.scalar_type()) * mean, {1}),
-                                        at::zeros_like(call.logsumexp))
+  const auto means = known ? std::tuple(call.grad_grad_queries.to(mean.scalar_type()).mul(mean).sum({1}),
+                                        call.logsumexp.new_zeros(call.logsumexp.sizes()))
                            : row_means(call);
   const Gradients gradients = second_order(call, means, {needed[1], needed[2], false, false, needed[0]});
   return {result(gradients.grad_logsumexp, logsumexp), result(gradients.queries, hidden),
           result(gradients.keys, items)};
-}
-
-Ranking ranking(const Tensor& hidden, const Tensor& items, const Tensor& target, const Tensor& ranks) {
-  Ranking problem{};
-  problem.table = element_of(items);
-  problem.rows = hidden.size(0);
-  problem.items = items.size(0);
-  problem.depth = items.size(1);
-  problem.hidden = hidden.const_data_ptr();
-  problem.item_embeddings = items.const_data_ptr();
-  problem.target = target.const_data_ptr<int64_t>();
-  problem.ranks = ranks.mutable_data_ptr<int64_t>();
-  return problem;
 }
 
 Tensor target_rank(const Tensor& hidden,
@@ -423,12 +431,12 @@ Tensor target_rank(const Tensor& hidden,
   check_excluded(hidden, excluded_offsets, excluded_items);
   const c10::OptionalDeviceGuard guard(hidden.device());
   const Tensor rows = hidden.to(accumulate_type(hidden)).contiguous(), items = item_embeddings.contiguous();
-  const Tensor targets = target.contiguous(), ranks = at::empty(target.sizes(), target.options());
+  const Tensor targets = target.contiguous(), ranks = target.new_empty(target.sizes());
   Tensor offsets, excluded;
   Ranking problem = ranking(rows, items, targets, ranks);
   problem.exclude_padding = exclude_padding;
   problem.split_items = split_size(problem.items, ceil_divide(problem.rows, 64));
-  const Tensor target_scores = at::empty({problem.rows}, rows.options());
+  const Tensor target_scores = rows.new_empty({problem.rows});
   problem.target_scores = output_pointer(target_scores);
   if (excluded_offsets.has_value()) {
     offsets = excluded_offsets->contiguous();
@@ -449,7 +457,7 @@ Tensor candidate_rank(const Tensor& hidden,
   const c10::OptionalDeviceGuard guard(hidden.device());
   const Tensor rows = hidden.to(accumulate_type(hidden)).contiguous(), items = item_embeddings.contiguous();
   const Tensor targets = target.contiguous(), ids = candidates.contiguous();
-  const Tensor ranks = at::empty(target.sizes(), target.options());
+  const Tensor ranks = target.new_empty(target.sizes());
   Ranking problem = ranking(rows, items, targets, ranks);
   problem.candidates = ids.size(1);
   problem.candidate_ids = ids.const_data_ptr<int64_t>();
@@ -461,7 +469,7 @@ Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArra
   const int64_t sites = static_cast<int64_t>(counts.size()),
                 all = check_random_words(seed, first_site, counts);
   const c10::OptionalDeviceGuard guard(seed.device());
-  const Tensor words = at::empty({all * kWordsPerBlock}, seed.options().dtype(at::kShort));
+  const Tensor words = seed.new_empty({all * kWordsPerBlock}, at::kShort);
   int16_t* to = words.mutable_data_ptr<int16_t>();
   for (int64_t first = 0; first < sites; first += kMaxSites) {
     RandomWords problem{};
@@ -479,23 +487,6 @@ Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArra
 
 Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
   return random_words_of_sites(seed, site, count).narrow(0, 0, count);
-}
-
-AdamCall adam_call(const Tensor& gradient, at::ArrayRef<double> rates, const OptionalTensor& size) {
-  AdamCall call{};
-  call.float64 = gradient.scalar_type() == at::kDouble;
-  call.count = gradient.numel();
-  call.beta1 = rates[0];
-  call.beta2 = rates[1];
-  call.eps = rates[2];
-  call.weight_decay = rates[3];
-  if (size.has_value()) {
-    call.size_on_device = size->const_data_ptr();
-  } else {
-    call.size = rates[4];
-  }
-  call.gradient = gradient.const_data_ptr();
-  return call;
 }
 
 void adam_step_(const Tensor& parameter,
@@ -528,7 +519,7 @@ Tensor adam_adjoint_(const Tensor& parameter,
              rates, size);
   overwritten({&to_parameter, &to_first_moment, &to_second_moment});
   const c10::OptionalDeviceGuard guard(parameter.device());
-  const Tensor to_gradient = at::empty_like(gradient);
+  const Tensor to_gradient = gradient.new_empty(gradient.sizes());
   AdamCall call = adam_call(gradient, rates, size);
   call.parameter = parameter.const_data_ptr();
   call.first_moment = first_moment.const_data_ptr();
@@ -541,27 +532,8 @@ Tensor adam_adjoint_(const Tensor& parameter,
   return to_gradient;
 }
 
-}  // namespace
-
 void check_launch(const char* error) {
   TORCH_CHECK(error == nullptr, "td3_fast: CUDA kernel not launched: ", error);
-}
-
-void register_operators(torch::Library& m) {
-  register_encoder_operators(m);
-  register_gradient_operators(m);
-  m.impl("soft_embedding_forward", soft_embedding_forward);
-  m.impl("soft_embedding_backward", soft_embedding_backward);
-  m.impl("soft_embedding_double_backward", soft_embedding_double_backward);
-  m.impl("item_logsumexp_forward", item_logsumexp_forward);
-  m.impl("item_logsumexp_backward", item_logsumexp_backward);
-  m.impl("item_logsumexp_double_backward", item_logsumexp_double_backward);
-  m.impl("target_rank", target_rank);
-  m.impl("candidate_rank", candidate_rank);
-  m.impl("random_words", random_words);
-  m.impl("random_words_of_sites", random_words_of_sites);
-  m.impl("adam_step_", adam_step_);
-  m.impl("adam_adjoint_", adam_adjoint_);
 }
 
 }  // namespace td3_fast::cuda

@@ -1,6 +1,6 @@
-#include <c10/core/impl/VirtualGuardImpl.h>
+#include "registration.h"
 
-#include "operators.h"
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 namespace td3_fast::cuda {
 

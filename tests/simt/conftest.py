@@ -30,6 +30,7 @@ def build(folder: Path) -> Path:
     if compiler is None or not ops.has_fused():
         pytest.skip("no compiler")
     host_headers = [*CUDA.glob("*.h"), *CUDA.parent.glob("*.h"), *CUDA.glob("*.cpp")]
+    host_headers.append(CUDA.parent / "cpu" / "registration.h")
     device_headers = [*CUDA.glob("*.cuh"), HERE / "device.cuh"]
     sources = [*sorted(HERE.glob("*.cpp"), reverse=True), *sorted(CUDA.glob("*.cu"))]
     flags = [
@@ -41,6 +42,7 @@ def build(folder: Path) -> Path:
         "-Wextra",
         "-Werror",
         "-Wno-unknown-pragmas",
+        "-DAT_PER_OPERATOR_HEADERS",
     ]
     flags += [
         f"-I{HERE}",

@@ -1,5 +1,7 @@
 // csrc/cuda/registration.cpp for the host: while installed, the CUDA operators serve tensors on the CPU.
 
+#include "registration.h"
+
 #include <memory>
 
 #include "encoder_operators.cpp"  // here, so that PyTorch's headers are compiled once
