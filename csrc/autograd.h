@@ -2,7 +2,6 @@
 // order.
 #pragma once
 
-#include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -75,7 +74,7 @@ inline void set_tangent(const Tensor& output, const Tensor& tangent) {
 
 inline Tensor sum_of_defined(const Tensor& a, const Tensor& b) {
   if (!a.defined()) return b;
-  return b.defined() ? a + b : a;
+  return b.defined() ? a.add(b) : a;
 }
 
 // The tangents of first-order gradients: what moves with the inputs, and what with the upstream gradients.
