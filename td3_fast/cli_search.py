@@ -54,6 +54,10 @@ def search(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train each candidate on all data as well.")] = False,
     full_seeds: Annotated[int, typer.Option(min=1, help="Learners on all data for each candidate.")] = 1,
+    start: Annotated[
+        Literal["nothing", "pretrained"],
+        typer.Option(help="Of learners on the summary: all is learned, or with SUMMARY's pretrained tables."),
+    ] = "nothing",
     protocol: Annotated[
         Literal["full", "uni100"], typer.Option(help="Of the figure that candidates are ranked by.")
     ] = "uni100",
@@ -69,10 +73,10 @@ def search(
     """Choose a model by training candidates on SUMMARY and ranking them on the validation part of DATA.
 
     The candidates are all combinations of architecture, width of the item table, depth and dropout, and are trained
-    with that dropout even on a summary that was distilled without. With --full each
-    is trained on all data too, which says how far the choice can be trusted: Kendall's tau of the two orders, what the
-    chosen one lacks to the best one, and both times. Finished trials are kept in the folder beside results.json, so
-    that a search that was stopped, or is given more candidates or seeds, goes on where it was.
+    with that dropout even on a summary that was distilled without, and from nothing, as they would be on the data. With
+    --full each is trained on all data too, which says how far the choice can be trusted: Kendall's tau of the two
+    orders, what the chosen one lacks to the best one, and both times. Finished trials are kept in the folder beside
+    results.json, so that a search that was stopped, or is given more candidates or seeds, goes on where it was.
     """
     set_threads(threads)
     from td3_fast.evaluate_run import fit_config_of
@@ -88,7 +92,9 @@ def search(
         "depths": _numbers(depths, int, "--depths"),
         "dropouts": _numbers(dropouts, float, "--dropouts"),
     }
-    candidates = grid(loaded, **{name: values for name, values in axes.items() if values is not None})
+    candidates = grid(
+        loaded, **{name: values for name, values in axes.items() if values is not None}, start=start
+    )
     fit = fit_config_of(loaded)
     if max_epochs is not None:
         fit = replace(fit, max_epochs=max_epochs)
@@ -98,6 +104,7 @@ def search(
         protocol=protocol,
         metric=metric,
         steps=steps,
+        start=start,
         fit=fit,
     )
     split = read_split(data, format=format, columns=columns, **filters_of(loaded))

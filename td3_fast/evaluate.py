@@ -156,26 +156,38 @@ def teacher_of(
     Raises:
         ValueError: more width is asked for than the item table has, or other items or another length.
     """
+    learner = untrained_learner(summary, name=name, hyperparameters=hyperparameters, seed=seed)
     recipe = _metadata(summary).training
-    name = recipe.learner if name is None else learner_named(name)
-    own = name == recipe.learner
-    changes = dict(hyperparameters or {})
-    for fixed in ("num_items", "max_len"):
-        if fixed in changes:
-            raise ValueError(f"{fixed} comes from the summary: leave it out of the hyperparameters")
-    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY} | changes
-    learner = build_learner(name, config, seed=seed).to(summary.item_factors.device)
-    width = recipe.learner_config["hidden"]
-    axes = _principal_axes(summary.item_factors[:, :width], config["hidden"])
+    width, own_width = recipe.learner_config["hidden"], learner.hyperparameters()["hidden"]
+    axes = _principal_axes(summary.item_factors[:, :width], own_width)
     with torch.no_grad():
-        learner.item_embeddings[:, : config["hidden"]].copy_(summary.item_factors[:, :width] @ axes)
-        if own:
-            learner.item_embeddings[:, config["hidden"] :].copy_(summary.item_factors[:, width:])
+        learner.item_embeddings[:, :own_width].copy_(summary.item_factors[:, :width] @ axes)
+        if type(learner).__name__ == recipe.learner:
+            learner.item_embeddings[:, own_width:].copy_(summary.item_factors[:, width:])
             if learner.position_embeddings is not None and summary.position_embeddings is not None:
                 learner.position_embeddings.copy_(
                     summary.position_embeddings @ axes.to(summary.position_embeddings.dtype)
                 )
     return learner
+
+
+def untrained_learner(
+    summary: Summary,
+    *,
+    name: str | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Learner:
+    """The same learner, of any width, with nothing of the tables that a summary carries: all is drawn from `seed`."""
+    recipe = _metadata(summary).training
+    name = recipe.learner if name is None else learner_named(name)
+    changes = dict(hyperparameters or {})
+    for fixed in ("num_items", "max_len"):
+        if fixed in changes:
+            raise ValueError(f"{fixed} comes from the summary: leave it out of the hyperparameters")
+    own = name == recipe.learner
+    config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY} | changes
+    return build_learner(name, config, seed=seed).to(summary.item_factors.device)
 
 
 def _principal_axes(table: torch.Tensor, width: int) -> torch.Tensor:

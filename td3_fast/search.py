@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from td3_fast.data import Split
-from td3_fast.evaluate import Scores, teacher_of
-from td3_fast.learners import LEARNERS, build_learner, learner_named
+from td3_fast.evaluate import Scores, teacher_of, untrained_learner
+from td3_fast.learners import LEARNERS, Learner, learner_named
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -18,6 +18,7 @@ from td3_fast.summary import Summary
 from td3_fast.training import FitConfig, Protocol, Ranker, fit_examples
 
 Source = Literal["summary", "full"]
+Start = Literal["nothing", "pretrained"]
 DEPTHS = (1, 2)
 DROPOUTS = (0.2, 0.5)
 # the rate that a class's "dropout" is in a grid: of its inputs, and of whatever else has the same one
@@ -47,6 +48,7 @@ class SearchConfig:
     metric: str = "NDCG@10"
     steps: int | None = None  # of training on the summary; None: as it was distilled for
     dropout: bool | None = True  # in that training: each candidate's own; None: as it was distilled for
+    start: Start = "nothing"  # of that training: all is learned, or the summary's pretrained tables are there
     fit: FitConfig = field(default_factory=FitConfig)  # of the learners trained on the full data
 
     def __post_init__(self) -> None:
@@ -57,7 +59,8 @@ class SearchConfig:
 
     def fit_changes(self) -> dict[str, Any]:
         """What is different from training on the summary as it was distilled for."""
-        changes = {"steps": self.steps, "dropout": self.dropout}
+        trained = "trained" if self.start == "nothing" else None
+        changes = {"steps": self.steps, "dropout": self.dropout, "item_embedding": trained}
         return {name: value for name, value in changes.items() if value is not None}
 
 
@@ -102,11 +105,12 @@ def grid(
     widths: Sequence[int] | None = None,
     depths: Sequence[int] = DEPTHS,
     dropouts: Sequence[float] = DROPOUTS,
+    start: Start = "nothing",
 ) -> list[Candidate]:
     """Every combination of architecture, width of the item table, layers and dropout of inputs.
 
-    widths: that of the summary's item table and half of it by default. A table of less width is that one in its
-    principal axes; more width than the summary has is refused, as nothing pretrained would fill it.
+    widths: that of the summary's item table and half of it by default. start: as of `SearchConfig`. Of pretrained
+    tables one of less width is the summary's in its principal axes; more width is refused, as nothing would fill it.
     """
     if summary.metadata is None:
         raise ValueError("the summary does not say whose item table it has: set `summary.metadata`")
@@ -118,7 +122,7 @@ def grid(
         known = {entry.name for entry in fields(LEARNERS[name][1])}
         rated = next(entry for entry in DROPOUT_FIELDS if entry in known)
         candidate = Candidate(learner=name, hyperparameters={"hidden": width, "layers": layers, rated: rate})
-        teacher_of(summary, name=name, hyperparameters=candidate.hyperparameters)  # what cannot be is refused
+        _learner(summary, candidate, start, seed=0)  # what cannot be is refused
         candidates.append(candidate)
     return candidates
 
@@ -136,11 +140,12 @@ def search(
 ) -> list[Standing]:
     """Train each candidate on `summary`, rank it on the validation part of `split`, and order them, best first.
 
-    candidates: `grid(summary)` by default. All are trained on the device of `summary`. A learner starts from the
-    summary's pretrained tables (`teacher_of`) and is trained as the summary was distilled for, whatever its class, but
-    with dropout: candidates may differ in nothing else, and there are summaries that leave it out. With
-    `config.full_seeds` each candidate is also trained on all of the training part, from nothing and with early
-    stopping, after all of them are on the summary.
+    candidates: `grid(summary)` by default. All are trained on the device of `summary`. A learner is trained as the
+    summary was distilled for, whatever its class, but with dropout, as candidates may differ in nothing else and there
+    are summaries that leave it out; and from nothing, the item table included, as it would be on the data: the
+    summary's pretrained tables (`start="pretrained"`) make better learners, but favour those that are like the one that
+    the tables come from. With `config.full_seeds` each candidate is also trained on all of the training part, from
+    nothing and with early stopping, after all of them are on the summary.
     known: finished trials, which are not run again; on_trial: sees each one that is run. The test part is not touched.
     """
     config = config or SearchConfig()
@@ -238,6 +243,11 @@ def _means(trials: Sequence[Trial]) -> dict[Protocol, dict[str, dict[str, float]
     return {protocol: mean_and_sd([t.scores[protocol] for t in trials]) for protocol in trials[0].scores}
 
 
+def _learner(summary: Summary, candidate: Candidate, start: Start, *, seed: int) -> Learner:
+    make = teacher_of if start == "pretrained" else untrained_learner
+    return make(summary, name=candidate.learner, hyperparameters=candidate.hyperparameters, seed=seed)
+
+
 def _scores(
     summary: Summary,
     split: Split,
@@ -249,13 +259,9 @@ def _scores(
     seed: int,
     progress: Progress,
 ) -> Scores:
-    learner = teacher_of(
-        summary, name=candidate.learner, hyperparameters=candidate.hyperparameters, seed=seed
-    )
+    learner = _learner(summary, candidate, config.start if source == "summary" else "nothing", seed=seed)
     if source == "summary":
         summary.fit(learner, seed=seed, progress=progress, **config.fit_changes())
     else:
-        device = learner.item_embeddings.device
-        learner = build_learner(candidate.learner, learner.hyperparameters(), seed=seed).to(device)
         fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
     return ranker.metrics(learner)

@@ -126,7 +126,7 @@ class SearchRun:
         """Of all that a trial depends on; one on the full data does not on how the summary is trained on."""
         identity = self._identity()
         if source == "full":
-            del identity["fit_options"]
+            del identity["fit_options"], identity["start"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def _identity(self) -> dict[str, Any]:
@@ -140,6 +140,7 @@ class SearchRun:
             "learner": metadata.training.learner,
             "learner_config": metadata.training.learner_config,
             "fit_options": metadata.training.fit_options() | self.config.fit_changes(),
+            "start": self.config.start,
             "fit": asdict(self.config.fit),
         }
 

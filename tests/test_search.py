@@ -14,20 +14,22 @@ from typer.testing import CliRunner
 
 from td3_fast.cli import app
 from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
-from td3_fast.evaluate import teacher_of
+from td3_fast.evaluate import teacher_of, untrained_learner
 from td3_fast.learners import LEARNERS, SASRec, SASRecConfig
+from td3_fast.ops import derive_seed
 from td3_fast.report import read_json_lines
 from td3_fast.search import (
     Candidate,
     SearchConfig,
     Standing,
+    Start,
     agreement,
     grid,
     kendall_tau,
     search,
 )
 from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
-from td3_fast.training import FitConfig
+from td3_fast.training import FitConfig, Ranker
 
 FEW = [
     Candidate(learner="SASRec", hyperparameters={"hidden": 8, "layers": 1}),
@@ -103,7 +105,7 @@ def test_the_grid_has_every_architecture_width_depth_and_dropout(summary: Tucker
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"widths": [16]}, "has 8 columns, and a learner of width 16"),
+        ({"widths": [16], "start": "pretrained"}, "has 8 columns, and a learner of width 16"),
         ({"learners": ["LSTM"]}, "unknown learner"),
         ({"dropouts": [1.5]}, "must lie in"),
     ],
@@ -113,6 +115,25 @@ def test_candidates_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         grid(summary, **axes)
+
+
+@pytest.mark.parametrize("start", ["nothing", "pretrained"])
+def test_where_a_learner_starts_on_the_summary(summary: TuckerSummary, split: Split, start: Start) -> None:
+    (candidate,) = grid(summary, learners=["SASRec"], widths=[8], depths=[1], dropouts=[0.2], start=start)
+    config = replace(CONFIG, seeds=1, full_seeds=0, start=start)
+    (found,) = search(summary, split, [candidate], config=config, seed=3)
+    seed = derive_seed(3, "run", 0)
+    make = teacher_of if start == "pretrained" else untrained_learner
+    learner = make(summary, hyperparameters=candidate.hyperparameters, seed=seed)
+    carried = torch.equal(learner.item_embeddings.detach(), summary.item_factors)
+    assert carried == (start == "pretrained")
+    summary.fit(learner, seed=seed, dropout=True, item_embedding="trained")
+    scores = Ranker(split.validation, seed=derive_seed(3, "ranker")).metrics(learner)
+    assert found.summary["full"]["NDCG@10"]["mean"] == scores["full"]["NDCG@10"]
+
+
+def test_from_nothing_a_learner_may_be_wider_than_the_summarys(summary: TuckerSummary) -> None:
+    assert {c.hyperparameters["hidden"] for c in grid(summary, widths=[16])} == {16}
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -300,7 +321,7 @@ def test_trials_of_other_settings_do_not_count(files: tuple[Path, Path], tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--widths", "64"), "has 8 columns"),
+        (("--widths", "64", "--start", "pretrained"), "has 8 columns"),
         (("--depths", "deep"), "--depths is a list of numbers"),
         (("--learners", "LSTM"), "unknown learner"),
     ],
