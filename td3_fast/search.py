@@ -149,7 +149,7 @@ def search(
     known: finished trials, which are not run again; on_trial: sees each one that is run. The test part is not touched.
     """
     config = config or SearchConfig()
-    candidates = grid(summary) if candidates is None else candidates
+    candidates = grid(summary, start=config.start) if candidates is None else candidates
     if len({candidate.name for candidate in candidates}) < len(candidates):
         raise ValueError("a candidate occurs twice")
     if not candidates:

@@ -56,7 +56,8 @@ class SearchRun:
 
     def __post_init__(self) -> None:
         check_data(self.summary, self.split, self.source)
-        self.candidates = grid(self.summary) if self.candidates is None else self.candidates
+        if self.candidates is None:
+            self.candidates = grid(self.summary, start=self.config.start)
 
     def run(self, *, overwrite: bool = False) -> list[Standing]:
         """The candidates, best first; `results.json` is written anew after each trial.

@@ -158,7 +158,6 @@ def test_the_command_says_what_each_operation_took(split: Split, tmp_path: Path)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_memory_is_that_of_the_gpu(split: Split, recipe: Recipe, tmp_path: Path) -> None:
     costs = make(tmp_path, split, recipe, seeds=1, device=torch.device("cuda", 0)).run()
     assert all(cost.peak_memory_mib is not None and 0 < cost.peak_memory_mib < 100 for cost in costs)

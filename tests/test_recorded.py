@@ -200,7 +200,6 @@ def on_gpu(**changes: object) -> tuple[Distiller, DistillState]:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("trajectories", [1, 4])
 @pytest.mark.parametrize("items", ["frozen", "frozen bfloat16", "trained"])
 def test_graphs_on_a_gpu(items: str, trajectories: int) -> None:

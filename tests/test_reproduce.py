@@ -379,7 +379,6 @@ def test_the_cells_of_one_size_stand_beside_the_whole_table(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(split: Split, recipe: Recipe, tmp_path: Path) -> None:
     cells = [*CELLS, toy("TD3", learner="GRU4Rec"), toy("full", None, learner="GRU4Rec")]
     figures = make(tmp_path, split, recipe, cells=cells, device=torch.device("cuda", 0)).run()

@@ -342,7 +342,6 @@ def test_a_folder_of_something_else_is_not_overwritten(files: tuple[Path, Path],
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(summary: TuckerSummary, split: Split) -> None:
     there = copy.deepcopy(summary).to(torch.device("cuda"))
     found = search(there, split, FEW, config=CONFIG)

@@ -45,8 +45,6 @@ def test_batches_hold_the_last_items_of_each_history(log: Interactions, max_len:
 def test_a_device_cuts_the_same_batches_as_wide_as_the_longest_history(
     device: str, log: Interactions, max_len: int
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     train = leave_one_out(log).train
     index = np.concatenate([shuffled(len(train), seed=1)[:37], [len(train) - 1]])
     there = ExamplesOnDevice(train, max_len, torch.device(device))

@@ -11,7 +11,7 @@ from td3_fast.ops import DropoutStream
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or not ops.has_fused("cuda"), reason="no GPU"),
+    pytest.mark.skipif(not ops.has_fused("cuda"), reason="no fused kernels are built"),
 ]
 # those of the kernels that are compiled for them
 USUAL_SIZES = {"hidden": 32, "inner": 64}
