@@ -87,7 +87,9 @@ class EvaluateRun:
                 for name in ("summary", "data", "size", "learner")
             ):
                 distillation = before.get("distillation")
-            elif not overwrite:
+            elif overwrite:
+                path.unlink()  # until there are new ones it would be in the way of what goes on here
+            else:
                 raise RunError(
                     f"{path} holds results of something else: choose another folder, or --overwrite them"
                 )

@@ -118,7 +118,7 @@ class Run:
         if self._complete(resume):
             self._tell_others(go=False)
             self.watcher.say(f"the run in {self.folder} is complete")
-            return list(read_results(self.folder / RESULTS)["rows"])
+            return self._rows_of_complete()
         state = None if checkpoint is None else checkpoint.state
         if checkpoint is not None:
             self._clock.seconds = dict(checkpoint.seconds)
@@ -144,6 +144,7 @@ class Run:
         """Only the pretrained learner: the folder's, or made there, from a checkpoint where there is one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._settings = self.pretrain_settings()
+        self._run_settings()  # refuses a learner of other data
         state = None
         path = self.folder / CHECKPOINT
         if path.exists() and not overwrite:
@@ -151,7 +152,12 @@ class Run:
             check_settings(path, checkpoint.settings, self._settings)
             state = checkpoint.state
             self._clock.seconds = dict(checkpoint.seconds)
-        with JsonLines(self.folder / LOG, keep=lambda entry: self._reached(entry, state)) as log:
+
+        def keep(entry: Mapping[str, Any]) -> bool:
+            of_distillation = entry.get("event") != "pretrain"  # which the folder may hold as well
+            return (of_distillation and not overwrite) or self._reached(entry, state)
+
+        with JsonLines(self.folder / LOG, keep=keep) as log:
             pretrained, _ = self._pretrained(state, log, overwrite)
         path.unlink(missing_ok=True)
         return pretrained
@@ -160,7 +166,8 @@ class Run:
         """What a summary of the recipe's size has to beat, scored and written as by `EvaluateRun.evaluate`."""
         if "summary" in rows:
             raise RunError("there is no summary among the baselines: evaluate one with `td3-fast evaluate`")
-        if any(row == "zero-step" or row.endswith("+embeddings") for row in rows):
+        asked = any(row == "zero-step" or row.endswith("+embeddings") for row in rows)
+        if asked or self.pretrained_from is not None:  # which says what to train, too
             pretrained = self.pretrained(overwrite=overwrite).to(self.device)
         else:
             name, config = self.recipe.learner_name, self.pretrain_settings()["learner_config"]
@@ -234,7 +241,16 @@ class Run:
             return False
         metadata = load_summary(path).metadata
         check_settings(path, {} if metadata is None else metadata.settings, self._settings)
-        return (self.folder / RESULTS).exists()
+        return True
+
+    def _rows_of_complete(self) -> list[Row]:
+        """What a complete run's results say; scored anew where they are gone."""
+        path = self.folder / RESULTS
+        if path.exists():
+            return list(read_results(path)["rows"])
+        self.watcher.say(f"{path} is gone: scoring the summary again")
+        summary = load_summary(self.folder / SUMMARY).to(self.device)
+        return self._evaluation(summary).evaluate()
 
     def _compare_environment(self, checkpoint: Checkpoint) -> None:
         found = differences(checkpoint.environment, self._environment())
@@ -314,6 +330,8 @@ class Run:
         if self.pretrained_from is not None:
             pretrained, made_with = load_pretrained(self.pretrained_from)
             if self.pretrained_from.resolve() != path.resolve():
+                if path.exists() and not overwrite:
+                    check_settings(path, describe_pretrained(path).settings, made_with)
                 save_pretrained(path, pretrained, made_with)
             return pretrained, made_with
         if path.exists():
@@ -323,6 +341,7 @@ class Run:
             if not differences(made_with, wanted):
                 self.watcher.say(f"pretrained already: {path} (best epoch {pretrained.best_epoch})")
                 return pretrained, made_with
+            path.unlink()  # to be overwritten; until then it would be in the way of what goes on here
         self._clock.start("pretrain")
 
         def on_step(state: PretrainState) -> None:
@@ -401,9 +420,9 @@ class Run:
         )
         return summary, state
 
-    def _first_look(self, summary: Summary, pretrained: Pretrained, state: DistillState) -> list[Row]:
-        """Evaluate what costs little, and write the results of the whole run."""
-        run = EvaluateRun(
+    def _evaluation(self, summary: Summary) -> EvaluateRun:
+        """What costs little."""
+        return EvaluateRun(
             folder=self.folder,
             summary=summary,
             split=self.split,
@@ -413,6 +432,10 @@ class Run:
             seeds=self.evaluation_seeds,
             watcher=self.watcher,
         )
+
+    def _first_look(self, summary: Summary, pretrained: Pretrained, state: DistillState) -> list[Row]:
+        """Evaluate, and write the results of the whole run."""
+        run = self._evaluation(summary)
         self._clock.start("first evaluation")
         rows = run.rows_now()
         distillation = {
