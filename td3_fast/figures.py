@@ -94,8 +94,6 @@ def _of_cell(one: Made, made: Sequence[Made], protocol: str) -> list[Figure]:
     figures = []
     for metric, summed in mean_and_sd(_transposed(values), ddof=one.ddof).items():
         share = recovered.get(metric)
-        if share is not None and whole[metric] <= control[metric]:
-            share = None  # there is no way from the control up to the full data
         of_full = 100 * means[metric] / whole[metric] if one is not full and whole.get(metric) else None
         figures.append(
             Figure(

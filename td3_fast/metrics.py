@@ -70,7 +70,7 @@ def mean_and_sd(runs: Sequence[Mapping[str, float]], *, ddof: int = 1) -> dict[s
 def recovery(
     summary: Mapping[str, float], control: Mapping[str, float], full: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """(summary - control) / (full - control) of each metric, None where full and control are equal.
+    """(summary - control) / (full - control) of each metric, None where the full data give no more than control.
 
     The share of what training on the full data adds to the untrained control that the summary adds too.
 
@@ -80,6 +80,6 @@ def recovery(
     if not summary.keys() == control.keys() == full.keys():
         raise ValueError("summary, control and full must have the same metrics")
     return {
-        name: None if full[name] == control[name] else (value - control[name]) / (full[name] - control[name])
+        name: None if full[name] <= control[name] else (value - control[name]) / (full[name] - control[name])
         for name, value in summary.items()
     }

@@ -72,13 +72,14 @@ def test_runs_that_cannot_be_summed_up_are_refused(runs):
 
 
 def test_recovery_is_the_share_of_the_gain_and_none_without_one():
-    summary = {"HR@5": 0.6, "MRR@5": 0.9, "NDCG@5": 0.3}
-    control = {"HR@5": 0.5, "MRR@5": 0.2, "NDCG@5": 0.4}
-    full = {"HR@5": 0.7, "MRR@5": 0.2, "NDCG@5": 0.6}
+    summary = {"HR@5": 0.6, "MRR@5": 0.9, "NDCG@5": 0.3, "HR@10": 0.1}
+    control = {"HR@5": 0.5, "MRR@5": 0.2, "NDCG@5": 0.4, "HR@10": 0.3}
+    full = {"HR@5": 0.7, "MRR@5": 0.2, "NDCG@5": 0.6, "HR@10": 0.2}
     assert recovery(summary, control, full) == {
         "HR@5": pytest.approx(0.5),
         "MRR@5": None,
         "NDCG@5": pytest.approx(-0.5),
+        "HR@10": None,  # on the way down there is nothing to recover
     }
 
 
