@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -97,15 +98,11 @@ def reproduce(
     known = recipe_named(dataset)
     chosen = _all_of(dataset) if table == "all" else (table,)
     cells = {one: _cells(one, dataset, size, together=table == "all") for one in chosen}
-    recipes = {}
-    for one in chosen:
-        recipe = _recipe(known, one, size if one in OF_ONE_SIZE else None, semantics, improved)
-        if epochs is not None:
-            recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))
-        recipes[one] = recipe.fitted(max_epochs=max_epochs)
-    if any(recipe.pretrain.pool_items for recipe in recipes.values()):
-        # tables that share a pretrained learner need all that any of them needs
-        recipes = {one: _with_pool_items(recipe) for one, recipe in recipes.items()}
+    recipe_of = partial(
+        recipe_for, known, semantics=semantics, improved=improved, epochs=epochs, max_epochs=max_epochs
+    )
+    # tables that share a pretrained learner need all that any of them needs
+    recipe_of = partial(recipe_of, pool_items=any(recipe_of(one).pretrain.pool_items for one in chosen))
     minima = {
         "min_item_interactions": known.min_item_interactions,
         "min_user_interactions": known.min_user_interactions,
@@ -130,14 +127,16 @@ def reproduce(
     elif size is not None and table not in OF_ONE_SIZE:
         places = {table: folder / size}  # beside the whole table, whose cells they are
     for one in chosen:
-        own: dict[str, Any] = {**common, "recipe": recipes[one], "folder": places[one]}
+        # of cells their own size is meant; that of the learners on the full data is the same in all tables
+        recipe = recipe_of(one, size=size if one == "5" else None)
+        own: dict[str, Any] = {**common, "recipe": recipe, "folder": places[one]}
         if report is not None:
             own["on_written"] = report.take
         say(f"\ntable {one}" + (f": {len(cells[one])} cells" if cells[one] else ""))
         if one == "5":
             _make_costs(dataset, own)
         else:
-            _make_cells(cells[one], own, shared=folder)
+            _make_cells(cells[one], own | {"recipe_of": partial(recipe_of, one)}, shared=folder)
         say(f"\nwritten: {places[one] / TABLE} and {places[one] / PAGE}")
     if report is not None:
         say(f"all tables together: {report.path}")
@@ -190,25 +189,32 @@ def _cells(table: str, dataset: str, size: str | None, *, together: bool) -> Seq
     return cross_cells(dataset, size or published_size(dataset) or own)
 
 
-def _recipe(
-    recipe: Recipe, table: str, size: str | None, semantics: Literal["paper", "authors"], improved: bool
+def recipe_for(
+    known: Recipe,
+    table: str,
+    size: str | None = None,
+    *,
+    semantics: Literal["paper", "authors"],
+    improved: bool,
+    epochs: int | None,
+    max_epochs: int | None,
+    pool_items: bool = False,
 ) -> Recipe:
+    """The recipe of a table; size: of its summaries, which decides on what is improved."""
     from td3_fast.distill_config import with_semantics
 
-    if size is not None:
-        recipe = recipe.sized(size)
+    recipe = known if size is None else known.sized(size)
     if table == "faults":
-        return recipe.as_published()
-    if improved:
-        recipe = recipe.improved()
-    recipe = replace(recipe, distill=with_semantics(recipe.distill, semantics))
-    if recipe.distill.item_embedding == "trained" and recipe.distill.start == "pool":
-        recipe = _with_pool_items(recipe)
-    return recipe
-
-
-def _with_pool_items(recipe: Recipe) -> Recipe:
-    return replace(recipe, pretrain=replace(recipe.pretrain, pool_items=True))
+        recipe = recipe.as_published()
+    else:
+        recipe = recipe.improved() if improved else recipe
+        recipe = replace(recipe, distill=with_semantics(recipe.distill, semantics))
+        pool_items |= recipe.distill.item_embedding == "trained" and recipe.distill.start == "pool"
+    if epochs is not None:
+        recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))
+    if pool_items:
+        recipe = replace(recipe, pretrain=replace(recipe.pretrain, pool_items=True))
+    return recipe.fitted(max_epochs=max_epochs)
 
 
 def _make_costs(dataset: str, common: dict[str, Any]) -> None:

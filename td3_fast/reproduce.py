@@ -35,7 +35,8 @@ class Reproduction:
     split: Split
     source: str  # what the user called the data
     cells: Sequence[Cell]
-    recipe: Recipe  # of sizes other than the cells'
+    recipe: Recipe  # of cells without a size
+    recipe_of: Callable[[str], Recipe] | None = None  # of a size; None: `recipe`, sized
     filters: dict[str, Any] = field(default_factory=dict)  # what was left out of the data
     distillations: int = 1  # from the seeds `seed`, `seed + 1` and so on
     seeds: int = 3  # learners of each summary; of a row without one, in all
@@ -67,7 +68,7 @@ class Reproduction:
 
     def _make(self, cell: Cell, scored: dict[Path, list[Row]]) -> Made:
         """A cell's rows for each seed; `scored` are those of folders that this run has looked into."""
-        recipe = self.recipe if cell.size is None else self.recipe.sized(cell.size)
+        recipe = self.recipe if cell.size is None else (self.recipe_of or self.recipe.sized)(cell.size)
         recipe = replace(recipe, distill=replace(recipe.distill, **cell.changes))
         repeats = []
         for seed in range(self.seed, self.seed + self.distillations):
@@ -121,9 +122,6 @@ class Reproduction:
             **self._common(),
         )
         rows = run.distill(resume=True)
-        # a finished run may have fewer learners than are asked for now, or keep no figures of each
-        if folder == distilled and all(row.learners == self.seeds for row in rows):
-            return rows
         evaluation = EvaluateRun(
             folder=folder,
             summary=load_summary(distilled / SUMMARY).to(self.device),
@@ -135,6 +133,11 @@ class Reproduction:
             learner=None if folder == distilled else cell.learner,
             watcher=self.watcher,
         )
+        # a finished run may have fewer learners than are asked for now
+        if folder == distilled and all(row.learners == self.seeds for row in rows):
+            return (
+                evaluation.rows_now()
+            )  # its results may be of other seeds or rows by now; finished runs are kept
         return evaluation.evaluate()
 
     def _write(self, figures: Sequence[Figure], *, finished: int) -> None:

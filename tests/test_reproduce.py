@@ -14,14 +14,17 @@ import torch
 from typer.testing import CliRunner
 
 from td3_fast.cli import app
+from td3_fast.cli_reproduce import recipe_for
 from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
 from td3_fast.distill_config import Semantics
+from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.faults import FROZEN, MEANINGS, fault_cells
 from td3_fast.figures import Figure
 from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables
 from td3_fast.recipes import RECIPES, Recipe, recipe_named
 from td3_fast.reproduce import Reproduction
 from td3_fast.run_folder import RunError, Stopped, Watcher
+from td3_fast.summary import load_summary
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,6 +169,27 @@ def test_more_learners_are_trained_where_more_are_asked_for(
     more = make(tmp_path, split, recipe, cells=CELLS[1:2], seeds=3, watcher=watcher).run()
     assert {figure.over for figure in more} == {"3 learners"}
     assert "distill" not in stages
+
+
+def test_another_evaluation_in_a_cells_folder_changes_no_figure(
+    split: Split, recipe: Recipe, tmp_path: Path
+) -> None:
+    before = make(tmp_path, split, recipe, cells=CELLS[1:2], seed=1).run()
+    folder = tmp_path / "cells" / "TD3-6x6-1"
+    summary = load_summary(folder / "summary.safetensors")
+    for rows in (("summary", "zero-step"), ("popularity",)):
+        EvaluateRun(folder=folder, summary=summary, split=split, source="toy", rows=rows, seeds=2).evaluate()
+        assert make(tmp_path, split, recipe, cells=CELLS[1:2], seed=1).run() == before
+
+
+def test_a_recipe_may_depend_on_the_size(split: Split, recipe: Recipe, tmp_path: Path) -> None:
+    def recipe_of(size: str) -> Recipe:
+        sized = recipe.sized(size)
+        return replace(sized, distill=replace(sized.distill, user_rank=sized.distill.users))
+
+    make(tmp_path, split, recipe, cells=[toy("TD3", "5x6")], recipe_of=recipe_of).run()
+    summary = load_summary(tmp_path / "cells" / "TD3-5x6-0" / "summary.safetensors")
+    assert summary.state_dict()["core"].shape[:2] == (5, 3)
 
 
 def test_one_summary_serves_every_learner(split: Split, recipe: Recipe, tmp_path: Path) -> None:
@@ -376,6 +400,30 @@ def test_the_cells_of_one_size_stand_beside_the_whole_table(
     ((cells, folder, shared),) = seen
     assert [cell.label for cell in cells] == ["TD3 30x50", "full"]
     assert (folder, shared) == (tmp_path / "30x50", tmp_path)
+
+
+@pytest.mark.parametrize("table", ["4", "faults"])
+def test_a_table_at_another_size_has_the_same_learners_on_the_full_data(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "td3_fast.cli_reproduce._make_cells", lambda cells, common, *, shared: seen.append(common)
+    )
+    monkeypatch.setattr("td3_fast.cli_reproduce.read_split", lambda *args, **options: split)
+    for size in ("6x6", "5x35"):
+        words = ["reproduce", table, "synthetic.inter", "--size", size, "--out", str(tmp_path)]
+        assert CliRunner().invoke(app, words).exit_code == 0
+    first, second = seen
+    assert first["recipe"] == second["recipe"]
+    assert second["recipe_of"]("5x35").learner["max_len"] == 35
+
+
+@pytest.mark.parametrize(("size", "ranks"), [("25x150", (25, 64)), ("50x50", (50, 50))])
+def test_what_is_improved_depends_on_the_size_of_a_cell(size: str, ranks: tuple[int, int]) -> None:
+    asked: dict[str, Any] = {"semantics": "paper", "improved": True, "epochs": None, "max_epochs": None}
+    config = recipe_for(recipe_named("ml-100k"), "2", size, **asked).distill
+    assert (config.user_rank, config.position_rank) == ranks
 
 
 @pytest.mark.gpu
