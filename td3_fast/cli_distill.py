@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 from collections.abc import Iterator
@@ -224,7 +225,17 @@ def distill(
     from td3_fast.run_folder import SUMMARY, check_free
 
     chosen = chosen_recipe(recipe, data, size, max_epochs, learner, pretrained)
-    chosen = chosen.fitted(loss=loss, num_sampled=num_sampled, proposal=proposal, optimiser=optimiser)
+    of_pretraining = {"loss": loss, "num_sampled": num_sampled, "proposal": proposal, "optimiser": optimiser}
+    if pretrained is not None:
+        for name, value in of_pretraining.items():
+            if value is not None:
+                word = name.replace("_", "-")
+                raise ValueError(
+                    f"--{word} and --pretrained exclude each other: the file's learner is trained"
+                )
+    chosen = chosen.fitted(**of_pretraining)
+    if engine == "higher" and importlib.util.find_spec("higher") is None:
+        raise ValueError("--engine higher needs the package higher: `pip install higher`")
     if ensemble:
         if pretrained is not None:
             raise ValueError("--ensemble and --pretrained exclude each other: the file's learner is trained")

@@ -53,7 +53,9 @@ def search(
         int | None, typer.Option(min=1, help="Training steps on the summary; as distilled for if left out.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train each candidate on all data as well.")] = False,
-    full_seeds: Annotated[int, typer.Option(min=1, help="Learners on all data for each candidate.")] = 1,
+    full_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Learners on all data for each candidate, with --full: 1.")
+    ] = None,
     start: Annotated[
         Literal["nothing", "pretrained"],
         typer.Option(help="Of learners on the summary: all is learned, or with SUMMARY's pretrained tables."),
@@ -78,6 +80,8 @@ def search(
     orders, what the chosen one lacks to the best one, and both times. Finished trials are kept in the folder beside
     results.json, so that a search that was stopped, or is given more candidates or seeds, goes on where it was.
     """
+    if full_seeds is not None and not full:
+        raise ValueError("--full-seeds is of --full, which trains the candidates on all data: give both")
     set_threads(threads)
     from td3_fast.evaluate_run import fit_config_of
     from td3_fast.run_folder import RESULTS
@@ -100,7 +104,7 @@ def search(
         fit = replace(fit, max_epochs=max_epochs)
     config = SearchConfig(
         seeds=seeds,
-        full_seeds=full_seeds if full else 0,
+        full_seeds=(full_seeds or 1) if full else 0,
         protocol=protocol,
         metric=metric,
         steps=steps,

@@ -346,8 +346,6 @@ class Distiller:
         self, state: DistillState, window: tuple[int, int] | None
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """`meta_gradient` by the engine of that name."""
-        if self.config.semantics.reload_learner == "epoch":
-            raise ValueError('engine="higher" reloads the learner at every outer step: use engine="native"')
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
         followed = [
             self.follower.follow_with_higher(

@@ -132,6 +132,11 @@ class DistillConfig:
             raise ValueError(
                 'growth_limit asks for engine="native": "higher" goes back through the whole window'
             )
+        if self.semantics.reload_learner == "epoch" and self.engine == "higher":
+            raise ValueError(
+                'reload_learner="epoch", as in the released program, asks for engine="native": "higher" reloads the '
+                "learner at every outer step"
+            )
         if not self.sharpness > 0:
             raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
         if self.positions < 2:

@@ -177,6 +177,10 @@ def test_divergence_is_an_error(split: Split, pretrained: Pretrained) -> None:
         ({"item_embedding": "frozen", "semantics": SEMANTICS["authors"]}, "carry_embeddings"),
         ({"growth_limit": 1.0}, "growth_limit must be above 1, got 1.0"),
         ({"growth_limit": 3.0, "engine": "higher"}, 'engine="native"'),
+        (
+            {"semantics": SEMANTICS["authors"], "engine": "higher", "item_embedding": "trained"},
+            "reloads the learner",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:

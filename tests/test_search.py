@@ -324,6 +324,7 @@ def test_trials_of_other_settings_do_not_count(files: tuple[Path, Path], tmp_pat
         (("--widths", "64", "--start", "pretrained"), "has 8 columns"),
         (("--depths", "deep"), "--depths is a list of numbers"),
         (("--learners", "LSTM"), "unknown learner"),
+        (("--full-seeds", "2"), "--full-seeds is of --full"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(
