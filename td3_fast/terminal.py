@@ -78,7 +78,7 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
             fail(str(stop), INTERRUPTED)
         except KeyboardInterrupt:
             fail("stopped", INTERRUPTED)
-        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
             if settings.tracebacks or not _is_for_users(error):
                 raise
             fail(f"error: {error}", 1 if isinstance(error, ArithmeticError) else 2)
@@ -92,6 +92,8 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
 def _is_for_users(error: Exception) -> bool:
     from td3_fast.data import FetchError
 
+    if isinstance(error, ImportError):
+        return error.__cause__ is not None  # one that says what to install
     return isinstance(error, ValueError | OSError | FetchError | FloatingPointError)
 
 

@@ -519,7 +519,8 @@ def test_another_learner_distils(data: Path, tmp_path: Path, learner: str) -> No
     assert run("fit", path).exit_code == 0
     pretrained = ["--pretrained", tmp_path / "run" / "pretrained.safetensors"]
     other = ["distill", data, "--out", tmp_path / "other", *TINY]
-    assert "exclude each other" in refusal(*other, *pretrained, "--learner", learner)
+    for option in (("--learner", learner), ("--loss", "sampled")):
+        assert f"{option[0]} and --pretrained exclude each other" in refusal(*other, *pretrained, *option)
 
 
 def test_info_says_what_a_summary_is(finished: Path) -> None:
@@ -629,6 +630,22 @@ def test_wrong_usage_exits_with_2(tmp_path: Path) -> None:
     assert run("distill").exit_code == 2
     assert run("distill", "synthetic", "--out", tmp_path, "--engine", "steam").exit_code == 2
     assert run("evaluate", tmp_path, "synthetic", "--seeds", "0").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("pyarrow", ["data", "check", "log.parquet"]),
+        ("higher", ["distill", "tiny.inter", "--out", "run", "--engine", "higher"]),
+    ],
+)
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, words: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log.parquet").write_bytes(b"PAR1")
+    assert package in refusal(*words)
 
 
 def test_a_traceback_is_shown_on_demand(tmp_path: Path) -> None:

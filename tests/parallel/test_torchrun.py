@@ -28,9 +28,8 @@ TINY = [
     "--batch-size", "40", "--max-epochs", "2",
 ]  # fmt: skip
 SECONDS = 600
-# "examples" and "trajectories" share these out, "items" splits the item table, which is trained
+# "trajectories" shares these out, "items" splits the item table, which is trained; test_distill_over_ranks.py has more
 MODES = {
-    "examples": ["--item-embedding", "frozen"],
     "trajectories": ["--item-embedding", "frozen", "--trajectories", "3"],
     "items": ["--item-embedding", "trained", "--item-shards", "2"],
 }
@@ -194,7 +193,7 @@ def test_a_run_that_is_interrupted_and_then_loses_a_process_goes_on_with_the_sam
     assert_same_run(tmp_path, folder)
 
 
-@pytest.mark.parametrize("unbroken", ["examples"], indirect=True)
+@pytest.mark.parametrize("unbroken", ["trajectories"], indirect=True)
 def test_torchrun_restarts_a_run_by_itself(
     unbroken: tuple[str, Path, str], data: Path, tmp_path: Path
 ) -> None:
