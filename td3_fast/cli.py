@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from td3_fast.cli_data import Columns, Data, Format, Seed, data_app
 from td3_fast.cli_distill import distill
 from td3_fast.cli_export import export
 from td3_fast.cli_options import (
+    BaselineRows,
     Device,
     LearnerName,
     MaxEpochs,
@@ -62,10 +64,6 @@ app = typer.Typer(
     help="Distil the log of a recommender into a small summary that models can be trained on.",
 )
 app.add_typer(data_app, name="data")
-app.command()(distill)
-app.command()(export)
-app.command()(search)
-app.command()(reproduce)
 
 
 @app.callback()
@@ -75,7 +73,6 @@ def options(
     settings.tracebacks = traceback
 
 
-@app.command()
 @guarded
 def evaluate(
     summary: SummaryFile,
@@ -98,9 +95,12 @@ def evaluate(
 ) -> None:
     """Train learners on SUMMARY and on the baselines, and score them on the test part of DATA.
 
-    Leaves results.json and report.png in the folder. Finished runs are kept there, so that an evaluation that was
-    stopped goes on where it was. A learner of another class than SUMMARY was distilled for has the rows summary, full,
-    full+embeddings and zero-step, and a folder of its own inside that of SUMMARY, unless others are named.
+    Leaves results.json and report.png in the folder.
+    Finished runs are kept there: an evaluation that was stopped goes on where it was.
+
+    With a learner of another class than SUMMARY was distilled for, unless others are named:
+    the rows are summary, full, full+embeddings and zero-step,
+    and the folder is one of that learner's name inside that of SUMMARY.
     """
     set_threads(threads)
     from td3_fast.evaluate import CROSS_ROWS, ROWS
@@ -136,7 +136,6 @@ def evaluate(
     say(f"\nwritten: {folder / RESULTS}")
 
 
-@app.command()
 @guarded
 def baselines(
     data: Data,
@@ -145,7 +144,7 @@ def baselines(
     learner: LearnerName = None,
     size: Size = None,
     seeds: Seeds = 3,
-    rows: Rows = None,
+    rows: BaselineRows = None,
     seed: Seed = 0,
     pretrained: PretrainedFile = None,
     max_epochs: MaxEpochs = None,
@@ -157,8 +156,10 @@ def baselines(
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Score what a summary of the given size has to beat: full data, random and longest users, popularity, and
-    pretrained embeddings under an untrained encoder."""
+    """Score what a summary of the given size has to beat.
+
+    That is full data, random and longest users, popularity, and pretrained embeddings under an untrained encoder.
+    """
     set_threads(threads)
     from td3_fast.evaluate import ROWS
     from td3_fast.run import Run
@@ -186,7 +187,6 @@ def baselines(
     say(f"\nwritten: {out / RESULTS}")
 
 
-@app.command()
 @guarded
 def fit(
     summary: SummaryFile,
@@ -236,7 +236,6 @@ def fit(
         print_rows(score(made, split, seed=seed))
 
 
-@app.command()
 @guarded
 def info(summary: SummaryFile) -> None:
     """Say what a summary is, what it stands for and how it is used."""
@@ -280,7 +279,6 @@ def info(summary: SummaryFile) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-@app.command()
 @guarded
 def recipes() -> None:
     """List the named configurations."""
@@ -305,7 +303,6 @@ def recipes() -> None:
     console.print(table, highlight=False)
 
 
-@app.command()
 @guarded
 def demo(
     data: Annotated[
@@ -320,7 +317,10 @@ def demo(
     format: Format = None,
     columns: Columns = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of torch.")] = 1,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the run in the folder; without --out that is done anyway."),
+    ] = False,
 ) -> None:
     """The whole path in some minutes, with small settings: pretrain, distil, evaluate.
 
@@ -374,6 +374,14 @@ def _demo_config(recipe: Recipe, num_examples: int) -> DistillConfig:
     config = recipe.distill
     smallest = -(-num_examples * config.epochs // DEMO_OUTER_STEPS)
     return replace(config, batch_size=max(config.batch_size, smallest))
+
+
+# in the order of the README
+COMMANDS: tuple[Callable[..., None], ...] = (
+    distill, evaluate, baselines, fit, export, search, reproduce, info, recipes, demo,
+)  # fmt: skip
+for command in COMMANDS:
+    app.command()(command)
 
 
 def main() -> None:

@@ -90,9 +90,9 @@ def data_check(data: Data, format: Format = None, columns: Columns = None) -> No
 @guarded
 def data_generate(
     out: Annotated[Path, typer.Argument(help="The file to write, such as made.inter or made.inter.gz.")],
-    users: Annotated[int, typer.Option(min=1)] = 600,
-    items: Annotated[int, typer.Option(min=1)] = 400,
-    mean_length: Annotated[float, typer.Option(min=1)] = 30.0,
+    users: Annotated[int, typer.Option(min=1, help="Users.")] = 600,
+    items: Annotated[int, typer.Option(min=1, help="Items.")] = 400,
+    mean_length: Annotated[float, typer.Option(min=1, help="Mean interactions of a user.")] = 30.0,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:

@@ -131,7 +131,7 @@ def distill(
     ] = None,
     criterion: Annotated[
         Literal["MRR@10", "cross_entropy"] | None,
-        typer.Option(help="Validation figure that chooses it; cross-entropy is the less noisy one."),
+        typer.Option(help="Validation figure that chooses the best epoch."),
     ] = None,
     validation_runs: Annotated[
         int | None, typer.Option(min=1, help="Learners trained and averaged for that choice.")
@@ -156,7 +156,10 @@ def distill(
     ] = "tucker",
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="Of user and position factors; of a Farzi summary, its latent space's."),
+        typer.Option(
+            min=1,
+            help="Rank of user and position factors; of a Farzi summary, the width of its latent space.",
+        ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Real examples per outer step.")] = None,
     users_per_step: Annotated[int | None, typer.Option(min=1, help="Synthetic users per inner step.")] = None,
@@ -175,7 +178,8 @@ def distill(
         int | None, typer.Option(min=1, help="Items drawn for each batch of a sampled loss.")
     ] = None,
     proposal: Annotated[
-        Literal["unigram", "log-uniform"] | None, typer.Option(help="What they are drawn from.")
+        Literal["unigram", "log-uniform"] | None,
+        typer.Option(help="How the items of a sampled loss are drawn."),
     ] = None,
     optimiser: Annotated[
         Literal["adam", "lazy-adam"] | None,
@@ -190,7 +194,9 @@ def distill(
     ] = 0,
     memory_limit: Annotated[
         str | None,
-        typer.Option("--memory-limit", help="Of distilling, above data and libraries, as in 2GiB or 512MiB."),
+        typer.Option(
+            "--memory-limit", help="Most memory of distilling, beyond data and libraries, as in 2GiB."
+        ),
     ] = None,
     pretrained: PretrainedFile = None,
     max_epochs: MaxEpochs = None,
@@ -208,9 +214,11 @@ def distill(
 ) -> None:
     """Pretrain a learner on DATA and distil DATA into a summary.
 
-    Leaves summary.safetensors, pretrained.safetensors, results.json, log.jsonl and report.png in the folder. Under
-    torchrun, with `-m td3_fast.cli` for the program, processes share out the real examples of each outer step, or hold
-    an item table among them; a restart goes on by itself.
+    Leaves summary.safetensors, pretrained.safetensors, results.json, log.jsonl and report.png in the folder.
+
+    Under torchrun, with `-m td3_fast.cli` for the program, several processes work on one run:
+    they share out the learners or real examples of each outer step, or hold an item table among them.
+    A restart goes on by itself.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")

@@ -43,7 +43,8 @@ def export(
         float, typer.Option(help="Of the draws; below 1 they keep closer to the most probable items.")
     ] = 1.0,
     test: Annotated[
-        str | None, typer.Option("--test", help="DATA to say on what the hard sequences cost.")
+        str | None,
+        typer.Option("--test", help="DATA: also score learners trained on what was written."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Learners for each row of that table.")] = 3,
     seed: Seed = 0,
@@ -55,8 +56,9 @@ def export(
 ) -> None:
     """Write SUMMARY as sequences of real items, for any library that reads interactions.
 
-    With --test, learners are trained on the summary itself and, with pretrained embeddings and without, on what was
-    written, and scored on the test part of DATA: the difference is what the hard sequences cost.
+    With --test, learners are trained on the summary itself and on what was written.
+    The latter have pretrained embeddings, or none.
+    All are scored on the test part of DATA: the difference is what the hard sequences cost.
     """
     set_threads(threads)
     from dataclasses import replace

@@ -39,7 +39,11 @@ Device = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="The folder that everything goes into.", show_default=False)]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help=f"A name from `td3-fast recipes`; that of DATA, or {DEFAULT_RECIPE}."),
+    typer.Option(
+        "--recipe",
+        help="A name from `td3-fast recipes`; if left out, DATA's name up to its first dot where that is one, "
+        f"else {DEFAULT_RECIPE}.",
+    ),
 ]
 LearnerName = Annotated[
     str | None, typer.Option("--learner", help="SASRec, GRU4Rec, NARM or BERT4Rec; SASRec if left out.")
@@ -49,14 +53,30 @@ Size = Annotated[
 ]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Learners that are trained for each row.")]
 Rows = Annotated[
-    str | None, typer.Option("--rows", help="Rows of the table, separated by commas; all if left out.")
+    str | None,
+    typer.Option(
+        "--rows",
+        help="Rows of the table, separated by commas: summary, full, random, random+embeddings, longest, "
+        "longest+embeddings, popularity, zero-step (these if left out); also full+embeddings, hard, hard+embeddings.",
+    ),
+]
+BaselineRows = Annotated[
+    str | None,
+    typer.Option(
+        "--rows",
+        help="Rows of the table, separated by commas: full, random, random+embeddings, longest, longest+embeddings, "
+        "popularity, zero-step (these if left out); also full+embeddings.",
+    ),
 ]
 MinItem = Annotated[
-    int | None, typer.Option("--min-item-interactions", min=0, help="Leave out rarer items; by recipe.")
+    int | None,
+    typer.Option(
+        "--min-item-interactions", min=0, help="Leave out items with fewer interactions; by recipe."
+    ),
 ]
 MinUser = Annotated[
     int | None,
-    typer.Option("--min-user-interactions", min=0, help="Then leave out users with less; by recipe."),
+    typer.Option("--min-user-interactions", min=0, help="After that, leave out users with fewer; by recipe."),
 ]
 PretrainedFile = Annotated[
     Path | None, typer.Option("--pretrained", help="A pretrained.safetensors of the same data to start from.")

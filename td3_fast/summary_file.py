@@ -102,7 +102,11 @@ class SummaryMetadata:
 
     def check_items(self, item_ids: Sequence[str]) -> None:
         """ValueError unless `item_ids` (n,) are the summary's, in the same order."""
-        remedy = f"read {self.preprocessing.data!r} with the filters {self.preprocessing.filters}"
+        source = self.preprocessing
+        remedy = (
+            f"read {source.data!r} with the filters {source.filters or 'none'}; data of that name from elsewhere may "
+            "differ"
+        )
         if len(item_ids) != len(self.item_ids):
             raise ValueError(
                 f"the summary is over {len(self.item_ids)} items, padding included, and the data has "

@@ -145,7 +145,8 @@ def find_dataset(name: str) -> Dataset:
         return DATASETS[name]
     if match := _AMAZON_NAME.fullmatch(name):
         return _amazon(match[1], match[2])
-    raise LookupError(f"no data set {name!r}; known are {', '.join(DATASETS)} and amazon-2023-CATEGORY")
+    known = ", ".join((*DATASETS, "amazon-2018-CATEGORY"))
+    raise LookupError(f"no data set {name!r}; known are {known} and amazon-2023-CATEGORY")
 
 
 def absent(name_or_path: str, error: LookupError) -> FileNotFoundError:
