@@ -75,12 +75,14 @@ def reproduce(
 ) -> None:
     """Make the cells of a table of the paper and print them beside the paper's figures.
 
-    2: quality by size; 3: baselines; 4: four learners on one summary; 5: time and memory; 6: ablation; faults: what
-    each fault of the released program is worth. Tables 2, 3 and 6 are of the paper's data sets and sizes; the others
-    can be made of any that has a recipe. all: every table of these data, with report.html, which shows them together.
+    2: quality by size; 3: baselines; 4: four learners on one summary; 5: time and memory; 6: ablation.
+    faults: what each fault of the released program is worth.
+    all: every table of these data, with report.html, which shows them together.
 
-    Cell by cell into table.csv and table.html, one file with its pictures inside. The same command goes on where it was
-    stopped, or where more distillations or learners are asked for.
+    Tables 2, 3 and 6 are of the paper's data sets and sizes; the others of any data that have a recipe.
+
+    Cell by cell into table.csv and table.html, one file with its pictures inside.
+    The same command goes on where it was stopped, or where more distillations or learners are asked for.
     """
     set_threads(threads)
     where = device_named(device)

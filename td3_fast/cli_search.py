@@ -74,11 +74,14 @@ def search(
 ) -> None:
     """Choose a model by training candidates on SUMMARY and ranking them on the validation part of DATA.
 
-    The candidates are all combinations of architecture, width of the item table, depth and dropout, and are trained
-    with that dropout even on a summary that was distilled without, and from nothing, as they would be on the data. With
-    --full each is trained on all data too, which says how far the choice can be trusted: Kendall's tau of the two
-    orders, what the chosen one lacks to the best one, and both times. Finished trials are kept in the folder beside
-    results.json, so that a search that was stopped, or is given more candidates or seeds, goes on where it was.
+    The candidates are all combinations of architecture, width of the item table, depth and dropout.
+    They are trained from nothing, as on the data, and with their dropout even on a summary distilled without.
+
+    With --full each is trained on all data too, which says how far the choice can be trusted:
+    Kendall's tau of the two orders, what the chosen one lacks to the best one, and both times.
+
+    Finished trials are kept beside results.json.
+    A search that was stopped, or is given more candidates or seeds, goes on where it was.
     """
     if full_seeds is not None and not full:
         raise ValueError("--full-seeds is of --full, which trains the candidates on all data: give both")

@@ -181,7 +181,7 @@ def check_data(summary: Summary, split: Split, source: str) -> None:
     if origin.fingerprint != split.interactions.fingerprint:
         raise RunError(
             f"{source} holds other interactions than the summary was distilled from, which were "
-            f"{origin.data!r} with the filters {origin.filters}"
+            f"{origin.data!r} with the filters {origin.filters or 'none'}; data of that name from elsewhere may differ"
         )
 
 
