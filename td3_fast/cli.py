@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from td3_fast.cli_data import Columns, Data, Format, Seed, data_app
+from td3_fast.cli_data import Columns, Data, Format, Seed, check_place, data_app
 from td3_fast.cli_distill import distill
 from td3_fast.cli_export import export
 from td3_fast.cli_options import (
@@ -211,8 +211,8 @@ def fit(
     from td3_fast.evaluate import teacher_of
     from td3_fast.summary import load_summary
 
-    if out is not None and out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another file, or --overwrite")
+    if out is not None:
+        check_place(out, overwrite=overwrite)
     loaded = load_summary(summary).to(device_named(device))
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
@@ -242,6 +242,11 @@ def info(summary: SummaryFile) -> None:
     from td3_fast.summary import load_summary
 
     loaded = load_summary(summary)
+
+    def plain(text: object) -> str:
+        """Without what would steer the terminal: the file may be anybody's."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
@@ -261,21 +266,25 @@ def info(summary: SummaryFile) -> None:
     metadata = loaded.metadata
     if metadata is not None:
         recipe, source = metadata.training, metadata.preprocessing
-        table.add_row("data", f"{source.data}, filters {source.filters or 'none'}")
-        table.add_row("fingerprint", source.fingerprint)
+        table.add_row("data", plain(f"{source.data}, filters {source.filters or 'none'}"))
+        table.add_row("fingerprint", plain(source.fingerprint))
         table.add_row(
             "training",
-            f"{recipe.learner}, {recipe.steps} steps of {recipe.batch_size} users, {recipe.optimiser}, rate "
-            f"{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, item table {recipe.item_embedding}",
+            plain(
+                f"{recipe.learner}, {recipe.steps} steps of {recipe.batch_size} users, {recipe.optimiser}, rate "
+                f"{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, item table {recipe.item_embedding}"
+            ),
         )
-        table.add_row("learner", ", ".join(f"{k} {v}" for k, v in recipe.learner_config.items()))
+        table.add_row("learner", plain(", ".join(f"{k} {v}" for k, v in recipe.learner_config.items())))
         shown = [
             f"{name} {100 * value:.2f} %" for name, value in metadata.metrics.items() if name.endswith("@10")
         ]
-        table.add_row("validation", ", ".join(shown))
-        for name, value in metadata.settings.get("distill", {}).items():
-            table.add_row(f"  {name}", str(value))
-        table.add_row("versions", ", ".join(f"{name} {number}" for name, number in metadata.versions.items()))
+        table.add_row("validation", plain(", ".join(shown)))
+        settings = metadata.settings.get("distill")
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            table.add_row(f"  {plain(name)}", plain(value))
+        versions = ", ".join(f"{name} {number}" for name, number in metadata.versions.items())
+        table.add_row("versions", plain(versions))
     console.print(table, highlight=False, markup=False)
 
 

@@ -99,11 +99,26 @@ def data_generate(
     """Write sequences with planted structure."""
     from td3_fast.data import generate_interactions, write_interactions
 
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another name, or --overwrite")
-    made = generate_interactions(num_users=users, num_items=items, mean_length=mean_length, seed=seed)
+    check_place(out, overwrite=overwrite)
+    made = generate_interactions(
+        num_users=users,
+        num_items=items,
+        mean_length=mean_length,
+        seed=seed,
+        num_clusters=min(10, items),
+        min_length=min(5, int(mean_length)),
+    )
     write_interactions(made, out)
     say(f"{out}: {made!r}")
+
+
+def check_place(out: Path, *, overwrite: bool) -> None:
+    """Refuse a file that cannot be written before anything is computed for it; its folder is made."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: choose another file, or --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def parse_columns(text: str | None) -> dict[str, str | None] | None:

@@ -242,6 +242,8 @@ def distill(
                     f"--{word} and --pretrained exclude each other: the file's learner is trained"
                 )
     chosen = chosen.fitted(**of_pretraining)
+    if chosen.pretrain.fit.loss == "full" and (num_sampled is not None or proposal is not None):
+        raise ValueError("--num-sampled and --proposal are of a sampled loss: add --loss sampled")
     if engine == "higher" and importlib.util.find_spec("higher") is None:
         raise ValueError("--engine higher needs the package higher: `pip install higher`")
     if ensemble:

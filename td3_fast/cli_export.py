@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from td3_fast.cli_data import Columns, Format, Seed
+from td3_fast.cli_data import Columns, Format, Seed, check_place
 from td3_fast.cli_options import (
     MaxEpochs,
     Overwrite,
@@ -40,8 +40,11 @@ def export(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Of the draws; below 1 they keep closer to the most probable items.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Of the draws, 1 if left out; below it they keep closer to the most probable items."
+        ),
+    ] = None,
     test: Annotated[
         str | None,
         typer.Option("--test", help="DATA: also score learners trained on what was written."),
@@ -72,10 +75,11 @@ def export(
 
     if not out.name.endswith((".inter", ".inter.gz")):
         raise ValueError(f"--out is a RecBole file, .inter or .inter.gz, got {str(out)!r}")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another file, or --overwrite")
+    hard = HardConfig(draws=draws, temperature=1.0 if temperature is None else temperature, seed=seed)
+    if draws is None and temperature is not None:
+        raise ValueError("--temperature is of draws: add --draws, or leave it out")
+    check_place(out, overwrite=overwrite)
     loaded = load_summary(summary)
-    hard = HardConfig(draws=draws, temperature=temperature, seed=seed)
     with watching("nothing is written") as watcher:
         made = hard_interactions(loaded, hard, progress=watcher.interruptible)
     write_interactions(made, out)

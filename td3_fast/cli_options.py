@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from td3_fast.run_folder import Watcher
     from td3_fast.summary import Summary
 
+FILTERS = ("min_item_interactions", "min_user_interactions", "filter_passes", "repeats")
 DEFAULT_RECIPE = "ml-100k"
 
 SummaryFile = Annotated[Path, typer.Argument(help="A summary.safetensors.", show_default=False)]
@@ -157,7 +158,14 @@ def names_in(text: str) -> tuple[str, ...]:
 
 def filters_of(summary: Summary) -> dict[str, Any]:
     """The filters of the log that a summary was distilled from."""
-    return {} if summary.metadata is None else summary.metadata.preprocessing.filters
+    filters = {} if summary.metadata is None else summary.metadata.preprocessing.filters
+    unknown = [name for name in filters if name not in FILTERS]
+    if unknown:
+        raise ValueError(
+            f"the summary was distilled from data with the filter {unknown[0]!r}, which no command applies: read the "
+            "data in Python"
+        )
+    return filters
 
 
 def read_split(data: str, *, format: str | None, columns: str | None, **filters: Any) -> Split:

@@ -300,5 +300,8 @@ def chosen_users(train: Examples, how: str, num_interactions: int, *, seed: int)
 
 
 def popularity_scores(split: Split, ranker: Ranker) -> Scores:
-    """Every user is shown the items in the order of their training counts."""
-    return ranker.score_items(torch.from_numpy(split.train.item_counts).float())
+    """Every user is shown the items in the order of their training counts, users too short for an example included."""
+    log = split.interactions
+    left_out = np.concatenate([split.validation.targets, split.test.targets])
+    counts = np.bincount(log.items, minlength=log.num_items) - np.bincount(left_out, minlength=log.num_items)
+    return ranker.score_items(torch.from_numpy(counts).float())

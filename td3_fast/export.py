@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from td3_fast.data import Interactions
+from td3_fast.data.raw_log import id_fault
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
 
@@ -36,7 +37,7 @@ def hard_interactions(
         raise ValueError("the summary does not name its items: set `summary.metadata`")
     ids = summary.metadata.item_ids
     for item in ids[1:]:
-        if not item.isprintable() or item != item.strip() or not item:
+        if id_fault("item", item) is not None:
             raise ValueError(
                 f"the item id {item!r} cannot stand in a table of text: give the items other ids and distil anew"
             )

@@ -43,7 +43,8 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # some file systems refuse it for folders
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

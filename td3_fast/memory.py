@@ -139,10 +139,13 @@ def plan_memory(
 
     Raises:
         MemoryLimitError: none fits.
-        ValueError: the engine is "higher", whose memory grows with window × batch × positions × items.
+        ValueError: the engine is "higher", whose memory grows with window × batch × positions × items; there is no
+            training example.
     """
     if config.engine == "higher":
         raise ValueError('the memory of engine="higher" is not planned: use engine="native"')
+    if len(split.train) == 0:
+        raise ValueError("there is no training example: no user has two items to train on")
     twin = _measure(split, config, learner_name, learner_config, dtype)
     planned = functools.partial(_plan, split, config, twin, learner_config["num_items"], pool, dtype)
     plan = planned(Limits(micro_batch=config.micro_batch))

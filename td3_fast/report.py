@@ -176,7 +176,7 @@ def draw_report(
     bars = len(dict.fromkeys(row.name for row in rows))
     heights = [3.2] * (2 * bool(steps)) + [0.9 + 0.34 * bars] * (2 * bool(rows))
     figure = figure_module.Figure(figsize=(11, sum(heights) + 0.5), layout="constrained", dpi=120)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     axes = figure.subplots(lines, 2, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

@@ -40,9 +40,9 @@ FIGURES = {
 }
 
 
-# where nobody looks through a window, tables are as wide as they need
-console = Console() if sys.stdout.isatty() else Console(width=110)
-_errors = Console(stderr=True)
+# where nobody looks through a window, tables are as wide as they need; what lies between colons may be a line number
+console = Console(emoji=False) if sys.stdout.isatty() else Console(width=110, emoji=False)
+_errors = Console(stderr=True, emoji=False)
 
 
 @dataclass

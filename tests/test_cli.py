@@ -104,6 +104,8 @@ def test_pretraining_on_a_sampled_loss(data: Path, tmp_path: Path) -> None:
     fit = metadata.settings["pretrained"]["pretrain"]["fit"]
     assert (fit["loss"], fit["num_sampled"], fit["proposal"]) == ("sampled", 12, "log-uniform")
     assert fit["optimiser"] == "lazy-adam"
+    alone = refusal("distill", data, *TINY, "--num-sampled", "12", "--out", tmp_path / "other")
+    assert "add --loss sampled" in alone
     refused = refusal("distill", data, *TINY, "--optimiser", "lazy-adam", "--out", tmp_path / "other")
     assert 'needs loss="sampled"' in refused
 
@@ -529,6 +531,28 @@ def test_info_says_what_a_summary_is(finished: Path) -> None:
         assert words in text
 
 
+def test_info_shows_no_control_characters_of_the_file(finished: Path, tmp_path: Path) -> None:
+    summary = TuckerSummary.load(finished / "summary.safetensors")
+    assert summary.metadata is not None
+    steering = replace(summary.metadata.preprocessing, data="x\x1b]0;title\x07")
+    summary.metadata = replace(summary.metadata, preprocessing=steering, settings={"distill": "x"})
+    summary.save(tmp_path / "summary.safetensors")
+    text = run("info", tmp_path / "summary.safetensors").stdout
+    assert "\x1b" not in text
+    assert "x\\x1b]0;title" in text
+
+
+def test_filters_that_no_command_applies_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:
+    summary = TuckerSummary.load(finished / "summary.safetensors")
+    assert summary.metadata is not None
+    filtered = replace(summary.metadata.preprocessing, filters={"min_rating": 4})
+    summary.metadata = replace(summary.metadata, preprocessing=filtered)
+    summary.save(tmp_path / "summary.safetensors")
+    assert "'min_rating', which no command applies" in refusal(
+        "evaluate", tmp_path / "summary.safetensors", data
+    )
+
+
 def test_demo_runs_the_whole_path(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
 ) -> None:
@@ -560,6 +584,8 @@ def test_data_commands(tmp_path: Path) -> None:
     assert "20 users" in checked.stdout
     assert "ml-100k" in run("data", "list").stdout
     assert "600 users" in run("data", "check", "synthetic").stdout
+    few = ["--users", "9", "--items", "5", "--mean-length", "3"]
+    assert "9 users" in run("data", "generate", tmp_path / "new folder" / "few.inter", *few).stdout
     assert "no data set 'nothing'" in refusal("data", "fetch", "nothing")
     assert "ml-1m" in run("recipes").stdout
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from td3_fast.data import Split, generate_interactions, leave_one_out
+from td3_fast.data import Split, generate_interactions, leave_one_out, load_interactions
 from td3_fast.evaluate import (
     CROSS_ROWS,
     ROWS,
@@ -92,6 +93,18 @@ def test_popularity_counts_training_interactions_alone(split: Split) -> None:
         np.add.at(counts, items[:-2] if len(items) >= 3 else items, 1)
     ranker = Ranker(split.test, seed=0)
     assert popularity_scores(split, ranker) == ranker.score_items(torch.from_numpy(counts).float())
+
+
+def test_popularity_counts_users_who_are_too_short_for_an_example() -> None:
+    lengths = [1, 1, 2, 3, 5]
+    users = [f"u{user}" for user, length in enumerate(lengths) for _ in range(length)] + ["other"]
+    items = [f"i{place}" for length in lengths for place in range(length)] + ["i5"]
+    split = leave_one_out(load_interactions(pd.DataFrame({"user": users, "item": items})))
+    ranker = Ranker(split.test, seed=0)
+    counts = dict.fromkeys(split.interactions.item_ids.tolist(), 0.0)
+    counts |= {"i0": 5.0, "i1": 2.0, "i2": 1.0, "i5": 1.0}  # all but the last two of those who have three
+    scores = torch.tensor([counts[item] for item in split.interactions.item_ids.tolist()])
+    assert popularity_scores(split, ranker) == ranker.score_items(scores)
 
 
 def test_summary_of_other_data_is_refused(split: Split, teacher: SASRec) -> None:

@@ -151,6 +151,9 @@ def test_ids_that_break_a_table_are_refused(log: Interactions) -> None:
     summary.metadata = replace(summary.metadata, item_ids=tuple(ids))
     with pytest.raises(ValueError, match="cannot stand in a table"):
         hard_interactions(summary)
+    ids[3] = "a\u00a0b"  # as the readers have it
+    summary.metadata = replace(summary.metadata, item_ids=tuple(ids))
+    assert "a\u00a0b" in hard_interactions(summary).item_ids
 
 
 @pytest.mark.parametrize(("draws", "users"), [(None, USERS), (1, USERS), (3, 3 * USERS)])
@@ -220,13 +223,16 @@ def test_the_command_writes_and_says_what_it_costs(saved: Path, data: Path, tmp_
     [
         ("hard.csv", (), "RecBole file"),
         ("there.inter", (), "--overwrite"),
-        ("hard.inter", ("--temperature", "-1"), "temperature must be positive"),
+        ("hard.inter", ("--draws", "1", "--temperature", "-1"), "temperature must be positive"),
+        ("hard.inter", ("--temperature", "0.5"), "--temperature is of draws"),
+        ("folder.inter", ("--overwrite",), "is a folder: name a file"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(
     saved: Path, tmp_path: Path, name: str, more: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "there.inter").write_text("")
+    (tmp_path / "folder.inter").mkdir()
     result = run("export", saved, "--out", tmp_path / name, *more)
     assert result.exit_code == 2, result.output
     assert message in result.stderr

@@ -144,6 +144,12 @@ def free_total() -> int:
     ).total
 
 
+def test_data_without_an_example_are_refused() -> None:
+    log = generate_interactions(seed=0, num_users=20, num_items=30, mean_length=3, min_length=3)
+    with pytest.raises(ValueError, match="no training example"):
+        planned(leave_one_out(log), CONFIG)
+
+
 def test_the_other_engine_is_not_planned(split: Split) -> None:
     with pytest.raises(ValueError, match='use engine="native"'):
         planned(split, replace(CONFIG, engine="higher"))

@@ -6,6 +6,7 @@ import io
 import signal
 
 import pytest
+import typer
 from rich.console import Console
 
 from td3_fast import terminal
@@ -25,6 +26,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(terminal, "time", clock)
     return clock
+
+
+def test_what_looks_like_an_emoji_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        terminal.fail("error: ratings.csv:100:3: expected a user id", 2)
+    assert "ratings.csv:100:3:" in capsys.readouterr().err
 
 
 def test_elsewhere_a_line_comes_every_ten_seconds_at_most(clock: Clock) -> None:

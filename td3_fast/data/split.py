@@ -45,7 +45,8 @@ class Examples:
     def item_counts(self) -> NDArray[np.int64]:
         """How often each item is a target or the first item of a user, (num_items,).
 
-        For a training part, where every item but a user's first is the target of one example, its popularity.
+        For a training part, where every item but a user's first is the target of one example, its popularity among
+        users who have an example.
         """
         log = self.interactions
         first = log.items[log.offsets[np.unique(self.users)]]

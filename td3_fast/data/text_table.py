@@ -209,10 +209,10 @@ def _parse_whole(block: Block, layout: Layout) -> Rows | None:
             return None
         text = text.replace(b'"', b"")
     if len(separator) > 1:
-        if b"\t" in text:
+        if b"\t" in text or separator + separator[:1] in text:  # such as a:::b
             return None
         text = text.replace(separator, b"\t")
-        if separator[:1] in text:  # such as a:::b
+        if separator[:1] in text:
             return None
         separator = b"\t"
     try:
