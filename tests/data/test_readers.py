@@ -345,6 +345,7 @@ MALFORMED = [
     ("comma in quotes", "a.csv", 'user,item,time\n1,"2,3"\n', 2, 8, COMMAS, "2"),
     ("empty in quotes", "a.csv", 'user,item,time\n1,"",3\n', 2, 3, "an item id", "nothing"),
     ("three colons", "ratings.dat", "1::2::3::4\n1:::2::3::4\n", 2, 2, "'::' between fields", "':::'"),
+    ("four colons", "ratings.dat", "1::2::3::4\n1::2::::4\n", 2, 5, "'::' between fields", "':::'"),
     ("single colons", "ratings.dat", "1:2:3:4\n", 1, 8, "4 fields separated by '::'", "1"),
     ("gz by name only", "plain.inter.gz", None, 1, 1, "gzip data, as the name says", "bytes 75 73"),
     (
