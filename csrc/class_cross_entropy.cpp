@@ -74,6 +74,8 @@ void add_rows_(const Tensor& table, const Tensor& target, const Tensor& rows) {
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), int64_t{0});
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return id[a] < id[b]; });
+  TORCH_CHECK_INDEX(count == 0 || (id[order.front()] >= 0 && id[order.back()] < table.size(0)),
+                    "a target is not one of the ", table.size(0), " items");
   const auto add = [&](auto* items, const auto* row) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(row)>>;
     std::vector<T> sum(d);

@@ -76,13 +76,27 @@ ThreeTensors call_double_backward(const OptionalTensor& grad_grad_hidden,
 // A node of either, by what it holds.
 struct ItemsNode : OpNode {
   SavedVariable hidden, items, logsumexp;
-  Saved saved;
+
+  void keep(const Saved& from) {
+    target_ = SavedVariable(from.target, false);  // which says so where it was overwritten
+    others_ = from;
+    others_.target = Tensor();
+  }
+  Saved kept() const {
+    Saved saved = others_;
+    saved.target = target_.unpack();
+    return saved;
+  }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* variable : {&hidden, &items, &logsumexp}) variable->reset_data();
-    saved = {};
+    for (SavedVariable* variable : {&hidden, &items, &logsumexp, &target_}) variable->reset_data();
+    others_ = {};
   }
+
+ private:
+  SavedVariable target_;
+  Saved others_;
 };
 
 struct CrossEntropyBackward final : ItemsNode {
@@ -93,7 +107,7 @@ struct CrossEntropyBackward final : ItemsNode {
     if (!grads[0].defined()) return variable_list(2);
     const auto needed = outputs_needed<2>();
     return keep_needed(needed, call_backward(grads[0], hidden.unpack(), items.unpack(),
-                                             logsumexp.unpack(getptr()), saved, needed));
+                                             logsumexp.unpack(getptr()), kept(), needed));
   }
 };
 
@@ -114,7 +128,7 @@ struct CrossEntropyDoubleBackward final : ItemsNode {
     const auto needed = outputs_needed<3>();
     return keep_needed(
         needed, call_double_backward(if_defined(grads[0]), if_defined(grads[1]), grad.unpack(),
-                                     hidden.unpack(), items.unpack(), logsumexp.unpack(), saved, needed));
+                                     hidden.unpack(), items.unpack(), logsumexp.unpack(), kept(), needed));
   }
 };
 
@@ -135,6 +149,7 @@ struct CrossEntropyTangentBackward final : ItemsNode {
     if (!grads[0].defined()) return variable_list(4);
     const auto needed = outputs_needed<4>();
     const Tensor h = hidden.unpack(), e = items.unpack(), l = logsumexp.unpack();
+    const Saved saved = kept();
     std::tuple<Tensor, Tensor> to_tangents;
     ThreeTensors to_inputs;
     if (needed[0] || needed[1]) {
@@ -161,7 +176,7 @@ void differentiate(const Tensor& value,
     node->set_next_edges(collect_next_edges(hidden, items));
     node->hidden = SavedVariable(hidden, false);
     node->items = SavedVariable(items, false);
-    node->saved = saved;
+    node->keep(saved);
     set_history(value, node);
     node->logsumexp = SavedVariable(logsumexp, /*is_output=*/!saved.target.defined());
   }
@@ -213,7 +228,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad,
     node->hidden = SavedVariable(hidden, false);
     node->items = SavedVariable(items, false);
     node->logsumexp = SavedVariable(logsumexp, false);
-    node->saved = saved;
+    node->keep(saved);
     set_history(std::get<0>(result), node);
     set_history(std::get<1>(result), node);
   }
@@ -262,7 +277,7 @@ ThreeTensors double_backward(const char* name,
     node->hidden = SavedVariable(hidden, false);
     node->items = SavedVariable(items, false);
     node->logsumexp = SavedVariable(logsumexp, false);
-    node->saved = saved;
+    node->keep(saved);
     for (const Tensor& output : {a, b, c}) set_history(output, node);
   }
   return result;

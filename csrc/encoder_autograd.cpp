@@ -49,19 +49,19 @@ std::tuple<Tensor, Tensor, Tensor> call_double_backward(const std::optional<Tens
                  sizes, needs_inputs);
 }
 
-// What all three orders carry besides their differentiable inputs.
+// What all three orders carry besides their differentiable inputs. Positions are saved as these are, so that
+// autograd says so where they were overwritten.
 struct Constants {
   Tensor positions;
   std::vector<Tensor> words;
   std::vector<int64_t> sizes;
 
   void save(AutogradContext* context) const {
-    context->saved_data["positions"] = positions;
     context->saved_data["words"] = words;
     context->saved_data["sizes"] = sizes;
   }
-  static Constants of(AutogradContext* context) {
-    return {context->saved_data["positions"].toTensor(), context->saved_data["words"].toTensorVector(),
+  static Constants of(AutogradContext* context, const Tensor& positions) {
+    return {positions, context->saved_data["words"].toTensorVector(),
             context->saved_data["sizes"].toIntVector()};
   }
 };
@@ -93,7 +93,7 @@ struct Backward : torch::autograd::Function<Backward> {
                                const Tensor& inputs,
                                const Constants& constants,
                                bool needs_inputs) {
-    context->save_for_backward({grad_outputs, parameters, inputs});
+    context->save_for_backward({grad_outputs, parameters, inputs, constants.positions});
     context->set_materialize_grads(false);
     constants.save(context);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -106,7 +106,7 @@ struct Backward : torch::autograd::Function<Backward> {
     const bool needs_inputs = context->needs_input_grad(2);
     const variable_list result =
         DoubleBackward::apply(if_defined(grads[0]), if_defined(grads[1]), saved[0], saved[1], saved[2],
-                              Constants::of(context), needs_inputs);
+                              Constants::of(context, saved[3]), needs_inputs);
     return {result[0], result[1], needs_inputs ? result[2] : Tensor(), Tensor(), Tensor()};
   }
 };
@@ -116,7 +116,7 @@ struct Forward : torch::autograd::Function<Forward> {
                         const Tensor& parameters,
                         const Tensor& inputs,
                         const Constants& constants) {
-    context->save_for_backward({parameters, inputs});
+    context->save_for_backward({parameters, inputs, constants.positions});
     constants.save(context);
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_forward(parameters, inputs, constants.positions, constants.words, constants.sizes);
@@ -125,7 +125,7 @@ struct Forward : torch::autograd::Function<Forward> {
     const variable_list saved = context->get_saved_variables();
     const bool needs_inputs = context->needs_input_grad(1);
     const variable_list result =
-        Backward::apply(grads[0], saved[0], saved[1], Constants::of(context), needs_inputs);
+        Backward::apply(grads[0], saved[0], saved[1], Constants::of(context, saved[2]), needs_inputs);
     return {result[0], needs_inputs ? result[1] : Tensor(), Tensor()};
   }
 };

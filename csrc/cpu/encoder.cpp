@@ -34,7 +34,7 @@ Tensor encode_histories(const Tensor& parameters,
                         at::IntArrayRef sizes) {
   check_histories(items, histories, lengths);
   const Tensor rows = items.index_select(0, histories.reshape(-1));
-  const Tensor inputs = rows.view({histories.size(0), histories.size(1), -1});
+  const Tensor inputs = rows.view({histories.size(0), histories.size(1), items.size(1)});
   return causal_encoder_forward(parameters, inputs, lengths.sub(1).unsqueeze(1), words, sizes).squeeze(1);
 }
 

@@ -39,6 +39,7 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = items.size(1), panels = ceil_div(d, P);
   const Tensor mixed = fresh({rows, d}, kType<T>);
+  if (n == 0) return mixed.zero_();
   const Scratch<T> packed = pack_columns<T>(items);
   const int64_t tasks = ceil_div(rows, kRowsPerTask), workers = num_workers(tasks, rows * n * d);
   const Scratch<T> scratch(workers * kRowsPerTask * P);

@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
           upstream, hidden, items, own_targets, logsumexp, remainder, mean, probabilities, {true, trained});
       if (features) {
         const Tensor apart = hidden.sub(features->narrow(0, first, count));
-        aligned.add_(apart.mul(apart).sum(), pull);
+        // row by row, so that the order of the sum is that of one thread
+        aligned.add_(apart.mul(apart).sum({1}).sum(), pull);
         grad_hidden.add_(apart, 2 * pull);
       }
       grad_hidden = grad_hidden.contiguous();

@@ -40,6 +40,8 @@ TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
   m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
   m.impl("adam_adjoint_", torch::autograd::autogradNotImplementedFallback());
   m.impl("next_item_gradient", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mix_items", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mix_items_transposed", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace td3_fast::cpu

@@ -67,7 +67,7 @@ class _LookUp(torch.autograd.Function):
 class _SumById(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
-        return torch.ops.td3_fast.sum_rows_by_id(rows.flatten(0, -2), ids.flatten(), num_ids)
+        return torch.ops.td3_fast.sum_rows_by_id(_as_matrix(rows, ids), ids.flatten(), num_ids)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -94,7 +94,11 @@ class _SumById(torch.autograd.Function):
 
 def _summed(rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
     sums = rows.new_zeros(num_ids, rows.shape[-1])
-    return sums.index_add(0, ids.flatten(), rows.flatten(0, -2))
+    return sums.index_add(0, ids.flatten(), _as_matrix(rows, ids))
+
+
+def _as_matrix(rows: Tensor, ids: Tensor) -> Tensor:
+    return rows.reshape(ids.numel(), rows.shape[-1])
 
 
 @register_fake("td3_fast::sum_rows_by_id")

@@ -73,7 +73,7 @@ def normalized_embedding(
     """
     if normalize == "softmax":
         embedding, _ = soft_embedding(queries.flatten(0, 1), keys, item_embeddings, backend=backend)
-        return embedding.view(*queries.shape[:2], -1)
+        return embedding.view(*queries.shape[:2], embedding.shape[-1])
     if normalize == "none":
         accumulate = torch.promote_types(queries.dtype, torch.float32)
         table = keys.to(accumulate).T @ item_embeddings.to(accumulate)

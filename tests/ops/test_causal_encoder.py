@@ -137,6 +137,17 @@ def test_schemas():
     opcheck(encoder_ops.causal_encoder_double_backward.default, (None, None, upstream, *plain, True))
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_positions_that_were_overwritten_are_noticed(order):
+    _, flat, theta, inputs, positions = setting()
+    made = flat.encode(theta, inputs, positions).sum()
+    if order == 2:
+        made = grad(made, theta, create_graph=True)[0].sum()
+    positions.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grad(made, theta)
+
+
 def test_a_third_order_raises():
     _, flat, theta, inputs, positions = setting()
     outputs = flat.encode(theta, inputs, positions, dropout=None)

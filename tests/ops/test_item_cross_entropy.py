@@ -3,7 +3,7 @@ import functools
 import pytest
 import torch
 from op_checks import RESET_PEAK, assert_within_budget, derivatives, peak_bytes, subsets
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from td3_fast import ops
@@ -209,6 +209,19 @@ def test_no_rows_with_items_as_targets_have_gradients_of_zero(device):
         assert not gradients[1].any()
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_target_that_was_overwritten_is_noticed(order, device):
+    hidden = torch.randn(4, 3, device=device, requires_grad=True)
+    items = torch.randn(6, 3, device=device, requires_grad=True)
+    target = torch.tensor([0, 5, 2, 2], device=device)
+    made = ops.item_cross_entropy(hidden, items, target).sum()
+    if order == 2:
+        made = grad(made, items, create_graph=True)[0].sum()
+    target.fill_(2**40)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grad(made, items)
+
+
 def test_the_gradient_of_the_item_table_is_made_once(device):
     hidden, items, _ = make_inputs((8, 200_000, 16), DTYPES["float32"], device)
     target = torch.randint(200_000, (8,), device=device)
@@ -263,3 +276,9 @@ def test_targets_that_do_not_fit_are_refused(device):
     if device.type == "cpu":
         with pytest.raises(IndexError):
             fused(hidden, items, torch.full((4,), 9))
+        target = torch.tensor([0, 8, 3, 3])
+        _, *made = OPS.class_cross_entropy_forward(hidden, items, target, True, True)
+        for wrong in (-1, 9):
+            given = (torch.ones(4), hidden, items, torch.full((4,), wrong), *made)
+            with pytest.raises(IndexError, match="not one of the 9 items"):
+                OPS.class_cross_entropy_backward(*given, [False, True])

@@ -6,7 +6,7 @@ import torch
 from td3_fast import ops
 from td3_fast.ops import mix_items, mix_items_transposed
 
-SIZES = [(1, 1, 1), (23, 95, 15), (25, 97, 17), (130, 300, 64), (64, 192, 32), (3, 5, 0)]
+SIZES = [(1, 1, 1), (23, 95, 15), (25, 97, 17), (130, 300, 64), (64, 192, 32), (3, 5, 0), (64, 0, 16)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -28,6 +28,8 @@ def test_schemas_and_refusals() -> None:
     torch.library.opcheck(torch.ops.td3_fast.mix_items_transposed.default, (probabilities, torch.randn(4, 3)))
     with pytest.raises(RuntimeError, match="no derivative"):
         mix_items(probabilities, items.clone().requires_grad_())
+    with pytest.raises(NotImplementedError, match="mix_items"):
+        torch.func.jvp(lambda table: mix_items(probabilities, table), (items,), (items,))
     with pytest.raises(ValueError, match="probabilities"):
         mix_items(probabilities, items[:5])
     with pytest.raises(ValueError, match="probabilities"):

@@ -31,6 +31,12 @@ def test_embedding_is_the_reconstruction_times_the_table(normalize, backend, dev
 
 
 @pytest.mark.parametrize("normalize", ["softmax", "none"])
+def test_no_users_have_an_embedding_of_none(normalize, device):
+    inputs = make_inputs(device, users=0)
+    assert ops.tucker_soft_embedding(*inputs, normalize=normalize).shape == (0, 4, 5)
+
+
+@pytest.mark.parametrize("normalize", ["softmax", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_both_orders_are_within_the_error_budget(dtype, normalize, device):
     inputs = [x.to(dtype) for x in make_inputs(device, users=30, positions=20, ranks=(8, 8, 32), n=894, d=32)]
