@@ -133,11 +133,10 @@ class Reproduction:
             learner=None if folder == distilled else cell.learner,
             watcher=self.watcher,
         )
-        # a finished run may have fewer learners than are asked for now
+        # a finished run may have fewer learners than are asked for now, and results of other seeds or rows; its runs
+        # are kept beside them
         if folder == distilled and all(row.learners == self.seeds for row in rows):
-            return (
-                evaluation.rows_now()
-            )  # its results may be of other seeds or rows by now; finished runs are kept
+            return evaluation.rows_now()
         return evaluation.evaluate()
 
     def _write(self, figures: Sequence[Figure], *, finished: int) -> None:

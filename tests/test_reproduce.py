@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,7 @@ from td3_fast.reproduce import Reproduction
 from td3_fast.run_folder import RunError, Stopped, Watcher
 from td3_fast.summary import load_summary
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _undrawn() -> Iterator[None]:
-    """No picture of every single run: they take longer than the runs."""
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr("td3_fast.run_folder.draw_report", lambda *args, **options: None)
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
