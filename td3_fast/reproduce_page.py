@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from td3_fast.paper import CROSS, DISTILLING
 from td3_fast.report import BLUE, GREY
 
 STYLE = (
@@ -111,8 +112,8 @@ def _about_tests(lines: Sequence[Line]) -> str:
 
 
 def label(line: Line) -> str:
-    """The row of a line, the learner named where there are several."""
-    other = line["learner"] if line["table"] == "4" else None
+    """The row of a line, its learner named as in `Cell.label`."""
+    other = line["learner"] if line["table"] == CROSS or line["learner"] != DISTILLING else None
     return " ".join(filter(None, (line["method"], line["size"], other)))
 
 

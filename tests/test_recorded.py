@@ -203,7 +203,7 @@ def on_gpu(**changes: object) -> tuple[Distiller, DistillState]:
 @pytest.mark.parametrize("trajectories", [1, 4])
 @pytest.mark.parametrize("items", ["frozen", "frozen bfloat16", "trained"])
 def test_graphs_on_a_gpu(items: str, trajectories: int) -> None:
-    """Replays have the bits of calls, side by side or not, and are what the CPU gives in float64."""
+    """Replays have the bits of calls, side by side or not, and are what the CPU gives; bfloat16 apart, in float64."""
     item_embedding, _, dtype = items.partition(" ")
     changes: dict[str, object] = {"item_embedding": item_embedding, "trajectories": trajectories}
     if dtype:
@@ -220,4 +220,7 @@ def test_graphs_on_a_gpu(items: str, trajectories: int) -> None:
         results.append(moved.meta_gradient(moved_state)[0])
     for replayed, by_call, theirs in zip(*results, expected, strict=True):
         assert torch.equal(replayed, by_call)
-        torch.testing.assert_close(replayed.cpu(), theirs, rtol=1e-8, atol=1e-11)
+        if dtype:
+            torch.testing.assert_close(replayed.cpu(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+        else:
+            torch.testing.assert_close(replayed.cpu(), theirs, rtol=1e-8, atol=1e-11)

@@ -22,6 +22,7 @@ from td3_fast.figures import Figure
 from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables
 from td3_fast.recipes import RECIPES, Recipe, recipe_named
 from td3_fast.reproduce import Reproduction
+from td3_fast.reproduce_page import label
 from td3_fast.run_folder import RunError, Stopped, Watcher
 from td3_fast.summary import load_summary
 
@@ -417,6 +418,13 @@ def test_what_is_improved_depends_on_the_size_of_a_cell(size: str, ranks: tuple[
     asked: dict[str, Any] = {"semantics": "paper", "improved": True, "epochs": None, "max_epochs": None}
     config = recipe_for(recipe_named("ml-100k"), "2", size, **asked).distill
     assert (config.user_rank, config.position_rank) == ranks
+
+
+@pytest.mark.parametrize("changes", [{}, {"learner": "GRU4Rec"}, {"table": "4"}, {"size": None}])
+def test_the_page_names_rows_as_cells_are_named(changes: dict[str, Any]) -> None:
+    cell = toy("TD3", **changes)
+    line = {"table": cell.table, "method": cell.method, "size": cell.size, "learner": cell.learner}
+    assert label(line) == cell.label
 
 
 @pytest.mark.gpu

@@ -34,8 +34,10 @@ def small_distiller(*, name: str = "SASRec", **changes: object) -> tuple[Distill
     split = leave_one_out(generate_interactions(num_users=30, num_items=NUM_ITEMS, mean_length=9, seed=3))
     sizes = {"num_items": split.interactions.num_items, "max_len": 9, "hidden": 8, "inner": 12, "layers": 2}
     sizes |= {"heads": 2} if name in ("SASRec", "BERT4Rec") else {}
-    learners = [build_learner(name, sizes, seed=seed).double() for seed in (1, 2)]
+    learners = [build_learner(name, sizes, seed=seed) for seed in (1, 2)]
     for learner in learners:
+        if changes.get("item_dtype") != "bfloat16":  # beside such a table all else is float32
+            learner.double()
         for parameter in learner.parameters():
             torch.nn.init.normal_(parameter, 0.0, 0.3, generator=torch.Generator().manual_seed(5))
     state_dicts = [{k: v.detach() for k, v in learner.state_dict().items()} for learner in learners]
