@@ -221,6 +221,8 @@ def test_graphs_on_a_gpu(items: str, trajectories: int) -> None:
     for replayed, by_call, theirs in zip(*results, expected, strict=True):
         assert torch.equal(replayed, by_call)
         if dtype:
-            torch.testing.assert_close(replayed.cpu(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+            torch.testing.assert_close(
+                replayed.cpu(), theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())
+            )
         else:
             torch.testing.assert_close(replayed.cpu(), theirs, rtol=1e-8, atol=1e-11)
