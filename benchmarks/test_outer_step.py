@@ -85,7 +85,7 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
             pytest.importorskip("torchopt", reason='needs torchopt: pip install "td3-fast[bench]"')
         # by its name, which the package gives to a function of the module as well
         monkeypatch.setattr(
-            importlib.import_module("td3_fast.distill"), "pull_back_with_higher", PEERS[engine]
+            importlib.import_module("td3_fast.trajectory"), "pull_back_with_higher", PEERS[engine]
         )
         return "higher"
 
