@@ -1,4 +1,4 @@
-"""That the benchmarks, which only `make bench` times, can be imported, and that their peers do what they are timed for."""
+"""Benchmarks, which only `make bench` times, can be collected, and their peers do what they are timed for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from pathlib import Path
 
 
 def test_benchmarks_can_be_collected_and_their_peers_give_the_meta_gradient() -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "peers_give", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-k",
+        "peers_give",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
