@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from td3_fast.figures import Figure
     from td3_fast.paper import Cell
     from td3_fast.recipes import Recipe
+    from td3_fast.reproduce import Reproduction
     from td3_fast.reproduce_page import Section
+    from td3_fast.run_folder import Watcher
+    from td3_fast.side_by_side import Ahead
 
 Table = Literal["2", "3", "4", "5", "6", "faults", "all"]
 ALL = ("2", "3", "6", "4", "faults", "5")
@@ -70,6 +74,12 @@ def reproduce(
     max_epochs: MaxEpochs = None,
     format: Format = None,
     columns: Columns = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Cells that are made side by side, each in a process with its share of --threads."
+        ),
+    ] = 1,
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
@@ -93,6 +103,8 @@ def reproduce(
     if table in ("faults", "all") and (improved or semantics != "paper"):
         which = "the table of faults is" if table == "faults" else "the tables together are"
         raise ValueError(f"{which} of the paper's method: leave --improved and --semantics out")
+    if table == "5" and processes > 1:
+        raise ValueError("table 5 measures one step at a time: leave --processes out")
     if table == "all" and size is not None:
         raise ValueError("--size is of one table: name that, or leave --size out")
     if size is not None:
@@ -112,7 +124,7 @@ def reproduce(
     filters = {name: minimum for name, minimum in minima.items() if minimum}
     folder = Path("results") / f"table-{table}-{dataset}" if out is None else out
     split = read_split(data, format=format, columns=columns, **filters)
-    common = {
+    common: dict[str, Any] = {
         "split": split,
         "source": data,
         "filters": filters,
@@ -128,18 +140,26 @@ def reproduce(
         places = {one: folder / f"table-{one}" for one in chosen}
     elif size is not None and table not in OF_ONE_SIZE:
         places = {table: folder / size}  # beside the whole table, whose cells they are
-    for one in chosen:
-        # of cells their own size is meant; that of the learners on the full data is the same in all tables
-        recipe = recipe_of(one, size=size if one == "5" else None)
-        own: dict[str, Any] = {**common, "recipe": recipe, "folder": places[one]}
-        if report is not None:
-            own["on_written"] = report.take
-        say(f"\ntable {one}" + (f": {len(cells[one])} cells" if cells[one] else ""))
-        if one == "5":
-            _make_costs(dataset, own)
-        else:
-            _make_cells(cells[one], own | {"recipe_of": partial(recipe_of, one)}, shared=folder)
-        say(f"\nwritten: {places[one] / TABLE} and {places[one] / PAGE}")
+    # of cells their own size is meant; that of the learners on the full data is the same in all tables
+    common |= {"on_written": report.take} if report is not None else {}
+    own = {
+        one: common | {"recipe": recipe_of(one, size=size if one == "5" else None), "folder": places[one]}
+        for one in chosen
+    }
+    with watching(go_on()) as watcher:
+        works = {
+            one: _work(cells[one], own[one], watcher, recipe_of=partial(recipe_of, one), shared=folder)
+            for one in chosen
+            if one != "5"
+        }
+        with _ahead(list(works.values()), processes, watcher) as ahead:
+            for one in chosen:
+                say(f"\ntable {one}" + (f": {len(cells[one])} cells" if cells[one] else ""))
+                if one == "5":
+                    _make_costs(dataset, own[one], watcher)
+                else:
+                    _make_cells(works[one], watcher, ahead)
+                say(f"\nwritten: {places[one] / TABLE} and {places[one] / PAGE}")
     if report is not None:
         say(f"all tables together: {report.path}")
 
@@ -219,13 +239,36 @@ def recipe_for(
     return recipe.fitted(max_epochs=max_epochs)
 
 
-def _make_costs(dataset: str, common: dict[str, Any]) -> None:
+def _work(cells: Sequence[Cell], own: dict[str, Any], watcher: Watcher, **more: Any) -> Reproduction:
+    from td3_fast.reproduce import Reproduction
+
+    return Reproduction(cells=cells, notes=_notes(cells[0]), watcher=watcher, **own, **more)
+
+
+@contextmanager
+def _ahead(works: Sequence[Reproduction], processes: int, watcher: Watcher) -> Iterator[Ahead | None]:
+    """What makes the cells of all tables in `processes` processes; None for one, which is this."""
+    import torch
+
+    from td3_fast.side_by_side import Ahead
+
+    if processes == 1:
+        yield None
+        return
+    for work in works:
+        work.check_place()
+    threads = max(1, torch.get_num_threads() // processes)
+    steps = [step for work in works for step in work.steps()]
+    with Ahead(steps, processes=processes, threads=threads, watcher=watcher) as ahead:
+        yield ahead
+
+
+def _make_costs(dataset: str, own: dict[str, Any], watcher: Watcher) -> None:
     from td3_fast.cost import CostTable, in_words, speed_up
     from td3_fast.paper import published_costs
 
-    with watching(go_on()) as watcher:
-        work = CostTable(dataset=dataset, published=published_costs(dataset), watcher=watcher, **common)
-        costs = work.run(lambda step: watcher.say(f"step: {step[0]}, seed {step[1]}, number {step[2] + 1}"))
+    work = CostTable(dataset=dataset, published=published_costs(dataset), watcher=watcher, **own)
+    costs = work.run(lambda step: watcher.say(f"step: {step[0]}, seed {step[1]}, number {step[2] + 1}"))
     say()
     for cost in costs:
         memory = "" if cost.peak_memory_mib is None else f"{cost.peak_memory_mib:7.0f} MiB"
@@ -236,17 +279,13 @@ def _make_costs(dataset: str, common: dict[str, Any]) -> None:
         say(f"a learner is trained {faster:.1f} times faster on the summary")
 
 
-def _make_cells(cells: Sequence[Cell], common: dict[str, Any], *, shared: Path) -> None:
-    from td3_fast.reproduce import Reproduction
-
-    with watching(go_on()) as watcher:
-        work = Reproduction(cells=cells, notes=_notes(cells[0]), watcher=watcher, shared=shared, **common)
-        figures = work.run(lambda cell: watcher.say(f"cell: {cell.label}"))
+def _make_cells(work: Reproduction, watcher: Watcher, ahead: Ahead | None) -> None:
+    figures = work.run(lambda cell: watcher.say(f"cell: {cell.label}"), ahead=ahead)
     say()
     for figure in figures:
         if figure.protocol == "uni100" and figure.metric in ("HR@10", "NDCG@10"):
             say(_words(figure))
-    for note in _notes(cells[0]):
+    for note in work.notes:
         say(f"\n{note}")
 
 

@@ -18,8 +18,10 @@ SECONDS_BETWEEN_MESSAGES = 0.1
 SECONDS_TO_END = 5.0
 
 
-def in_own_process(work: Callable[[Watcher], Result], watcher: Watcher) -> Result:
-    """What `work` returns, called in a new process with as many threads of torch; it has to be picklable.
+def in_own_process(
+    work: Callable[[Watcher], Result], watcher: Watcher, *, threads: int | None = None
+) -> Result:
+    """What `work` returns, called in a new process with `threads` of torch, else as many; it has to be picklable.
 
     The watcher that it is called with hands on to `watcher`, which it may hear of a stop from.
 
@@ -30,9 +32,8 @@ def in_own_process(work: Callable[[Watcher], Result], watcher: Watcher) -> Resul
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     stop = context.Event()
-    process = context.Process(
-        target=_serve, args=(work, torch.get_num_threads(), messages, stop), daemon=True
-    )
+    threads = torch.get_num_threads() if threads is None else threads
+    process = context.Process(target=_serve, args=(work, threads, messages, stop), daemon=True)
     process.start()
     try:
         return _listen(process, messages, stop, watcher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from td3_fast.recipes import Recipe
 from td3_fast.reproduce_page import Section, document, section
 from td3_fast.run import Run
 from td3_fast.run_folder import PRETRAINED, SUMMARY, Watcher
+from td3_fast.side_by_side import Ahead, Step
 from td3_fast.summary import load_summary
 from td3_fast.table_files import check_place, write_table
 
@@ -47,97 +49,104 @@ class Reproduction:
     shared: Path | None = None  # the folder of cells and pretrained learners; None: `folder`
     on_written: Callable[[Section], None] = lambda section: None  # hears of the table anew after each cell
 
-    def run(self, on_cell: Callable[[Cell], None] = lambda cell: None) -> list[Figure]:
+    def run(
+        self, on_cell: Callable[[Cell], None] = lambda cell: None, *, ahead: Ahead | None = None
+    ) -> list[Figure]:
         """The figures of all cells; `on_cell` hears of each before it is made.
+
+        ahead: does `steps` in other processes, and is waited for.
 
         Raises:
             RunError: a file to be written is there and is of something else.
             Stopped: the watcher asked for it; what is done is kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        check_place(self.folder, table=self.cells[0].table, dataset=self.cells[0].dataset)
+        self.check_place()
         scored: dict[Path, list[Row]] = {}
         made: list[Made] = []
         figures: list[Figure] = []
         for cell in self.cells:
             on_cell(cell)
-            made.append(self._make(cell, scored))
+            repeats = []
+            for seed in self._seeds():
+                *_, last = steps = self._steps(cell, seed)
+                if last.folder not in scored:
+                    for step in steps:
+                        if ahead is not None:
+                            ahead.wait(step.folder)
+                        rows = step.work(self.watcher)
+                    scored[last.folder] = rows
+                repeats.append(scored[last.folder])
+            ddof = self._recipe(cell).distill.semantics.ddof if cell.ddof is None else cell.ddof
+            made.append(Made(cell=cell, repeats=repeats, ddof=ddof))
             figures = figures_of(made)
             self._write(figures, finished=len(made))
         return figures
 
-    def _make(self, cell: Cell, scored: dict[Path, list[Row]]) -> Made:
-        """A cell's rows for each seed; `scored` are those of folders that this run has looked into."""
+    def check_place(self) -> None:
+        """Raises:
+        RunError: the folder holds another table.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_place(self.folder, table=self.cells[0].table, dataset=self.cells[0].dataset)
+
+    def steps(self) -> list[Step]:
+        """All that has to be done before the figures can be had, in the order of the cells."""
+        return [step for cell in self.cells for seed in self._seeds() for step in self._steps(cell, seed)]
+
+    def _seeds(self) -> range:
+        return range(self.seed, self.seed + self.distillations)
+
+    def _recipe(self, cell: Cell) -> Recipe:
         recipe = self.recipe if cell.size is None else (self.recipe_of or self.recipe.sized)(cell.size)
-        recipe = replace(recipe, distill=replace(recipe.distill, **cell.changes))
-        repeats = []
-        for seed in range(self.seed, self.seed + self.distillations):
-            if cell.row not in ("summary", CONTROL):
-                repeats.append(self._baseline(cell, recipe, seed))
-                continue
-            folder = self._folder(cell, seed, learner=cell.learner != recipe.learner_name)
-            if folder not in scored:
-                scored[folder] = self._on_summary(cell, recipe, seed, folder)
-            repeats.append(scored[folder])
-        ddof = recipe.distill.semantics.ddof if cell.ddof is None else cell.ddof
-        return Made(cell=cell, repeats=repeats, ddof=ddof)
+        return replace(recipe, distill=replace(recipe.distill, **cell.changes))
+
+    def _steps(self, cell: Cell, seed: int) -> list[Step]:
+        """What leads to a cell's rows from one seed, which the last step gives."""
+        recipe = self._recipe(cell)
+        other = cell.learner != recipe.learner_name
+        common = {
+            "split": self.split,
+            "source": self.source,
+            "filters": self.filters,
+            "device": self.device,
+            "seed": seed,
+        }
+        folder = self._folder(cell, seed, learner=other)
+        label = f"{cell.label}, seed {seed}"
+        if cell.row not in ("summary", CONTROL):
+            # its learners are shared out over the seeds
+            common |= {"folder": folder, "recipe": recipe.with_learner(cell.learner)}
+            seeds = -(-self.seeds // self.distillations)
+            work = partial(_make_baselines, common, cell.row, seeds)
+            return [Step(label=label, folder=folder, work=work)]
+        length = recipe.learner["max_len"]
+        learner = (self.shared or self.folder) / f"pretrained-{length}-{seed}"
+        distilled = self._folder(cell, seed, learner=False)
+        common["recipe"] = recipe
+        run = common | {"pretrained_from": learner / PRETRAINED, "folder": distilled}
+        steps = [
+            Step(
+                label=f"a learner of histories of {length}, seed {seed}",
+                folder=learner,
+                work=partial(_pretrain, common | {"folder": learner}),
+            ),
+            Step(
+                label=label,
+                folder=distilled,
+                work=partial(_distill, run, self.seeds),
+                after=learner,
+            ),
+        ]
+        if folder != distilled:
+            work = partial(_evaluate, run, folder, cell.learner, self.seeds)
+            steps.append(Step(label=label, folder=folder, work=work, after=distilled))
+        return steps
 
     def _folder(self, cell: Cell, seed: int, *, learner: bool) -> Path:
         """Where a row of a cell is made; the control is scored beside the summary."""
         method = "TD3" if cell.row == CONTROL else cell.same_run_as or cell.method
         parts = [method.replace(" ", "-"), cell.size, cell.learner if learner else None, str(seed)]
         return (self.shared or self.folder) / "cells" / "-".join(filter(None, parts))
-
-    def _common(self) -> dict[str, Any]:
-        return {
-            "split": self.split,
-            "source": self.source,
-            "filters": self.filters,
-            "device": self.device,
-            "watcher": self.watcher,
-        }
-
-    def _baseline(self, cell: Cell, recipe: Recipe, seed: int) -> list[Row]:
-        """A row that asks for no summary; its learners are shared out over the seeds."""
-        other = cell.learner != recipe.learner_name
-        run = Run(
-            folder=self._folder(cell, seed, learner=other),
-            recipe=recipe.with_learner(cell.learner),
-            seed=seed,
-            **self._common(),
-        )
-        return run.baselines(rows=(cell.row,), seeds=-(-self.seeds // self.distillations))
-
-    def _on_summary(self, cell: Cell, recipe: Recipe, seed: int, folder: Path) -> list[Row]:
-        """The summary and the control, of the learner that it is distilled for or, in `folder`, of another."""
-        learner = (self.shared or self.folder) / f"pretrained-{recipe.learner['max_len']}-{seed}"
-        Run(folder=learner, recipe=recipe, seed=seed, **self._common()).pretrained()
-        distilled = self._folder(cell, seed, learner=False)
-        run = Run(
-            folder=distilled,
-            recipe=recipe,
-            seed=seed,
-            pretrained_from=learner / PRETRAINED,
-            evaluation_seeds=self.seeds,
-            **self._common(),
-        )
-        rows = run.distill(resume=True)
-        evaluation = EvaluateRun(
-            folder=folder,
-            summary=load_summary(distilled / SUMMARY).to(self.device),
-            split=self.split,
-            source=self.source,
-            seed=seed,
-            rows=("summary", CONTROL),
-            seeds=self.seeds,
-            learner=None if folder == distilled else cell.learner,
-            watcher=self.watcher,
-        )
-        # a finished run may have fewer learners than are asked for now, and results of other seeds or rows; its runs
-        # are kept beside them
-        if folder == distilled and all(row.learners == self.seeds for row in rows):
-            return evaluation.rows_now()
-        return evaluation.evaluate()
 
     def _write(self, figures: Sequence[Figure], *, finished: int) -> None:
         first = self.cells[0]
@@ -152,3 +161,51 @@ class Reproduction:
         made = section(lines, title=f"{name} on {first.dataset}", about=about, notes=self.notes)
         write_table(self.folder, FIELDS, lines, document(made))
         self.on_written(made)
+
+
+# The work of steps, in whichever process: `options` are those of `Run`, but for its watcher.
+Options = dict[str, Any]
+
+
+def _run(options: Options, watcher: Watcher, **more: Any) -> Run:
+    device: torch.device = options["device"]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Run(**options, **more, watcher=watcher)
+
+
+def _make_baselines(options: Options, row: str, seeds: int, watcher: Watcher) -> list[Row]:
+    return _run(options, watcher).baselines(rows=(row,), seeds=seeds)
+
+
+def _pretrain(options: Options, watcher: Watcher) -> None:
+    _run(options, watcher).pretrained()
+
+
+def _distill(options: Options, seeds: int, watcher: Watcher) -> list[Row]:
+    rows = _run(options, watcher, evaluation_seeds=seeds).distill(resume=True)
+    # a finished run may have fewer learners than are asked for now, and results of other seeds or rows; its runs are
+    # kept beside them
+    evaluation = _evaluation(options, options["folder"], None, seeds, watcher)
+    return evaluation.rows_now() if all(row.learners == seeds for row in rows) else evaluation.evaluate()
+
+
+def _evaluate(options: Options, folder: Path, learner: str, seeds: int, watcher: Watcher) -> list[Row]:
+    return _evaluation(options, folder, learner, seeds, watcher).evaluate()
+
+
+def _evaluation(
+    options: Options, folder: Path, learner: str | None, seeds: int, watcher: Watcher
+) -> EvaluateRun:
+    """The summary and the control, of the learner that it is distilled for or of another."""
+    return EvaluateRun(
+        folder=folder,
+        summary=load_summary(options["folder"] / SUMMARY).to(options["device"]),
+        split=options["split"],
+        source=options["source"],
+        seed=options["seed"],
+        rows=("summary", CONTROL),
+        seeds=seeds,
+        learner=learner,
+        watcher=watcher,
+    )

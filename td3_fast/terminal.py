@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 Result = TypeVar("Result")
 INTERRUPTED = 130
 SECONDS_BETWEEN_LINES = 10.0
-# stage of a `td3_fast.progress.Progress` -> what it is called, and its unit
+# stage of a `td3_fast.progress.Progress`, "distill" or "process 1, distill" -> what it is called, and its unit
 STAGES = {
     "train": ("training on real data, at most", "batches"),
     "fit": ("training on the summary", "steps"),
@@ -28,6 +28,7 @@ STAGES = {
     "search": ("searching", "runs"),
     "export": ("choosing items", "positions"),
 }
+AROUND = ("evaluate", "distill", "search")  # stages that others run inside of
 FIGURES = {
     "loss": "loss",
     "cross_entropy": "cross-entropy",
@@ -103,11 +104,24 @@ def fail(text: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _who_and_kind(stage: str) -> tuple[str, str]:
+    """("process 1", "distill") of "process 1, distill"."""
+    who, _, kind = stage.rpartition(", ")
+    return who, kind
+
+
+def _words_for(stage: str) -> tuple[str, str]:
+    """What a stage is called, and its unit."""
+    who, kind = _who_and_kind(stage)
+    name, unit = STAGES.get(kind, (kind, ""))
+    return f"{who}: {name}" if who else name, unit
+
+
 class Display:
     """Progress as bars where `console` is a terminal, else as a line every ten seconds at most.
 
-    A stage inside another one (a training run of an evaluation) has a bar, or a part of the line, of its own;
-    its time left is an upper bound where training may stop early.
+    A stage inside another one (a training run of an evaluation) has a bar, or a part of the line, of its own, and so
+    have the stages of each process where several work; time left is an upper bound where training may stop early.
     """
 
     def __init__(self, console: Console) -> None:
@@ -151,14 +165,14 @@ class Display:
         if stage not in self._latest or done < self._latest[stage][0]:
             self._started[stage] = time.monotonic(), done
             self._figures[stage] = {}
-            if stage in self._tasks and self._bars is not None:
-                self._bars.remove_task(self._tasks.pop(stage))
+            self._remove_bar(stage)
         self._latest[stage] = done, total
-        if stage in ("evaluate", "distill", "search"):  # what ran inside is over
-            for inner in set(self._latest) - {stage}:
-                del self._latest[inner]
-                if inner in self._tasks and self._bars is not None:
-                    self._bars.remove_task(self._tasks.pop(inner))
+        who, kind = _who_and_kind(stage)
+        for other, (reached, end) in list(self._latest.items()):
+            # what ran inside is over, and so is what has come to its end
+            if other != stage and _who_and_kind(other)[0] == who and (kind in AROUND or reached >= end):
+                del self._latest[other]
+                self._remove_bar(other)
         self._figures[stage] |= {name: value for name, value in values.items() if name in FIGURES}
         if self._bars is not None:
             self._draw(self._bars, stage, done, total)
@@ -166,10 +180,14 @@ class Display:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             self.say("; ".join(self._words(name) for name in self._latest))
 
+    def _remove_bar(self, stage: str) -> None:
+        if stage in self._tasks and self._bars is not None:
+            self._bars.remove_task(self._tasks.pop(stage))
+
     def _draw(self, bars: Progress, stage: str, done: int, total: int) -> None:
         figures = self._shown(stage)
         if stage not in self._tasks:
-            name = STAGES.get(stage, (stage, ""))[0]
+            name, _ = _words_for(stage)
             self._tasks[stage] = bars.add_task(name, total=total, completed=done, figures=figures)
         bars.update(self._tasks[stage], completed=done, total=total, figures=figures)
 
@@ -178,7 +196,7 @@ class Display:
         return ", ".join(f"{label} {found[name]:.4g}" for name, label in FIGURES.items() if name in found)
 
     def _words(self, stage: str) -> str:
-        name, unit = STAGES.get(stage, (stage, ""))
+        name, unit = _words_for(stage)
         done, total = self._latest[stage]
         begun, first = self._started[stage]
         words = [f"{name} {done:,}/{total:,} {unit}".rstrip()]

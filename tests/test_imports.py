@@ -17,6 +17,7 @@ LAYERS = (
     {"cli_distill", "cli_export", "cli_reproduce", "cli_search"},
     {"cli_options"},
     {"cli_data", "cost", "reproduce", "search_run"},
+    {"side_by_side"},
     {"own_process", "table_files"},
     {"run"},
     {"evaluate_run"},

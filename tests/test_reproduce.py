@@ -351,18 +351,39 @@ def test_all_tables_stand_on_one_page_and_share_their_summaries(
     assert (out / "report.html").read_text(encoding="utf-8") == text
 
 
+def test_processes_side_by_side_make_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = cross_cells("toy", "6x6")[:3]  # of one learner
+    monkeypatch.setattr("td3_fast.paper.cross_cells", lambda *given: cells)
+    data = tmp_path / "toy.inter"
+    write_interactions(generate_interactions(num_users=40, num_items=26, mean_length=9, seed=3), data)
+    options = ["--dataset", "synthetic", "--seeds", "1", "--epochs", "1", "--max-epochs", "1"]
+    made = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        words = ["reproduce", "4", str(data), *options, "--processes", processes, "--out", str(out)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.stderr
+        made.append((out / "table.csv").read_text())
+    assert made[0] == made[1]
+    assert "process 2 has done" in result.stdout
+    refused = CliRunner().invoke(app, ["reproduce", "5", str(data), *options, "--processes", "2"])
+    assert refused.exit_code == 2
+    assert "leave --processes out" in refused.stderr
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_tables_that_share_a_pretrained_learner_ask_for_the_same(
     name: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Recipe] = {}
 
-    def note(cells: list[Cell], common: dict[str, Any], *, shared: Path) -> None:
-        asked[cells[0].table] = common["recipe"]
-        assert common["folder"] == shared / f"table-{cells[0].table}"
+    def note(work: Reproduction, *rest: object) -> None:
+        asked[work.cells[0].table] = work.recipe
+        assert work.shared is not None
+        assert work.folder == work.shared / f"table-{work.cells[0].table}"
 
     monkeypatch.setattr("td3_fast.cli_reproduce._make_cells", note)
-    monkeypatch.setattr("td3_fast.cli_reproduce._make_costs", lambda dataset, common: None)
+    monkeypatch.setattr("td3_fast.cli_reproduce._make_costs", lambda *given: None)
     monkeypatch.setattr("td3_fast.cli_reproduce.read_split", lambda *args, **options: split)
     words = ["reproduce", "all", "log.inter", "--dataset", name, "--out", str(tmp_path)]
     result = CliRunner().invoke(app, words)
@@ -382,35 +403,31 @@ def test_tables_that_share_a_pretrained_learner_ask_for_the_same(
 def test_the_cells_of_one_size_stand_beside_the_whole_table(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(
-        "td3_fast.cli_reproduce._make_cells",
-        lambda cells, common, *, shared: seen.append((cells, common["folder"], shared)),
-    )
+    seen: list[Reproduction] = []
+    monkeypatch.setattr("td3_fast.cli_reproduce._make_cells", lambda work, *rest: seen.append(work))
     monkeypatch.setattr("td3_fast.cli_reproduce.read_split", lambda *args, **options: split)
     words = ["reproduce", "2", "ml-100k.inter", "--size", "30X50", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
-    ((cells, folder, shared),) = seen
-    assert [cell.label for cell in cells] == ["TD3 30x50", "full"]
-    assert (folder, shared) == (tmp_path / "30x50", tmp_path)
+    (work,) = seen
+    assert [cell.label for cell in work.cells] == ["TD3 30x50", "full"]
+    assert (work.folder, work.shared) == (tmp_path / "30x50", tmp_path)
 
 
 @pytest.mark.parametrize("table", ["4", "faults"])
 def test_a_table_at_another_size_has_the_same_learners_on_the_full_data(
     split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
 ) -> None:
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        "td3_fast.cli_reproduce._make_cells", lambda cells, common, *, shared: seen.append(common)
-    )
+    seen: list[Reproduction] = []
+    monkeypatch.setattr("td3_fast.cli_reproduce._make_cells", lambda work, *rest: seen.append(work))
     monkeypatch.setattr("td3_fast.cli_reproduce.read_split", lambda *args, **options: split)
     for size in ("6x6", "5x35"):
         words = ["reproduce", table, "synthetic.inter", "--size", size, "--out", str(tmp_path)]
         assert CliRunner().invoke(app, words).exit_code == 0
     first, second = seen
-    assert first["recipe"] == second["recipe"]
-    assert second["recipe_of"]("5x35").learner["max_len"] == 35
+    assert first.recipe == second.recipe
+    assert second.recipe_of is not None
+    assert second.recipe_of("5x35").learner["max_len"] == 35
 
 
 @pytest.mark.parametrize(("size", "ranks"), [("25x150", (25, 64)), ("50x50", (50, 50))])
