@@ -39,3 +39,8 @@ def test_unknown_recipe_lists_the_known_ones() -> None:
 def test_improved_learners_move_no_faster_than_the_long_window_bears(name: str) -> None:
     recipe = recipe_named(name)
     assert recipe.improved().distill.learner_lr == min(recipe.distill.learner_lr, 0.005)
+
+
+@pytest.mark.parametrize(("size", "users"), [("50x50", 25), ("200x100", 100), ("31x20", 25)])
+def test_an_improved_step_takes_half_of_the_users_of_a_large_summary(size: str, users: int) -> None:
+    assert recipe_named("ml-1m").sized(size).improved().distill.users_per_step == users
