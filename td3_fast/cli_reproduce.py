@@ -269,6 +269,7 @@ def _make_costs(dataset: str, own: dict[str, Any], watcher: Watcher) -> None:
 
     work = CostTable(dataset=dataset, published=published_costs(dataset), watcher=watcher, **own)
     costs = work.run(lambda step: watcher.say(f"step: {step[0]}, seed {step[1]}, number {step[2] + 1}"))
+    watcher.progress("done", 1, 1, {})
     say()
     for cost in costs:
         memory = "" if cost.peak_memory_mib is None else f"{cost.peak_memory_mib:7.0f} MiB"
@@ -281,6 +282,7 @@ def _make_costs(dataset: str, own: dict[str, Any], watcher: Watcher) -> None:
 
 def _make_cells(work: Reproduction, watcher: Watcher, ahead: Ahead | None) -> None:
     figures = work.run(lambda cell: watcher.say(f"cell: {cell.label}"), ahead=ahead)
+    watcher.progress("done", 1, 1, {})
     say()
     for figure in figures:
         if figure.protocol == "uni100" and figure.metric in ("HR@10", "NDCG@10"):

@@ -1,76 +1,116 @@
-"""Work done in a process of its own, so that its memory can be told from that of all else."""
+"""Work done in a process of its own, so that its memory can be told from that of all else, or beside other work."""
 
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import queue
 import signal
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
-from td3_fast.run_folder import Watcher
+from td3_fast.run_folder import Stopped, Watcher
 
 Result = TypeVar("Result")
 SECONDS_BETWEEN_MESSAGES = 0.1
 SECONDS_TO_END = 5.0
 
 
-def in_own_process(
-    work: Callable[[Watcher], Result], watcher: Watcher, *, threads: int | None = None
-) -> Result:
-    """What `work` returns, called in a new process with `threads` of torch, else as many; it has to be picklable.
+def in_own_process(work: Callable[[Watcher], Result], watcher: Watcher) -> Result:
+    """What `work` returns, called in a new process with as many threads of torch, as `OwnProcess.call` does."""
+    with OwnProcess(threads=torch.get_num_threads()) as process:
+        return process.call(work, watcher)
 
-    The watcher that it is called with hands on to `watcher`, which it may hear of a stop from.
 
-    Raises:
-        RuntimeError: the process ended without an answer.
-        Exception: whatever `work` raised, `Stopped` included.
+class OwnProcess:
+    """A new process that does one piece of work after another; a context, at whose end it ends.
+
+    An interruption of the whole group of processes is the first process's to act on; a SIGTERM stops the work.
     """
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    stop = context.Event()
-    threads = torch.get_num_threads() if threads is None else threads
-    process = context.Process(target=_serve, args=(work, threads, messages, stop), daemon=True)
-    process.start()
-    try:
-        return _listen(process, messages, stop, watcher)
-    finally:
-        process.join(SECONDS_TO_END)
-        if process.is_alive():
-            process.terminate()
-            process.join()
+
+    def __init__(self, *, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._requests, self._messages, self._stop = context.Queue(), context.Queue(), context.Event()
+        self._process = context.Process(
+            target=_serve, args=(threads, self._requests, self._messages, self._stop), daemon=True
+        )
+        # until it can say itself that an interruption is not for it
+        with _SignalsHeld():
+            self._process.start()
+
+    def call(self, work: Callable[[Watcher], Result], watcher: Watcher) -> Result:
+        """What `work`, which has to be picklable, returns; the watcher that it is called with hands on to `watcher`.
+
+        Raises:
+            RuntimeError: the process ended without an answer.
+            Exception: whatever `work` raised, `Stopped` included.
+        """
+        self._requests.put(work)
+        while True:
+            if watcher.stop():
+                self._stop.set()
+            ended = not self._process.is_alive()  # before looking, so that nothing it said goes unheard
+            try:
+                kind, content = self._messages.get(timeout=SECONDS_BETWEEN_MESSAGES)
+            except queue.Empty:
+                if ended and self._stop.is_set():
+                    raise Stopped from None
+                if ended:
+                    raise RuntimeError(
+                        f"the process of a step ended with exit code {self._process.exitcode} and no answer; was it "
+                        "killed, or short of memory?"
+                    ) from None
+                continue
+            if kind == "result":
+                return content
+            if kind == "error":
+                raise content
+            if kind == "progress":
+                watcher.progress(*content)
+            else:
+                watcher.say(content)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def __enter__(self) -> OwnProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._requests.cancel_join_thread()  # nobody may be left to read what it still holds
+        self._process.join(SECONDS_TO_END)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
 
-def _listen(process: Any, messages: Any, stop: Any, watcher: Watcher) -> Any:
-    while True:
-        if watcher.stop():
-            stop.set()
-        ended = not process.is_alive()  # before looking, so that nothing it said goes unheard
-        try:
-            kind, content = messages.get(timeout=SECONDS_BETWEEN_MESSAGES)
-        except queue.Empty:
-            if ended:
-                raise RuntimeError(
-                    f"the process of a step ended with exit code {process.exitcode} and no answer; was it killed, or "
-                    "short of memory?"
-                ) from None
-            continue
-        if kind == "result":
-            return content
-        if kind == "error":
-            raise content
-        if kind == "progress":
-            watcher.progress(*content)
-        else:
-            watcher.say(content)
+class _SignalsHeld:
+    """While entered, this thread and what process it starts hear of no SIGINT or SIGTERM, where systems can do so."""
+
+    def __enter__(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            self._before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+    def __exit__(self, *error: object) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
 
-def _serve(work: Callable[[Watcher], Any], threads: int, messages: Any, stop: Any) -> None:
-    # an interruption of the whole group is the first process's to act on
+def _serve(threads: int, requests: Any, messages: Any, stop: Any) -> None:
+    terminated = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     torch.set_num_threads(threads)
     told = 0.0
 
@@ -84,10 +124,25 @@ def _serve(work: Callable[[Watcher], Any], threads: int, messages: Any, stop: An
     def stopped() -> bool:
         # one that was killed cannot ask for it, and whoever goes on must not find this process still writing
         first = multiprocessing.parent_process()
-        return bool(stop.is_set()) or (first is not None and not first.is_alive())
+        return bool(terminated or stop.is_set()) or (first is not None and not first.is_alive())
 
     watcher = Watcher(progress=progress, say=lambda text: messages.put(("say", text)), stop=stopped)
+    while not stopped():
+        try:
+            work: Callable[[Watcher], Any] = requests.get(timeout=SECONDS_BETWEEN_MESSAGES)
+        except queue.Empty:
+            continue
+        try:
+            messages.put(("result", work(watcher)))
+        except Exception as error:  # whatever it is, the first process raises it again
+            messages.put(("error", _sendable(error)))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, with where it came from as a note, or what it says where it does not survive a pickle."""
+    if hasattr(error, "add_note"):
+        error.add_note(f"in a process of its own:\n{traceback.format_exc()}")
     try:
-        messages.put(("result", work(watcher)))
-    except Exception as error:  # whatever it is, the first process raises it again
-        messages.put(("error", error))
+        return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(str(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -102,8 +102,8 @@ def parse_size(size: str) -> tuple[int, int]:
 # batches are small, the gradient of so long a window is noisy, and explodes in the first epochs: it is cut short there,
 # and the outer rate falls with the root of the batch, as Adam's should (Malladi et al., 2022, arXiv:2205.10287). With a
 # rate of 0.01 in the inner loop, as ml-1m has it, the gradient of the long window grows and the loss rises from the
-# fourth epoch; with half of that it falls. Half of the users a step, as the recipes have it at their own sizes, or those
-# of a larger summary are seen too seldom: 100 of 200 recovered 84 and 81 % on ml-1m where 25 recovered 80 and 77 %.
+# fourth epoch; with half of that it falls. Half of the users a step, as recipes have it at their own sizes, or those of
+# a larger summary are seen too seldom: 100 of 200 recovered 84 and 81 % on ml-1m where 25 recovered 80 and 77 %.
 LARGEST_RANK = 64
 LARGEST_LEARNER_RATE = 0.005
 LARGE_BATCH = 1024

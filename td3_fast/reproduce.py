@@ -54,7 +54,7 @@ class Reproduction:
     ) -> list[Figure]:
         """The figures of all cells; `on_cell` hears of each before it is made.
 
-        ahead: does `steps` in other processes, and is waited for.
+        ahead: does `steps` in other processes, whose results are waited for.
 
         Raises:
             RunError: a file to be written is there and is of something else.
@@ -71,9 +71,7 @@ class Reproduction:
                 *_, last = steps = self._steps(cell, seed)
                 if last.folder not in scored:
                     for step in steps:
-                        if ahead is not None:
-                            ahead.wait(step.folder)
-                        rows = step.work(self.watcher)
+                        rows = step.work(self.watcher) if ahead is None else ahead.result(step)
                     scored[last.folder] = rows
                 repeats.append(scored[last.folder])
             ddof = self._recipe(cell).distill.semantics.ddof if cell.ddof is None else cell.ddof
@@ -168,10 +166,15 @@ Options = dict[str, Any]
 
 
 def _run(options: Options, watcher: Watcher, **more: Any) -> Run:
+    _set_device(options)
+    return Run(**options, **more, watcher=watcher)
+
+
+def _set_device(options: Options) -> None:
+    """In a process that has not been told of it."""
     device: torch.device = options["device"]
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return Run(**options, **more, watcher=watcher)
 
 
 def _make_baselines(options: Options, row: str, seeds: int, watcher: Watcher) -> list[Row]:
@@ -179,6 +182,7 @@ def _make_baselines(options: Options, row: str, seeds: int, watcher: Watcher) ->
 
 
 def _pretrain(options: Options, watcher: Watcher) -> None:
+    """Into its folder, where who distils finds the learner."""
     _run(options, watcher).pretrained()
 
 
@@ -198,6 +202,7 @@ def _evaluation(
     options: Options, folder: Path, learner: str | None, seeds: int, watcher: Watcher
 ) -> EvaluateRun:
     """The summary and the control, of the learner that it is distilled for or of another."""
+    _set_device(options)
     return EvaluateRun(
         folder=folder,
         summary=load_summary(options["folder"] / SUMMARY).to(options["device"]),

@@ -28,7 +28,8 @@ STAGES = {
     "search": ("searching", "runs"),
     "export": ("choosing items", "positions"),
 }
-AROUND = ("evaluate", "distill", "search")  # stages that others run inside of
+# stages that others run inside of; "done" ends them all
+AROUND = ("evaluate", "distill", "search", "done")
 FIGURES = {
     "loss": "loss",
     "cross_entropy": "cross-entropy",
@@ -122,6 +123,7 @@ class Display:
 
     A stage inside another one (a training run of an evaluation) has a bar, or a part of the line, of its own, and so
     have the stages of each process where several work; time left is an upper bound where training may stop early.
+    Several threads may call it.
     """
 
     def __init__(self, console: Console) -> None:
@@ -134,6 +136,7 @@ class Display:
         self._latest: dict[str, tuple[int, int]] = {}  # stage -> done, total
         self._figures: dict[str, dict[str, float]] = {}
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._lock = threading.Lock()  # not for `say`, which a signal may call in the middle of all else
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
@@ -162,6 +165,10 @@ class Display:
 
     def progress(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """A `td3_fast.progress.Progress`."""
+        with self._lock:
+            self._take(stage, done, total, values)
+
+    def _take(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         if stage not in self._latest or done < self._latest[stage][0]:
             self._started[stage] = time.monotonic(), done
             self._figures[stage] = {}
@@ -173,12 +180,15 @@ class Display:
             if other != stage and _who_and_kind(other)[0] == who and (kind in AROUND or reached >= end):
                 del self._latest[other]
                 self._remove_bar(other)
+        if kind == "done":
+            del self._latest[stage]
+            return
         self._figures[stage] |= {name: value for name, value in values.items() if name in FIGURES}
         if self._bars is not None:
             self._draw(self._bars, stage, done, total)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            self.say("; ".join(self._words(name) for name in self._latest))
+            self.say("; ".join(map(self._words, self._latest)))
 
     def _remove_bar(self, stage: str) -> None:
         if stage in self._tasks and self._bars is not None:

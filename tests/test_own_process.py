@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from td3_fast.own_process import in_own_process
+from td3_fast.own_process import OwnProcess, in_own_process
 from td3_fast.run_folder import Stopped, Watcher
 
 
@@ -69,3 +69,25 @@ def test_a_stop_reaches_the_work() -> None:
 def test_a_process_that_dies_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="exit code 3"):
         in_own_process(vanish, Watcher())
+
+
+class Awkward(Exception):
+    """One that a pickle cannot make again."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def raise_awkward(watcher: Watcher) -> None:
+    raise Awkward("no", "luck")
+
+
+def test_an_error_that_cannot_be_sent_still_says_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="Awkward: no luck"):
+        in_own_process(raise_awkward, Watcher())
+
+
+def test_one_process_does_one_piece_of_work_after_another() -> None:
+    with OwnProcess(threads=3) as process:
+        first, second = (process.call(report, Watcher()) for _ in range(2))
+    assert first == second == (first[0], 3)

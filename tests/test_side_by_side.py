@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +16,12 @@ from td3_fast.run_folder import Stopped, Watcher
 from td3_fast.side_by_side import Ahead, Step
 
 
-def leave(folder: Path, watcher: Watcher, *, others: tuple[Path, ...] = ()) -> None:
-    """Notes which of `others` are there already."""
+def leave(folder: Path, watcher: Watcher, *, others: tuple[Path, ...] = ()) -> list[str]:
+    """Which of `others` are there already."""
     watcher.progress("work", 1, 1, {})
+    watcher.say("at work")
     folder.mkdir()
-    (folder / "found").write_text(" ".join(other.name for other in others if (other / "found").exists()))
+    return [other.name for other in others if other.exists()]
 
 
 def refuse(watcher: Watcher) -> None:
@@ -29,43 +34,56 @@ def linger(watcher: Watcher) -> None:
         time.sleep(0.01)
 
 
-def step(folder: Path, work: object = None, **options: object) -> Step:
-    return Step(label=folder.name, folder=folder, work=work or partial(leave, folder), **options)  # type: ignore[arg-type]
+def sleep(watcher: Watcher) -> None:
+    watcher.progress("work", 0, 1, {})
+    time.sleep(60)
 
 
-def test_steps_wait_for_those_that_they_need_and_no_folder_is_filled_twice(tmp_path: Path) -> None:
+def step(folder: Path, work: Callable[..., object] | None = None, **options: Any) -> Step:
+    return Step(label=folder.name, folder=folder, work=work or partial(leave, folder), **options)
+
+
+def test_steps_keep_their_order_but_for_what_they_need_and_none_is_done_twice(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     said: list[str] = []
-    stages: set[str] = set()
-    watcher = Watcher(progress=lambda stage, *rest: stages.add(stage), say=said.append)
+    stages: list[str] = []
+    watcher = Watcher(progress=lambda stage, *rest: stages.append(stage), say=said.append)
     steps = [
         step(second, partial(leave, second, others=(first, third)), after=first),
-        step(first),
-        step(third, partial(leave, third, others=(second,)), after=second),
+        step(first, partial(leave, first, others=(third,))),
+        step(third, partial(leave, third, others=(first, second))),
         step(first, refuse),
     ]
-    with Ahead(steps, processes=2, threads=1, watcher=watcher) as ahead:
-        ahead.wait(tmp_path / "of no step")
-        ahead.wait(third)
-        assert (third / "found").read_text() == "second"
-        assert (second / "found").read_text() == "first"
-    assert stages <= {"process 1, work", "process 2, work"}
-    assert [line.split(": ")[1].split(",")[0] for line in said if "has done" in line] == [
-        "first",
-        "second",
-        "third",
+    with Ahead(steps, processes=1, threads=1, watcher=watcher) as ahead:
+        assert [ahead.result(one) for one in steps] == [["first"], [], ["first", "second"], []]
+    assert stages == ["process 1, work", "process 1, done"] * 3
+    assert [line.split(", in ")[0] for line in said if "begins" not in line] == [
+        line
+        for name in ("first", "second", "third")
+        for line in ("process 1: at work", f"process 1 has done: {name}")
     ]
 
 
 def test_what_one_step_raises_comes_out_and_nothing_else_is_begun(tmp_path: Path) -> None:
-    last = tmp_path / "last"
-    steps = [step(tmp_path / "bad", refuse), step(last, after=tmp_path / "bad")]
-    with Ahead(steps, processes=1, threads=1, watcher=Watcher()) as ahead:
-        with pytest.raises(ValueError, match="no such size"):
-            ahead.wait(last)
-        with pytest.raises(ValueError, match="no such size"):
-            ahead.wait(last)
-    assert not last.exists()
+    said: list[str] = []
+    last = step(tmp_path / "last", after=tmp_path / "bad")
+    steps = [step(tmp_path / "bad", refuse), last]
+    with Ahead(steps, processes=2, threads=1, watcher=Watcher(say=said.append)) as ahead:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no such size"):
+                ahead.result(last)
+    assert not last.folder.exists()
+    assert any(re.fullmatch(r"process \d has failed: bad", line) for line in said)
+
+
+def test_whoever_cannot_be_told_is_not_waited_for(tmp_path: Path) -> None:
+    def break_off(text: str) -> None:
+        raise SystemExit(1)
+
+    steps = [step(tmp_path / "one")]
+    watcher = Watcher(say=break_off)
+    with Ahead(steps, processes=1, threads=1, watcher=watcher) as ahead, pytest.raises(SystemExit):
+        ahead.result(steps[0])
 
 
 def test_a_stop_reaches_every_process(tmp_path: Path) -> None:
@@ -73,9 +91,16 @@ def test_a_stop_reaches_every_process(tmp_path: Path) -> None:
     watcher = Watcher(progress=lambda stage, *rest: working.add(stage), stop=lambda: len(working) == 2)
     steps = [step(tmp_path / name, linger) for name in ("one", "other")]
     with Ahead(steps, processes=2, threads=1, watcher=watcher) as ahead, pytest.raises(Stopped):
-        ahead.wait(tmp_path / "one")
+        ahead.result(steps[0])
 
 
-def test_who_leaves_early_waits_for_no_step(tmp_path: Path) -> None:
-    with Ahead([step(tmp_path / "endless", linger)], processes=1, threads=1, watcher=Watcher()):
-        pass
+def test_who_interrupts_waits_for_no_step(tmp_path: Path) -> None:
+    begun = threading.Event()
+    watcher = Watcher(progress=lambda *progress: begun.set())
+    seconds = 0.0
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with Ahead([step(tmp_path / "long", sleep)], processes=1, threads=1, watcher=watcher):
+            assert begun.wait(60)
+            seconds = time.monotonic()
+            raise KeyboardInterrupt
+    assert time.monotonic() - seconds < 5
