@@ -164,8 +164,8 @@ RECIPES = {
         # the whole catalogue, however rare its items: the loss of pretraining is sampled and only rows that a batch
         # meets are moved; the item table is frozen while distilling, so the pool needs none and nothing that a learner
         # changes grows with the items. Its epoch is chosen among 100 items: among all, so few targets are found that
-        # chance chose the first of 11 of ciao's, where the fifth finds a seventh more of them among 100. A learner rate of
-        # 0.005 is too much for the long window of what is improved: the gradient grows on its way back through it.
+        # chance chose the first of 11 of ciao's, where the fifth finds a seventh more of them among 100. A learner rate
+        # of 0.005 is too much for the long window of what is improved: the gradient grows on its way back through it.
         Recipe(
             name="ciao",
             learner={"max_len": 50, "hidden": 64, "inner": 128},
