@@ -134,7 +134,9 @@ def _serve(threads: int, requests: Any, messages: Any, stop: Any) -> None:
             continue
         try:
             messages.put(("result", work(watcher)))
-        except Exception as error:  # whatever it is, the first process raises it again
+        except (
+            Exception
+        ) as error:  # all of them: the first process raises it again, and it would wait for ever
             messages.put(("error", _sendable(error)))
 
 
@@ -144,5 +146,5 @@ def _sendable(error: Exception) -> Exception:
         error.add_note(f"in a process of its own:\n{traceback.format_exc()}")
     try:
         return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(str(error))
-    except Exception:
+    except Exception:  # a pickle runs the code of the error's class, which may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")

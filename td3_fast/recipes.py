@@ -163,7 +163,7 @@ RECIPES = {
         ),
         # the whole catalogue, however rare its items: the loss of pretraining is sampled and only rows that a batch
         # meets are moved; the item table is frozen while distilling, so the pool needs none and nothing that a learner
-        # changes grows with the items. Its epoch is chosen among 100 items: among all, so few targets are found that
+        # changes grows with the items. Epochs are chosen among 100 items: among all, so few targets are found that
         # chance chose the first of 11 of ciao's, where the fifth finds a seventh more of them among 100. A learner rate
         # of 0.005 is too much for the long window of what is improved: the gradient grows on its way back through it.
         Recipe(
@@ -175,7 +175,7 @@ RECIPES = {
             ),
             distill=DistillConfig(
                 users=50, positions=50, user_rank=16, position_rank=16, batch_size=8192, users_per_step=25,
-                summary_lr=0.01, learner_lr=0.001, epochs=10, item_embedding="frozen", selection="full",
+                summary_lr=0.01, learner_lr=0.001, epochs=10, item_embedding="frozen",
             ),
         ),
         Recipe(
@@ -187,7 +187,7 @@ RECIPES = {
             ),
             distill=DistillConfig(
                 users=50, positions=50, user_rank=16, position_rank=16, batch_size=32768, users_per_step=25,
-                summary_lr=0.03, learner_lr=0.005, epochs=5, item_embedding="frozen", selection="full",
+                summary_lr=0.03, learner_lr=0.005, epochs=5, item_embedding="frozen",
             ),
         ),
         Recipe(
