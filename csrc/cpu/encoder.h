@@ -43,7 +43,7 @@ struct EncoderPass {
   // Leaves in `scratch` what the other half needs.
   void (*forward)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch);
   // By the same call, of which the upstream gradients are read only now. The gradients of the parameters are
-  // added to `sums`, a vector of lanes each.
+  // added to `sums`.
   void (*backward)(void* scratch, T* sums);
 };
 
@@ -58,9 +58,6 @@ struct Encoder {
   // The same on dual numbers: the derivative of (outputs, grad_parameters, grad_inputs) in the given
   // direction.
   EncoderPass<T> duals;
-
-  // out[i] += the sum of the lanes of sums[i].
-  void (*add_lanes)(const T* sums, int64_t size, T* out);
 };
 
 // The encoder of the instruction set that tile.h has chosen.

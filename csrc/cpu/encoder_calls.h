@@ -56,30 +56,27 @@ void for_groups(const EncoderSizes& sizes,
   const int64_t groups = ceil_div(batch, e.lanes);
   const int64_t chunks =
       std::clamp(groups / kGroupsPerChunk, std::clamp<int64_t>(groups, 1, kMinChunks), kMaxChunks);
-  const int64_t size = total.defined() ? total.numel() : 0, sums_size = size * e.lanes;
+  const int64_t size = total.defined() ? total.numel() : 0;
   const int64_t scratch_size = ceil_div(scratch_bytes, 64) * 64;
   // Each parameter meets each asked row, each input a few times the width.
   const int64_t of_sequence = sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8;
   const int64_t workers = num_workers(chunks, cost * batch * of_sequence);
-  const Scratch<T> sums(workers * sums_size), parts(chunks * size);
+  const Scratch<T> sums(chunks * size);
   const Scratch<uint8_t> scratch(workers * scratch_size);
   run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
-    T* own = sums.data() + worker * sums_size;
-    std::fill_n(own, sums_size, T(0));
+    T* own = sums.data() + chunk * size;
+    std::fill_n(own, size, T(0));
     const Chunks split{groups, chunks};
     for (int64_t group = split.begin(chunk); group < split.begin(chunk + 1); ++group) {
       const int64_t first = group * e.lanes;
       run(first, std::min(e.lanes, batch - first), scratch.data() + worker * scratch_size, own);
     }
-    T* part = parts.data() + chunk * size;
-    std::fill_n(part, size, T(0));
-    e.add_lanes(own, size, part);
   });
   if (size == 0) return;
   T* out = total.mutable_data_ptr<T>();
   std::fill_n(out, size, T(0));
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const T* part = parts.data() + chunk * size;
+    const T* part = sums.data() + chunk * size;
     for (int64_t i = 0; i < size; ++i) out[i] += part[i];
   }
 }

@@ -4,189 +4,11 @@
 // tangent). Of dual numbers' gradients only the tangents are summed and stored.
 
 #include "encoder.h"
-#include "vectors.h"
+#include "lanes.h"
+#include "numbers.h"
 
 namespace td3_fast::cpu {
 namespace {
-
-#define TD3_FAST_INLINE inline __attribute__((always_inline))
-
-template <typename V>
-struct Dual {
-  V v, t;
-};
-
-template <typename V>
-struct ElementOf;
-template <>
-struct ElementOf<Vector<float>> {
-  using type = float;
-};
-template <>
-struct ElementOf<Vector<double>> {
-  using type = double;
-};
-
-// ---- numbers ----
-
-template <typename V>
-TD3_FAST_INLINE Dual<V> operator+(Dual<V> a, Dual<V> b) {
-  return {a.v + b.v, a.t + b.t};
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> operator-(Dual<V> a, Dual<V> b) {
-  return {a.v - b.v, a.t - b.t};
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> operator*(Dual<V> a, Dual<V> b) {
-  return {a.v * b.v, a.v * b.t + a.t * b.v};
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> operator*(Dual<V> a, V b) {
-  return {a.v * b, a.t * b};
-}
-
-template <typename V, typename F>
-TD3_FAST_INLINE V each(V x, F f) {
-  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = f(x[i]);
-  return x;
-}
-TD3_FAST_INLINE float scalar_erf(float x) {
-  return __builtin_erff(x);
-}
-TD3_FAST_INLINE double scalar_erf(double x) {
-  return __builtin_erf(x);
-}
-TD3_FAST_INLINE float scalar_sqrt(float x) {
-  return __builtin_sqrtf(x);
-}
-TD3_FAST_INLINE double scalar_sqrt(double x) {
-  return __builtin_sqrt(x);
-}
-
-template <typename V>
-TD3_FAST_INLINE V exp_of(V x) {
-  return exponential(x);
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> exp_of(Dual<V> x) {
-  const V e = exponential(x.v);
-  return {e, e * x.t};
-}
-
-template <typename V>
-TD3_FAST_INLINE V inverse(V x) {
-  return 1 / x;
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> inverse(Dual<V> x) {
-  const V i = 1 / x.v;
-  return {i, -i * i * x.t};
-}
-
-template <typename V>
-TD3_FAST_INLINE V inverse_sqrt(V x) {
-  return 1 / each(x, [](auto e) { return scalar_sqrt(e); });
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> inverse_sqrt(Dual<V> x) {
-  const V i = inverse_sqrt(x.v);
-  return {i, i * i * i * x.t / -2};
-}
-
-// gelu(x) = x Φ(x), its slope Φ + x φ, and the slope's slope φ (2 - x²).
-template <typename V>
-struct Normal {
-  V cdf, density;
-};
-template <typename V>
-TD3_FAST_INLINE Normal<V> normal(V x) {
-  using T = typename ElementOf<V>::type;
-  return {each(x, [](auto e) { return T(0.5) * (1 + scalar_erf(e * T(0.70710678118654752440))); }),
-          exponential(x * x * T(-0.5)) * T(0.39894228040143267794)};
-}
-template <typename V>
-TD3_FAST_INLINE void gelu(V x, V* value, V* slope) {
-  const Normal<V> n = normal(x);
-  *value = x * n.cdf;
-  *slope = n.cdf + x * n.density;
-}
-template <typename V>
-TD3_FAST_INLINE void gelu(Dual<V> x, Dual<V>* value, Dual<V>* slope) {
-  const Normal<V> n = normal(x.v);
-  const V first = n.cdf + x.v * n.density;
-  *value = {x.v * n.cdf, first * x.t};
-  *slope = {first, n.density * (2 - x.v * x.v) * x.t};
-}
-
-template <typename V>
-TD3_FAST_INLINE V value_of(V x) {
-  return x;
-}
-template <typename V>
-TD3_FAST_INLINE V value_of(Dual<V> x) {
-  return x.v;
-}
-template <typename V>
-TD3_FAST_INLINE V minus(V x, V constant) {
-  return x - constant;
-}
-template <typename V>
-TD3_FAST_INLINE Dual<V> minus(Dual<V> x, V constant) {
-  return {x.v - constant, x.t};
-}
-template <typename V, typename M>
-TD3_FAST_INLINE V where(M mask, V x) {
-  return mask ? x : V{};
-}
-template <typename V, typename M>
-TD3_FAST_INLINE Dual<V> where(M mask, Dual<V> x) {
-  return {mask ? x.v : V{}, mask ? x.t : V{}};
-}
-
-// sum += a b, of dual numbers the tangent alone.
-template <typename V>
-TD3_FAST_INLINE void add_gradient(V* sum, V a, V b) {
-  *sum += a * b;
-}
-template <typename V>
-TD3_FAST_INLINE void add_gradient(V* sum, Dual<V> a, Dual<V> b) {
-  *sum += a.v * b.t + a.t * b.v;
-}
-template <typename V>
-TD3_FAST_INLINE void add_gradient(V* sum, V a) {
-  *sum += a;
-}
-template <typename V>
-TD3_FAST_INLINE void add_gradient(V* sum, Dual<V> a) {
-  *sum += a.t;
-}
-
-// Parameters, one for all lanes.
-template <typename T, bool kTangents>
-struct Weights;
-template <typename T>
-struct Weights<T, false> {
-  using N = Vector<T>;
-  const T* v;
-  TD3_FAST_INLINE Weights at(int64_t i) const { return {v + i}; }
-  TD3_FAST_INLINE N operator[](int64_t i) const { return v[i] - N{}; }
-  // sum += w[i] x
-  TD3_FAST_INLINE void add(N* sum, int64_t i, N x) const { *sum += v[i] * x; }
-};
-template <typename T>
-struct Weights<T, true> {
-  using N = Dual<Vector<T>>;
-  const T *v, *t;
-  TD3_FAST_INLINE Weights at(int64_t i) const { return {v + i, t + i}; }
-  TD3_FAST_INLINE N operator[](int64_t i) const { return {v[i] - Vector<T>{}, t[i] - Vector<T>{}}; }
-  TD3_FAST_INLINE void add(N* sum, int64_t i, N x) const {
-    sum->v += v[i] * x.v;
-    sum->t += v[i] * x.t + t[i] * x.v;
-  }
-};
-
-// ---- the pass ----
 
 template <typename T, bool kTangents>
 class Pass {
@@ -242,8 +64,24 @@ class Pass {
     }
     const int64_t k = s.layers > 1 ? rows : s.asked;
     numbers += k * (6 * d + 2 * s.inner) + s.heads * d * 2 + rows * 2 + d;
+    for (int64_t site = 0; site < 1 + 3 * s.layers; ++site) numbers += masks_size(s, site);
+    numbers += norms(s) + 2 * widest(s);
     return kOwnSize + numbers * static_cast<int64_t>(sizeof(N));
   }
+
+  // Numbers that have room for the masks of a dropout site.
+  static int64_t masks_size(const EncoderSizes& s, int64_t site) {
+    return site_size(s, site) * static_cast<int64_t>(sizeof(LaneMask)) / static_cast<int64_t>(sizeof(N)) + 1;
+  }
+  // Words of a sequence at a dropout site.
+  static int64_t site_size(const EncoderSizes& s, int64_t site) {
+    if (site == 0) return s.length * s.width;
+    const int64_t k = (site - 1) / 3 + 1 < s.layers ? s.length : s.asked;
+    return (site - 1) % 3 == 0 ? s.heads * k * s.length : k * s.width;
+  }
+  // Gradients that wait in lanes: those of gain and bias of every norm.
+  static int64_t norms(const EncoderSizes& s) { return (1 + 2 * s.layers) * 2 * s.width; }
+  static int64_t widest(const EncoderSizes& s) { return s.width > s.inner ? s.width : s.inner; }
 
   // The pass itself lies before its numbers.
   static void* operator new(decltype(sizeof(0)), void* scratch) { return scratch; }
@@ -251,6 +89,7 @@ class Pass {
 
   void forward() {
     const int64_t d = s_.width;
+    for (int64_t site = 0; site < 1 + 3 * s_.layers; ++site) make_masks(site);
     normed_ = take(rows_ * d);
     deviation_ = take(rows_);
     hidden_ = take(rows_ * d);
@@ -259,7 +98,7 @@ class Pass {
       load_inputs(j, row);
       for (int64_t f = 0; f < d; ++f) row[f] = row[f] + w_[j * d + f];
       norm(row, s_.positions * d, normed_ + j * d, deviation_ + j, hidden_ + j * d);
-      drop_hidden(0, s_.length, j, hidden_ + j * d);
+      drop_hidden(0, j, hidden_ + j * d);
     }
     const N* inputs = hidden_;
     for (int64_t layer = 0; layer < s_.layers; ++layer) {
@@ -272,19 +111,20 @@ class Pass {
     if (call_.outputs == nullptr) return;
     const int64_t d = s_.width, k = s_.asked;
     const N* outputs = saved_[s_.layers - 1].outputs;
-    for (int i = 0; i < count_; ++i) {
-      T* to = call_.outputs + (first_ + i) * k * d;
-      for (int64_t at = 0; at < k * d; ++at) to[at] = stored(outputs[at], i);
-    }
+    store_rows<T>(
+        k * d, count_, [&](int64_t at) { return stored(outputs[at]); },
+        [&](int lane) { return call_.outputs + (first_ + lane) * k * d; });
   }
 
-  void backward(T* sums_of_lanes) {
-    sums_ = reinterpret_cast<V*>(sums_of_lanes);
+  void backward(T* sums) {
+    sums_ = sums;
     const int64_t d = s_.width, k = s_.asked;
+    norm_sums_ = reinterpret_cast<V*>(take(norms(s_)));
+    for (int64_t i = 0; i < norms(s_); ++i) norm_sums_[i] = V{};
+    rows_of_grad_ = reinterpret_cast<T*>(take(widest(s_)));
+    rows_of_input_ = reinterpret_cast<T*>(take(widest(s_)));
     N* grad = take((s_.layers > 1 ? rows_ : k) * d);
-    for (int64_t at = 0; at < k * d; ++at) {
-      grad[at] = upstream(at);
-    }
+    load_upstream(k * d, grad);
     N* grad_hidden = take(rows_ * d);
     for (int64_t layer = s_.layers - 1; layer >= 0; --layer) {
       zero(grad_hidden, rows_ * d);
@@ -296,15 +136,23 @@ class Pass {
     const int64_t gain = s_.positions * d;
     for (int64_t j = 0; j < rows_; ++j) {
       N* row = grad_hidden + j * d;
-      drop_hidden(0, s_.length, j, row);
-      norm_backward(row, gain, normed_ + j * d, deviation_[j]);
-      for (int64_t f = 0; f < d; ++f) add_gradient(sums_ + j * d + f, row[f]);
+      drop_hidden(0, j, row);
+      norm_backward(row, gain, norm_sums(0), normed_ + j * d, deviation_[j]);
+      add_lanes<T>(d, [&](int64_t f) { return stored(row[f]); }, sums_ + j * d);
+    }
+    add_norm_sums(gain, 0);
+    for (int64_t layer = 0; layer < s_.layers; ++layer) {
+      const Block b = block_of(layer);
+      add_norm_sums(b.norm, 1 + 2 * layer);
+      add_norm_sums(b.last_norm, 2 + 2 * layer);
     }
     if (call_.grad_inputs == nullptr) return;
+    const auto row_of = [&](int lane) {
+      return call_.grad_inputs + (first_ + lane) * call_.grad_input_stride;
+    };
+    store_rows<T>(rows_ * d, count_, [&](int64_t at) { return stored(grad_hidden[at]); }, row_of);
     for (int i = 0; i < count_; ++i) {
-      T* to = call_.grad_inputs + (first_ + i) * call_.grad_input_stride;
-      for (int64_t at = 0; at < rows_ * d; ++at) to[at] = stored(grad_hidden[at], i);
-      for (int64_t at = rows_ * d; at < s_.length * d; ++at) to[at] = 0;
+      for (int64_t at = rows_ * d; at < s_.length * d; ++at) row_of(i)[at] = 0;
     }
   }
 
@@ -317,26 +165,24 @@ class Pass {
   static void zero(N* x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) x[i] = N{};
   }
-  // The gradient of an output, zero in lanes beyond the last sequence.
-  TD3_FAST_INLINE N upstream(int64_t at) const {
-    const int64_t size = s_.asked * s_.width;
-    const auto read = [&](const T* from) {
-      V g{};
-      for (int i = 0; i < count_; ++i) g[i] = from[(first_ + i) * size + at];
-      return g;
+  // The gradients of the outputs, zero in lanes beyond the last sequence.
+  void load_upstream(int64_t count, N* to) const {
+    const auto row_of = [&](const T* from) {
+      return [this, from, count](int lane) { return from + (first_ + lane) * count; };
     };
     if constexpr (kTangents) {
-      const T* tangent = call_.grad_outputs_tangent;
-      return {read(call_.grad_outputs), tangent != nullptr ? read(tangent) : V{}};
+      load_rows<T>(count, count_, row_of(call_.grad_outputs), [&](int64_t at, V x) { to[at] = {x, V{}}; });
+      if (call_.grad_outputs_tangent == nullptr) return;
+      load_rows<T>(count, count_, row_of(call_.grad_outputs_tangent), [&](int64_t at, V x) { to[at].t = x; });
     } else {
-      return read(call_.grad_outputs);
+      load_rows<T>(count, count_, row_of(call_.grad_outputs), [&](int64_t at, V x) { to[at] = x; });
     }
   }
-  static TD3_FAST_INLINE T stored(const N& x, int lane) {
+  static TD3_FAST_INLINE V stored(const N& x) {
     if constexpr (kTangents) {
-      return x.t[lane];
+      return x.t;
     } else {
-      return x[lane];
+      return x;
     }
   }
   // Lanes beyond the last sequence repeat it; their upstream gradient is zero.
@@ -347,33 +193,38 @@ class Pass {
 
   void load_inputs(int64_t j, N* row) const {
     const int64_t d = s_.width;
-    for (int i = 0; i < L; ++i) {
-      const int64_t at = sequence(i) * call_.input_stride + j * d;
-      const int64_t tangent_at = sequence(i) * call_.input_tangent_stride + j * d;
-      for (int64_t f = 0; f < d; ++f) {
-        if constexpr (kTangents) {
-          row[f].v[i] = call_.inputs[at + f];
-          row[f].t[i] = call_.inputs_tangent != nullptr ? call_.inputs_tangent[tangent_at + f] : T(0);
-        } else {
-          row[f][i] = call_.inputs[at + f];
-        }
-      }
+    const auto row_of = [&](const T* from, int64_t stride) {
+      return [this, from, stride, at = j * d](int lane) { return from + sequence(lane) * stride + at; };
+    };
+    const auto values = row_of(call_.inputs, call_.input_stride);
+    if constexpr (kTangents) {
+      load_rows<T>(d, L, values, [&](int64_t f, V x) { row[f] = {x, V{}}; });
+      if (call_.inputs_tangent == nullptr) return;
+      load_rows<T>(d, L, row_of(call_.inputs_tangent, call_.input_tangent_stride),
+                   [&](int64_t f, V x) { row[f].t = x; });
+    } else {
+      load_rows<T>(d, L, values, [&](int64_t f, V x) { row[f] = x; });
     }
   }
 
-  TD3_FAST_INLINE V survivors(const EncoderDropout<T>& site, int64_t stride, int64_t at) const {
-    V factor{};
-    for (int i = 0; i < L; ++i) {
-      factor[i] = site.words[sequence(i) * stride + at] >= site.threshold ? site.scale : T(0);
-    }
-    return factor;
+  void make_masks(int64_t site) {
+    const EncoderDropout<T>& dropout = call_.dropout[site];
+    if (dropout.words == nullptr) return;
+    masks_[site] = reinterpret_cast<LaneMask*>(take(masks_size(s_, site)));
+    const int64_t size = site_size(s_, site);
+    lane_masks(
+        size, L, [&](int lane) { return dropout.words + sequence(lane) * size; }, dropout.threshold,
+        masks_[site]);
+  }
+  // The factors of an element that dropout acts on.
+  TD3_FAST_INLINE V survivors(int64_t site, int64_t at) const {
+    return in_lanes<T>(masks_[site][at], call_.dropout[site].scale - V{});
   }
   // Dropout of row j of a (batch, rows, d) tensor.
-  void drop_hidden(int64_t index, int64_t rows, int64_t j, N* row) const {
-    const EncoderDropout<T>& site = call_.dropout[index];
-    if (site.words == nullptr) return;
+  void drop_hidden(int64_t site, int64_t j, N* row) const {
+    if (call_.dropout[site].words == nullptr) return;
     const int64_t d = s_.width;
-    for (int64_t f = 0; f < d; ++f) row[f] = row[f] * survivors(site, rows * d, j * d + f);
+    for (int64_t f = 0; f < d; ++f) row[f] = row[f] * survivors(site, j * d + f);
   }
 
   // y = W x + b, W (out, in).
@@ -414,15 +265,26 @@ class Pass {
       y[j] = sum;
     }
   }
-  // The gradients of y = W x + b.
+  // The gradients of y = W x + b: a product whose depth is the lanes.
   void linear_gradients(
       int64_t weight, int64_t bias, int64_t out, int64_t in, const N* grad_y, const N* x) const {
-    for (int64_t i = 0; i < out; ++i) {
-      const N g = grad_y[i];
-      V* sums = sums_ + weight + i * in;
-      for (int64_t j = 0; j < in; ++j) add_gradient(sums + j, g, x[j]);
-      if (bias >= 0) add_gradient(sums_ + bias + i, g);
+    const auto rows_of = [](T* to, int64_t width) {
+      return [to, width](int lane) { return to + lane * width; };
+    };
+    const auto grads = rows_of(rows_of_grad_, out), inputs = rows_of(rows_of_input_, in);
+    if constexpr (kTangents) {
+      const auto grads_below = rows_of(rows_of_grad_ + L * out, out);
+      const auto inputs_below = rows_of(rows_of_input_ + L * in, in);
+      store_rows<T>(out, L, [&](int64_t i) { return grad_y[i].v; }, grads);
+      store_rows<T>(out, L, [&](int64_t i) { return grad_y[i].t; }, grads_below);
+      store_rows<T>(in, L, [&](int64_t j) { return x[j].t; }, inputs);
+      store_rows<T>(in, L, [&](int64_t j) { return x[j].v; }, inputs_below);
+    } else {
+      store_rows<T>(out, L, [&](int64_t i) { return grad_y[i]; }, grads);
+      store_rows<T>(in, L, [&](int64_t j) { return x[j]; }, inputs);
     }
+    add_products<T>(kTangents ? 2 * L : L, out, in, rows_of_grad_, rows_of_input_, sums_ + weight);
+    if (bias >= 0) add_lanes<T>(out, [&](int64_t i) { return stored(grad_y[i]); }, sums_ + bias);
   }
 
   void norm(const N* x, int64_t gain, N* normed, N* deviation, N* y) const {
@@ -443,14 +305,14 @@ class Pass {
     }
     *deviation = inverse_deviation;
   }
-  // The gradient of `norm`'s output in, of its input out.
-  void norm_backward(N* grad, int64_t gain, const N* normed, N inverse_deviation) const {
+  // The gradient of `norm`'s output in, of its input out; sums (2, d) of lanes, for gain and bias.
+  void norm_backward(N* grad, int64_t gain, V* sums, const N* normed, N inverse_deviation) const {
     const int64_t d = s_.width;
     const V share = T(1) / static_cast<T>(d) - V{};
     N mean{}, product{};
     for (int64_t f = 0; f < d; ++f) {
-      add_gradient(sums_ + gain + f, grad[f], normed[f]);
-      add_gradient(sums_ + gain + d + f, grad[f]);
+      add_gradient(sums + f, grad[f], normed[f]);
+      add_gradient(sums + d + f, grad[f]);
       grad[f] = grad[f] * w_[gain + f];
       mean = mean + grad[f];
       product = product + grad[f] * normed[f];
@@ -458,6 +320,12 @@ class Pass {
     mean = mean * share;
     product = product * share;
     for (int64_t f = 0; f < d; ++f) grad[f] = (grad[f] - mean - normed[f] * product) * inverse_deviation;
+  }
+
+  V* norm_sums(int64_t norm) const { return norm_sums_ + norm * 2 * s_.width; }
+  void add_norm_sums(int64_t gain, int64_t norm) const {
+    const V* sums = norm_sums(norm);
+    add_lanes<T>(2 * s_.width, [&](int64_t f) { return sums[f]; }, sums_ + gain);
   }
 
   Block block_of(int64_t layer) const {
@@ -521,14 +389,13 @@ class Pass {
   // The factor of attention dropout for output r, head, key j, of (batch, heads, k, length).
   TD3_FAST_INLINE V attention_survivors(int64_t layer, int64_t head, int64_t r, int64_t j) const {
     const int64_t k = everywhere(layer) ? s_.length : s_.asked;
-    return survivors(call_.dropout[1 + 3 * layer], s_.heads * k * s_.length, (head * k + r) * s_.length + j);
+    return survivors(1 + 3 * layer, (head * k + r) * s_.length + j);
   }
   bool drops_attention(int64_t layer) const { return call_.dropout[1 + 3 * layer].words != nullptr; }
 
   void block_forward(int64_t layer, const N* inputs) {
     const int64_t d = s_.width, inner = s_.inner, heads = s_.heads, w = d / heads;
-    const int64_t k = everywhere(layer) ? rows_ : s_.asked,
-                  mask_rows = everywhere(layer) ? s_.length : s_.asked;
+    const int64_t k = everywhere(layer) ? rows_ : s_.asked;
     const Block b = block_of(layer);
     const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
     Saved& saved = saved_[layer];
@@ -587,7 +454,7 @@ class Pass {
         }
       }
       linear(b.output, b.output_bias, d, d, context, sum);
-      drop_hidden(2 + 3 * layer, mask_rows, r, sum);
+      drop_hidden(2 + 3 * layer, r, sum);
       for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + asked[f];
       N* attended = saved.attended + r * d;
       norm(sum, b.norm, saved.normed + r * d, saved.deviation + r, attended);
@@ -595,7 +462,7 @@ class Pass {
       linear(b.up, b.up_bias, inner, d, attended, raised);
       for (int64_t f = 0; f < inner; ++f) gelu(raised[f], bent + f, saved.slope + r * inner + f);
       linear(b.down, b.down_bias, d, inner, bent, sum);
-      drop_hidden(3 + 3 * layer, mask_rows, r, sum);
+      drop_hidden(3 + 3 * layer, r, sum);
       for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + attended[f];
       norm(sum, b.last_norm, saved.last_normed + r * d, saved.last_deviation + r, saved.outputs + r * d);
     }
@@ -604,7 +471,6 @@ class Pass {
   // grad (k, d) of the block's outputs is overwritten; grad_inputs (rows, d) is added to.
   void block_backward(int64_t layer, N* grad, N* grad_inputs) {
     const int64_t d = s_.width, inner = s_.inner, heads = s_.heads, w = d / heads;
-    const int64_t mask_rows = everywhere(layer) ? s_.length : s_.asked;
     const Block b = block_of(layer);
     const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
     const Saved& saved = saved_[layer];
@@ -613,17 +479,18 @@ class Pass {
       *grad_direction = take(d), *grad_query = take(d), *grad_weights = take(rows_);
     for (int64_t r = 0; r < saved.k; ++r) {
       N* g = grad + r * d;
-      norm_backward(g, b.last_norm, saved.last_normed + r * d, saved.last_deviation[r]);
+      norm_backward(g, b.last_norm, norm_sums(2 + 2 * layer), saved.last_normed + r * d,
+                    saved.last_deviation[r]);
       for (int64_t f = 0; f < d; ++f) branch[f] = g[f];
-      drop_hidden(3 + 3 * layer, mask_rows, r, branch);
+      drop_hidden(3 + 3 * layer, r, branch);
       linear_gradients(b.down, b.down_bias, d, inner, branch, saved.bent + r * inner);
       linear_transposed(b.down, d, inner, branch, grad_raised, false);
       for (int64_t f = 0; f < inner; ++f) grad_raised[f] = grad_raised[f] * saved.slope[r * inner + f];
       linear_gradients(b.up, b.up_bias, inner, d, grad_raised, saved.attended + r * d);
       linear_transposed(b.up, inner, d, grad_raised, g, true);
-      norm_backward(g, b.norm, saved.normed + r * d, saved.deviation[r]);
+      norm_backward(g, b.norm, norm_sums(1 + 2 * layer), saved.normed + r * d, saved.deviation[r]);
       for (int64_t f = 0; f < d; ++f) branch[f] = g[f];
-      drop_hidden(2 + 3 * layer, mask_rows, r, branch);
+      drop_hidden(2 + 3 * layer, r, branch);
       linear_gradients(b.output, b.output_bias, d, d, branch, saved.context + r * d);
       linear_transposed(b.output, d, d, branch, grad_context, false);
       const N* query = saved.query + r * d;
@@ -638,8 +505,16 @@ class Pass {
         N grad_total{};
         for (int64_t f = 0; f < w; ++f) {
           grad_total = grad_total + grad_head[f] * w_[b.value_bias + head * w + f];
-          add_gradient(sums_ + b.value_bias + head * w + f, grad_head[f], saved.total[r * heads + head]);
         }
+        const N total = saved.total[r * heads + head];
+        add_lanes<T>(
+            w,
+            [&](int64_t f) {
+              V sum{};
+              add_gradient(&sum, grad_head[f], total);
+              return sum;
+            },
+            sums_ + b.value_bias + head * w);
         N inner_product{};
         for (int64_t j = 0; j < num_keys; ++j) {
           N grad_weight = grad_total;
@@ -684,7 +559,10 @@ class Pass {
   int64_t first_, count_, rows_;
   N* next_;
   N *normed_ = nullptr, *deviation_ = nullptr, *hidden_ = nullptr;
-  V* sums_ = nullptr;
+  T* sums_ = nullptr;
+  V* norm_sums_ = nullptr;
+  T *rows_of_grad_ = nullptr, *rows_of_input_ = nullptr;
+  LaneMask* masks_[kMaxSites] = {};
   Saved saved_[kMaxLayers];
 };
 
@@ -703,20 +581,10 @@ void backward(void* scratch, T* sums) {
   Pass<T, kTangents>::in(scratch)->backward(sums);
 }
 template <typename T>
-void add_lanes(const T* sums, int64_t size, T* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    T total = 0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) total += sums[i * kLanes<T> + lane];
-    out[i] += total;
-  }
-}
-
-template <typename T>
 constexpr Encoder<T> kEncoder = {kLanes<T>,
                                  scratch_size<T>,
                                  {forward<T, false>, backward<T, false>},
-                                 {forward<T, true>, backward<T, true>},
-                                 add_lanes<T>};
+                                 {forward<T, true>, backward<T, true>}};
 
 }  // namespace
 

@@ -154,7 +154,7 @@ struct Chunks {
 };
 
 // Multiply-adds that are worth a thread of their own: below, waking it and waiting for it costs more.
-constexpr int64_t kWorkOfThread = int64_t{1} << 22;
+constexpr int64_t kWorkOfThread = int64_t{1} << 20;
 
 // Threads for `tasks` that make `work` multiply-adds in all.
 inline int64_t num_workers(int64_t tasks, int64_t work) {

@@ -9,6 +9,7 @@
 
 #define TD3_FAST_CONCAT_(a, b) a##b
 #define TD3_FAST_CONCAT(a, b) TD3_FAST_CONCAT_(a, b)
+#define TD3_FAST_INLINE inline __attribute__((always_inline))
 #define TD3_FAST_STRING_(a) #a
 #define TD3_FAST_STRING(a) TD3_FAST_STRING_(a)
 
@@ -53,7 +54,7 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 // 1e-7, is that of rounding (3 ulp in all), float64 within 2 ulp. Results below the smallest normal number
 // are zero, those above the largest, which no softmax has, are not defined. k is read off the bits of a sum
 // that rounds, and added to the exponent of e^r.
-inline __attribute__((always_inline)) Vector<float> exponential(Vector<float> x) {
+TD3_FAST_INLINE Vector<float> exponential(Vector<float> x) {
   constexpr float kLowest = -87.33654f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
   const Vector<float> rounded = x * 1.44269504088896341f + kRound;
@@ -73,7 +74,7 @@ inline __attribute__((always_inline)) Vector<float> exponential(Vector<float> x)
   return (Vector<float>)(x < kLowest ? Bits<float>{} : power);
 }
 
-inline __attribute__((always_inline)) Vector<double> exponential(Vector<double> x) {
+TD3_FAST_INLINE Vector<double> exponential(Vector<double> x) {
   constexpr double kLowest = -708.39;
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   const Vector<double> rounded = x * 1.4426950408889634074 + kRound;
