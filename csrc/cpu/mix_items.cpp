@@ -13,9 +13,10 @@ namespace td3_fast::cpu {
 namespace {
 
 constexpr int64_t kRowsPerTask = 24;
-constexpr int64_t kItemsPerTask = 96, kItemsPerCall = 24;
 constexpr int64_t kDepthOfMix = 256;  // items, so that their part of the packed table stays in cache
-constexpr int64_t kDepth = 64;        // rows of the transposed product
+// Of the transposed product: rows whose probabilities are read side by side, and elements of the sums that
+// stay in cache while all rows pass.
+constexpr int64_t kDepth = 64, kSumsInCache = 65536;
 
 void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
   TORCH_CHECK_VALUE(probabilities.dim() == 2 && other.dim() == 2 &&
@@ -26,80 +27,79 @@ void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
                     " rows, both float32 or float64, got ", probabilities.sizes(), " and ", other.sizes());
 }
 
-// One panel of columns of c, (count, lanes), from [count][lane].
+// Where sums of a panel of columns are taken: in place where its vectors end with the rows of the result,
+// else in scratch.
 template <typename T>
-void write_panel(const T* panel, int64_t count, T* to, int64_t columns, int64_t lanes) {
-  for (int64_t i = 0; i < count; ++i) std::copy_n(panel + i * kPanel<T>, lanes, to + i * columns);
-}
+struct Sums {
+  T *to, *at;
+  int64_t count, columns, lanes, stride;
+
+  Sums(T* result, int64_t rows, int64_t width, int64_t column, T* scratch)
+      : to(result + column), count(rows), columns(width), lanes(std::min(kWide<T>, width - column)) {
+    const bool in_place = lanes % kPanel<T> == 0;
+    at = in_place ? to : scratch;
+    stride = in_place ? columns : kWide<T>;
+  }
+  void write() const {
+    for (int64_t i = 0; at != to && i < count; ++i) std::copy_n(at + i * stride, lanes, to + i * columns);
+  }
+};
 
 template <typename T>
 Tensor mix(const Tensor& probabilities, const Tensor& items) {
-  constexpr int64_t P = kPanel<T>;
+  constexpr int64_t W = kWide<T>;
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
-  const int64_t rows = p.size(0), n = p.size(1), d = items.size(1), panels = ceil_div(d, P);
+  const int64_t rows = p.size(0), n = p.size(1), d = items.size(1);
   const Tensor mixed = fresh({rows, d}, kType<T>);
   if (n == 0) return mixed.zero_();
-  const Scratch<T> packed = pack_columns<T>(items);
+  const Scratch<T> packed = pack_columns<T, W>(items);
   const int64_t tasks = ceil_div(rows, kRowsPerTask), workers = num_workers(tasks, rows * n * d);
-  const Scratch<T> scratch(workers * kRowsPerTask * P);
+  const Scratch<T> scratch(workers * kRowsPerTask * W);
   const T* from = p.const_data_ptr<T>();
   T* to = mixed.mutable_data_ptr<T>();
   run_tasks(tasks, workers, [&](int64_t task, int64_t worker) {
     const int64_t first = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - first);
-    T* sums = scratch.data() + worker * kRowsPerTask * P;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t lanes = std::min(P, d - panel * P);
+    for (int64_t column = 0; column < d; column += W) {
+      const Sums<T> sums(to + first * d, count, d, column, scratch.data() + worker * kRowsPerTask * W);
       for (int64_t item = 0; item < n; item += kDepthOfMix) {
-        t.product(from + first * n + item, n, Walk::kRows, count, std::min(kDepthOfMix, n - item),
-                  packed.data() + (panel * n + item) * P, sums, lanes, item > 0);
+        t.wide_product(from + first * n + item, n, Walk::kRows, count, std::min(kDepthOfMix, n - item),
+                       packed.data() + column * n + item * W, sums.at, sums.stride, sums.lanes, item > 0);
       }
-      write_panel(sums, count, to + first * d + panel * P, d, lanes);
+      sums.write();
     }
   });
   return mixed;
 }
 
+// Each task reads along the rows, several side by side: every item's sum runs over the rows in their order,
+// however many items a task has.
 template <typename T>
 Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
-  constexpr int64_t P = kPanel<T>;
+  constexpr int64_t W = kWide<T>;
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
-  const int64_t rows = p.size(0), n = p.size(1), d = cotangent.size(1), panels = ceil_div(d, P);
+  const int64_t rows = p.size(0), n = p.size(1), d = cotangent.size(1);
   const Tensor sums_of_items = fresh({n, d}, kType<T>);
-  if (sums_of_items.numel() == 0) return sums_of_items;
-  const Scratch<T> packed = pack_columns<T>(cotangent);
-  const int64_t tasks = ceil_div(n, kItemsPerTask), workers = num_workers(tasks, rows * n * d);
-  const int64_t sums_size = panels * kItemsPerTask * P, scratch_size = sums_size + kDepth * kItemsPerTask;
+  if (rows == 0 || sums_of_items.numel() == 0) return sums_of_items.zero_();
+  const Scratch<T> packed = pack_columns<T, W>(cotangent);
+  const int64_t most_workers = num_workers(n, rows * n * d);
+  const int64_t fitting = std::max<int64_t>(kSumsInCache / (ceil_div(d, W) * W), kPanel<T>);
+  const Chunks chunks{n,
+                      std::max(ceil_div(n, fitting), std::min(n, most_workers > 1 ? 2 * most_workers : 1))};
+  const int64_t workers = std::min(most_workers, chunks.count), scratch_size = chunks.largest() * W;
   const Scratch<T> scratch(workers * scratch_size);
-  const int64_t rows_per_call = ceil_div(kDepth, panels * (kItemsPerTask / kItemsPerCall));
   const T* from = p.const_data_ptr<T>();
   T* to = sums_of_items.mutable_data_ptr<T>();
-  run_tasks(tasks, workers, [&](int64_t task, int64_t worker) {
-    const int64_t first = task * kItemsPerTask, count = std::min(kItemsPerTask, n - first);
-    T *sums = scratch.data() + worker * scratch_size, *block = sums + sums_size;
-    std::fill_n(sums, sums_size, T(0));
-    for (int64_t row = 0; row < rows; row += kDepth) {
-      const int64_t depth = std::min(kDepth, rows - row);
-      for (int64_t k = 0; k < depth; ++k) std::copy_n(from + (row + k) * n + first, count, block + k * count);
-      // The rows lie too far apart for the hardware to see the next block coming: it is fetched piece by
-      // piece.
-      int64_t next = row + depth;
-      const int64_t last = std::min(next + kDepth, rows);
-      for (int64_t item = 0; item < count; item += kItemsPerCall) {
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          for (const int64_t until = std::min(next + rows_per_call, last); next < until; ++next) {
-            for (int64_t i = 0; i < count; i += P) __builtin_prefetch(from + next * n + first + i);
-          }
-          t.product(block + item, count, Walk::kColumns, std::min(kItemsPerCall, count - item), depth,
-                    packed.data() + (panel * rows + row) * P, sums + (panel * kItemsPerTask + item) * P,
-                    std::min(P, d - panel * P), true);
-        }
+  run_tasks(chunks.count, workers, [&](int64_t chunk, int64_t worker) {
+    const int64_t first = chunks.begin(chunk), count = chunks.begin(chunk + 1) - first;
+    for (int64_t column = 0; column < d; column += W) {
+      const Sums<T> sums(to + first * d, count, d, column, scratch.data() + worker * scratch_size);
+      for (int64_t row = 0; row < rows; row += kDepth) {
+        t.wide_product(from + row * n + first, n, Walk::kColumns, count, std::min(kDepth, rows - row),
+                       packed.data() + column * rows + row * W, sums.at, sums.stride, sums.lanes, row > 0);
       }
-    }
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      write_panel(sums + panel * kItemsPerTask * P, count, to + first * d + panel * P, d,
-                  std::min(P, d - panel * P));
+      sums.write();
     }
   });
   return sums_of_items;

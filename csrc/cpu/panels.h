@@ -74,10 +74,9 @@ Scratch<T> pack_lanes(const at::Tensor& matrix) {
 }
 
 // A (rows, columns) matrix as [column panel][row][lane], with zeros beyond the last column; each row times
-// its weight, where weights are given.
-template <typename T>
+// its weight, where weights are given. P lanes to a panel.
+template <typename T, int64_t P = kPanel<T>>
 Scratch<T> pack_columns(const at::Tensor& matrix, const T* weights = nullptr) {
-  constexpr int64_t P = kPanel<T>;
   const int64_t rows = matrix.size(0), columns = matrix.size(1), panels = ceil_div(columns, P);
   const at::Tensor source = matrix.contiguous();
   const T* in = source.const_data_ptr<T>();
@@ -87,8 +86,13 @@ Scratch<T> pack_columns(const at::Tensor& matrix, const T* weights = nullptr) {
     const int64_t lanes = std::min(P, columns - panel * P);
     for (int64_t row = 0; row < rows; ++row, out += P) {
       const T* from = in + row * columns + panel * P;
-      const T weight = weights != nullptr ? weights[row] : T(1);
-      for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? weight * from[lane] : T(0);
+      if (lanes == P) {
+        for (int64_t lane = 0; lane < P; ++lane) out[lane] = from[lane];
+      } else {
+        for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? from[lane] : T(0);
+      }
+      if (weights == nullptr) continue;
+      for (int64_t lane = 0; lane < P; ++lane) out[lane] *= weights[row];
     }
   }
   return packed;

@@ -14,6 +14,10 @@ namespace td3_fast::cpu {
 template <typename T>
 constexpr int64_t kPanel = 64 / sizeof(T);
 
+// Columns that a wide product takes at once: enough to use each scalar that was loaded twice or more.
+template <typename T>
+constexpr int64_t kWide = 2 * kPanel<T>;
+
 // How the scalar operand of a product lies in memory.
 enum class Walk {
   kRows,     // a(i, k) = a[i * stride + k]
@@ -57,6 +61,19 @@ struct Tile {
                   T* c,
                   int64_t lanes,
                   bool accumulate);
+
+  // The same with rows of b that are kWide lanes apart and rows of c that are c_stride apart, which may lie
+  // anywhere. Of c the first `lanes` columns are written, and those that share a vector with them.
+  void (*wide_product)(const T* a,
+                       int64_t stride,
+                       Walk walk,
+                       int64_t count,
+                       int64_t depth,
+                       const T* b,
+                       T* c,
+                       int64_t c_stride,
+                       int64_t lanes,
+                       bool accumulate);
 
   // c[item * c_stride + column] = sum_row a[row / kPanel][item][row % kPanel] b[row][column] for the first
   // `lanes` columns and those that share a vector with them: the sum over query rows, added to c where
