@@ -49,19 +49,47 @@ void add_at_targets(const Tensor& to, const Tensor& targets, const Tensor& rows,
   }
 }
 
-// The rows of embeds (b, ζ, d) at the targets: (b k, d).
+// to = factor * (mean - x) + to_factor * to, all (b k, d), with x the rows of embeds (b, ζ, d) at the
+// targets; returns the sum of rows * x, where rows (b k, d) are given.
 template <typename T>
-Tensor at_targets(const Tensor& embeds, const Tensor& targets) {
+T subtract_targets(const Tensor& embeds,
+                   const Tensor& targets,
+                   const Tensor& mean,
+                   const Tensor& rows,
+                   T factor,
+                   T to_factor,
+                   const Tensor& to) {
   const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
   const Tensor at = targets.contiguous(), source = embeds.contiguous();
-  const Tensor rows = embeds.new_empty({targets.numel(), width});
   const int64_t* target = at.const_data_ptr<int64_t>();
   const T* from = source.const_data_ptr<T>();
-  T* out = rows.mutable_data_ptr<T>();
+  const T* means = mean.defined() ? mean.const_data_ptr<T>() : nullptr;
+  const T* weights = rows.defined() ? rows.const_data_ptr<T>() : nullptr;
+  T* out = to.mutable_data_ptr<T>();
+  T product = 0;
   for (int64_t i = 0; i < targets.numel(); ++i, out += width) {
-    std::copy_n(from + (i / each * positions + target[i]) * width, width, out);
+    const T* x = from + (i / each * positions + target[i]) * width;
+    T product_of_row = 0;
+    for (int64_t f = 0; f < width; ++f) {
+      const T apart = (means != nullptr ? means[i * width + f] : T(0)) - x[f];
+      out[f] = factor * apart + (to_factor != 0 ? to_factor * out[f] : T(0));
+      if (weights != nullptr) product_of_row += weights[i * width + f] * x[f];
+    }
+    product += product_of_row;
   }
-  return rows;
+  return product;
+}
+
+// embeds (μ, ζ, d) of the users: a view where they follow one another.
+Tensor embeds_of(const Tensor& embeds, const OptionalTensor& users) {
+  if (!users || users->numel() == 0) return embeds;
+  const Tensor chosen = users->contiguous();
+  const int64_t* user = chosen.const_data_ptr<int64_t>();
+  const int64_t count = chosen.numel();
+  for (int64_t i = 1; i < count; ++i) {
+    if (user[i] != user[0] + i) return embeds.index_select(0, chosen);
+  }
+  return embeds.narrow(0, user[0], count);
 }
 
 Tensor nothing(const Tensor& like) {
@@ -81,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
                                                                                at::IntArrayRef sizes,
                                                                                bool trained,
                                                                                const OptionalTensor& users) {
-  const Tensor embeds = users ? embeds_in.index_select(0, *users) : embeds_in;
+  const Tensor embeds = embeds_of(embeds_in, users);
   const StepOptions step(parameters, embeds, targets, words, sizes);
   return with_type(embeds, [&](auto zero) {
     using T = decltype(zero);
@@ -92,16 +120,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
     pass.forward(step.encoder, in.call);
 
     auto [logsumexp, remainder, mean, probabilities] = item_logsumexp_forward(hidden, items, true, trained);
-    const Tensor rows = at_targets<T>(embeds, targets);
     const T share = T(1) / static_cast<T>(step.rows);
-    const Tensor upstream = embeds.new_full({step.rows}, share);
-    const Tensor loss = logsumexp.dot(upstream).sub(hidden.view(-1).dot(rows.view(-1)).mul(share));
-    const Tensor grad_hidden = mean.sub(rows).mul_(share);
+    const Tensor grad_hidden = embeds.new_empty({step.rows, step.width});
+    const T aligned = subtract_targets<T>(embeds, targets, mean, hidden, share, T(0), grad_hidden);
+    const Tensor loss = logsumexp.sum().sub_(aligned).mul_(share);
 
     const Tensor grad_parameters = parameters.new_empty(parameters.sizes());
     Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
     in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     if (trained) {
+      const Tensor upstream = embeds.new_full({step.rows}, share);
       grad_items = std::get<1>(item_logsumexp_backward(upstream, hidden, items, logsumexp, remainder, mean,
                                                        probabilities, {false, true}));
       grad_embeds = embeds.new_zeros(embeds.sizes());
@@ -129,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                                                           at::TensorList words,
                                                           at::IntArrayRef sizes,
                                                           const OptionalTensor& users) {
-  const Tensor embeds = users ? embeds_in.index_select(0, *users) : embeds_in;
+  const Tensor embeds = embeds_of(embeds_in, users);
   const StepOptions step(parameters, embeds, targets, words, sizes);
   TORCH_CHECK_VALUE(saved.size() == 5, "expected the 5 tensors that inner_gradient saved, got ",
                     saved.size());
@@ -155,8 +183,12 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     auto [to_upstream, moved_grad_hidden, moved_grad_items] =
         item_logsumexp_double_backward(moved_hidden, tangent_items, upstream, hidden, items, saved[1],
                                        saved[2], mean, saved[4], {false, true, tangent_items.has_value()});
-    if (tangent_embeds) moved_grad_hidden.sub_(at_targets<T>(moved_embeds, targets), share);
-    const Tensor grad_hidden = mean.sub(at_targets<T>(embeds, targets)).mul_(share);
+    if (tangent_embeds) {
+      moved_grad_hidden = moved_grad_hidden.contiguous();
+      subtract_targets<T>(moved_embeds, targets, Tensor(), Tensor(), share, T(1), moved_grad_hidden);
+    }
+    const Tensor grad_hidden = embeds.new_empty({step.rows, step.width});
+    subtract_targets<T>(embeds, targets, mean, Tensor(), share, T(0), grad_hidden);
     in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     in.call.grad_outputs_tangent = moved_grad_hidden.const_data_ptr<T>();
 

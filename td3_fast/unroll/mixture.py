@@ -217,9 +217,9 @@ def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
     """`tensor[users]`, on the CPU as a view where the users follow one another."""
     if users.device.type != "cpu":
         return tensor[users]
-    first, count = int(users[0]), len(users)
-    following = torch.arange(first, first + count)
-    return tensor[first : first + count] if torch.equal(users, following) else tensor[users]
+    chosen = users.tolist()
+    following = range(chosen[0], chosen[0] + len(chosen))
+    return tensor[following.start : following.stop] if chosen == list(following) else tensor[users]
 
 
 def pinned(tensor: Tensor) -> Tensor:
