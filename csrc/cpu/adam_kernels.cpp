@@ -6,10 +6,10 @@
 namespace td3_fast::cpu {
 namespace {
 
-inline __attribute__((always_inline)) float root_of(float x) {
+TD3_FAST_INLINE float root_of(float x) {
   return __builtin_sqrtf(x);
 }
-inline __attribute__((always_inline)) double root_of(double x) {
+TD3_FAST_INLINE double root_of(double x) {
   return __builtin_sqrt(x);
 }
 

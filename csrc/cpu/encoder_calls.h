@@ -20,7 +20,7 @@ using at::Tensor;
 constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
 constexpr int64_t kGroupsPerChunk = 4;
 // Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
-constexpr int64_t kForwardCost = 5, kBackwardCost = 13, kDoubleBackwardCost = 17;
+constexpr int64_t kForwardCost = 2, kBackwardCost = 3, kDoubleBackwardCost = 5;
 
 inline void check_positions(const Tensor& positions, int64_t length) {
   const Tensor each = positions.contiguous();

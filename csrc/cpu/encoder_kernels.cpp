@@ -62,13 +62,17 @@ class Pass {
       const int64_t k = layer + 1 < s.layers ? rows : s.asked;
       numbers += k * (8 * d + 2 * s.heads * d + s.heads * (rows + 1) + 3 * s.inner + 2);
     }
-    const int64_t k = s.layers > 1 ? rows : s.asked;
+    const int64_t k = most_upstream(s, rows);
     numbers += k * (6 * d + 2 * s.inner) + s.heads * d * 2 + rows * 2 + d;
     for (int64_t site = 0; site < 1 + 3 * s.layers; ++site) numbers += masks_size(s, site);
     numbers += norms(s) + 2 * widest(s);
     return kOwnSize + numbers * static_cast<int64_t>(sizeof(N));
   }
 
+  // Rows of the gradients of a block's outputs, of the block that has most.
+  static int64_t most_upstream(const EncoderSizes& s, int64_t rows) {
+    return s.layers > 1 && rows > s.asked ? rows : s.asked;
+  }
   // Numbers that have room for the masks of a dropout site.
   static int64_t masks_size(const EncoderSizes& s, int64_t site) {
     return site_size(s, site) * static_cast<int64_t>(sizeof(LaneMask)) / static_cast<int64_t>(sizeof(N)) + 1;
@@ -123,7 +127,7 @@ class Pass {
     for (int64_t i = 0; i < norms(s_); ++i) norm_sums_[i] = V{};
     rows_of_grad_ = reinterpret_cast<T*>(take(widest(s_)));
     rows_of_input_ = reinterpret_cast<T*>(take(widest(s_)));
-    N* grad = take((s_.layers > 1 ? rows_ : k) * d);
+    N* grad = take(most_upstream(s_, rows_) * d);
     load_upstream(k * d, grad);
     N* grad_hidden = take(rows_ * d);
     for (int64_t layer = s_.layers - 1; layer >= 0; --layer) {
@@ -284,7 +288,11 @@ class Pass {
       store_rows<T>(in, L, [&](int64_t j) { return x[j]; }, inputs);
     }
     add_products<T>(kTangents ? 2 * L : L, out, in, rows_of_grad_, rows_of_input_, sums_ + weight);
-    if (bias >= 0) add_lanes<T>(out, [&](int64_t i) { return stored(grad_y[i]); }, sums_ + bias);
+    if (bias < 0) return;
+    const T* rows = rows_of_grad_ + (kTangents ? L * out : 0);
+    for (int lane = 0; lane < L; ++lane, rows += out) {
+      for (int64_t i = 0; i < out; ++i) sums_[bias + i] += rows[i];
+    }
   }
 
   void norm(const N* x, int64_t gain, N* normed, N* deviation, N* y) const {

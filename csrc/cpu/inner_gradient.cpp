@@ -49,47 +49,57 @@ void add_at_targets(const Tensor& to, const Tensor& targets, const Tensor& rows,
   }
 }
 
-// to = factor * (mean - x) + to_factor * to, all (b k, d), with x the rows of embeds (b, ζ, d) at the
-// targets; returns the sum of rows * x, where rows (b k, d) are given.
+// The gradient of the outputs h (b k, d), `share` (mean - x) with x the rows of embeds (b, ζ, d) at the
+// targets, and the sum of h x.
 template <typename T>
-T subtract_targets(const Tensor& embeds,
-                   const Tensor& targets,
-                   const Tensor& mean,
-                   const Tensor& rows,
-                   T factor,
-                   T to_factor,
-                   const Tensor& to) {
+std::pair<Tensor, double> residual(
+    const Tensor& embeds, const Tensor& targets, const Tensor& hidden, const Tensor& mean, T share) {
+  const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
+  TORCH_CHECK_VALUE(hidden.numel() == targets.numel() * width && mean.sizes() == hidden.sizes(), "expected ",
+                    targets.numel(), " rows of outputs and means, got ", hidden.sizes(), " and ",
+                    mean.sizes());
+  const Tensor at = targets.contiguous(), source = embeds.contiguous(), h_in = hidden.contiguous(),
+               mean_in = mean.contiguous();
+  const Tensor gradient = embeds.new_empty({targets.numel(), width});
+  const int64_t* target = at.const_data_ptr<int64_t>();
+  const T *from = source.const_data_ptr<T>(), *h = h_in.const_data_ptr<T>(), *m = mean_in.const_data_ptr<T>();
+  T* out = gradient.mutable_data_ptr<T>();
+  double product = 0;
+  for (int64_t i = 0; i < targets.numel(); ++i, h += width, m += width, out += width) {
+    const T* x = from + (i / each * positions + target[i]) * width;
+    T product_of_row = 0;
+    for (int64_t f = 0; f < width; ++f) {
+      out[f] = share * (m[f] - x[f]);
+      product_of_row += h[f] * x[f];
+    }
+    product += static_cast<double>(product_of_row);
+  }
+  return {gradient, product};
+}
+
+// rows (b k, d) += factor * the rows of embeds (b, ζ, d) at the targets.
+template <typename T>
+void add_targets(const Tensor& embeds, const Tensor& targets, T factor, const Tensor& rows) {
   const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
   const Tensor at = targets.contiguous(), source = embeds.contiguous();
   const int64_t* target = at.const_data_ptr<int64_t>();
   const T* from = source.const_data_ptr<T>();
-  const T* means = mean.defined() ? mean.const_data_ptr<T>() : nullptr;
-  const T* weights = rows.defined() ? rows.const_data_ptr<T>() : nullptr;
-  T* out = to.mutable_data_ptr<T>();
-  T product = 0;
-  for (int64_t i = 0; i < targets.numel(); ++i, out += width) {
+  T* to = rows.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < targets.numel(); ++i, to += width) {
     const T* x = from + (i / each * positions + target[i]) * width;
-    T product_of_row = 0;
-    for (int64_t f = 0; f < width; ++f) {
-      const T apart = (means != nullptr ? means[i * width + f] : T(0)) - x[f];
-      out[f] = factor * apart + (to_factor != 0 ? to_factor * out[f] : T(0));
-      if (weights != nullptr) product_of_row += weights[i * width + f] * x[f];
-    }
-    product += product_of_row;
+    for (int64_t f = 0; f < width; ++f) to[f] += factor * x[f];
   }
-  return product;
 }
 
 // embeds (μ, ζ, d) of the users: a view where they follow one another.
 Tensor embeds_of(const Tensor& embeds, const OptionalTensor& users) {
-  if (!users || users->numel() == 0) return embeds;
+  if (!users) return embeds;
   const Tensor chosen = users->contiguous();
-  const int64_t* user = chosen.const_data_ptr<int64_t>();
   const int64_t count = chosen.numel();
-  for (int64_t i = 1; i < count; ++i) {
-    if (user[i] != user[0] + i) return embeds.index_select(0, chosen);
-  }
-  return embeds.narrow(0, user[0], count);
+  const int64_t* user = chosen.const_data_ptr<int64_t>();
+  bool following = count > 0 && user[0] >= 0 && user[0] + count <= embeds.size(0);
+  for (int64_t i = 1; following && i < count; ++i) following = user[i] == user[0] + i;
+  return following ? embeds.narrow(0, user[0], count) : embeds.index_select(0, chosen);
 }
 
 Tensor nothing(const Tensor& like) {
@@ -121,13 +131,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
 
     auto [logsumexp, remainder, mean, probabilities] = item_logsumexp_forward(hidden, items, true, trained);
     const T share = T(1) / static_cast<T>(step.rows);
-    const Tensor grad_hidden = embeds.new_empty({step.rows, step.width});
-    const T aligned = subtract_targets<T>(embeds, targets, mean, hidden, share, T(0), grad_hidden);
-    const Tensor loss = logsumexp.sum().sub_(aligned).mul_(share);
+    const std::pair<Tensor, double> apart = residual<T>(embeds, targets, hidden, mean, share);
+    const Tensor loss = logsumexp.sum().sub_(apart.second).mul_(share);
 
     const Tensor grad_parameters = parameters.new_empty(parameters.sizes());
     Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
-    in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
+    in.call.grad_outputs = apart.first.const_data_ptr<T>();
     if (trained) {
       const Tensor upstream = embeds.new_full({step.rows}, share);
       grad_items = std::get<1>(item_logsumexp_backward(upstream, hidden, items, logsumexp, remainder, mean,
@@ -183,12 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     auto [to_upstream, moved_grad_hidden, moved_grad_items] =
         item_logsumexp_double_backward(moved_hidden, tangent_items, upstream, hidden, items, saved[1],
                                        saved[2], mean, saved[4], {false, true, tangent_items.has_value()});
-    if (tangent_embeds) {
-      moved_grad_hidden = moved_grad_hidden.contiguous();
-      subtract_targets<T>(moved_embeds, targets, Tensor(), Tensor(), share, T(1), moved_grad_hidden);
-    }
-    const Tensor grad_hidden = embeds.new_empty({step.rows, step.width});
-    subtract_targets<T>(embeds, targets, mean, Tensor(), share, T(0), grad_hidden);
+    if (tangent_embeds) add_targets<T>(moved_embeds, targets, -share, moved_grad_hidden);
+    const Tensor grad_hidden = residual<T>(embeds, targets, hidden, mean, share).first;
     in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     in.call.grad_outputs_tangent = moved_grad_hidden.const_data_ptr<T>();
 

@@ -8,28 +8,32 @@
 namespace td3_fast::cpu {
 namespace {
 
-// Of a pair of vectors, the half of every 2 kHalf lanes that the first keeps and takes, or the second.
-template <typename T, int kHalf>
-TD3_FAST_INLINE Bits<T> exchanged(bool second) {
+#if defined(__GNUC__) && !defined(__clang__)
+// Lanes of two vectors, those of the second counted on from those of the first: what the first, or the
+// second, is to hold once the upper half of every 2 kHalf lanes of the first and the lower half of the second
+// have changed places.
+template <typename T, int kHalf, bool kOfFirst>
+TD3_FAST_INLINE Bits<T> exchanged() {
   Bits<T> from{};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<T>; ++i) {
     const bool upper = (i & kHalf) != 0;
-    from[i] = second ? (upper ? kLanes<T> + i : i + kHalf) : (upper ? kLanes<T> + i - kHalf : i);
+    from[i] = kOfFirst ? (upper ? kLanes<T> + i - kHalf : i) : (upper ? kLanes<T> + i : i + kHalf);
   }
   return from;
 }
+#endif
 
 template <typename T, int kHalf>
 TD3_FAST_INLINE void exchange(Vector<T>* x) {
 #if defined(__GNUC__) && !defined(__clang__)
-  const Bits<T> first = exchanged<T, kHalf>(false), second = exchanged<T, kHalf>(true);
+  const Bits<T> of_first = exchanged<T, kHalf, true>(), of_second = exchanged<T, kHalf, false>();
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<T>; ++i) {
     if ((i & kHalf) != 0) continue;
     const Vector<T> a = x[i], b = x[i + kHalf];
-    x[i] = __builtin_shuffle(a, b, first);
-    x[i + kHalf] = __builtin_shuffle(a, b, second);
+    x[i] = __builtin_shuffle(a, b, of_first);
+    x[i + kHalf] = __builtin_shuffle(a, b, of_second);
   }
 #else
   for (int i = 0; i < kLanes<T>; ++i) {
@@ -146,11 +150,11 @@ TD3_FAST_INLINE void add_rows_of_products(
   for (; j + 2 * L <= in; j += 2 * L) add_block<T, kOut, 2>(depth, out, in, g, x + j, sums + j);
   for (; j + L <= in; j += L) add_block<T, kOut, 1>(depth, out, in, g, x + j, sums + j);
   for (; j < in; ++j) {
-    for (int i = 0; i < kOut; ++i) {
-      T sum = 0;
-      for (int64_t k = 0; k < depth; ++k) sum += g[k * out + i] * x[k * in + j];
-      sums[i * in + j] += sum;
+    T sum[kOut] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int i = 0; i < kOut; ++i) sum[i] += g[k * out + i] * x[k * in + j];
     }
+    for (int i = 0; i < kOut; ++i) sums[i * in + j] += sum[i];
   }
 }
 
@@ -165,16 +169,16 @@ void add_products(int64_t depth, int64_t out, int64_t in, const T* g, const T* x
 
 // Which lanes an element of dropout survives in, a bit each.
 using LaneMask = uint16_t;
+static_assert(kLanes<float> <= 16);
 
 // masks[i] has the bit of a lane where words(lane)[i] is not below the threshold.
 template <typename Words>
 TD3_FAST_INLINE void lane_masks(
-    int64_t count, int lanes, const Words& words, int16_t threshold, LaneMask* masks) {
+    int64_t count, int lanes, const Words& words, int16_t threshold, LaneMask* __restrict masks) {
   for (int64_t i = 0; i < count; ++i) masks[i] = 0;
   for (int lane = 0; lane < lanes; ++lane) {
     const int16_t* from = words(lane);
     const LaneMask bit = static_cast<LaneMask>(1 << lane);
-#pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i)
       masks[i] = static_cast<LaneMask>(masks[i] | (from[i] >= threshold ? bit : 0));
   }

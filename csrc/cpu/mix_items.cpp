@@ -14,9 +14,9 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 24;
 constexpr int64_t kDepthOfMix = 256;  // items, so that their part of the packed table stays in cache
-// Of the transposed product: rows whose probabilities are read side by side, and elements of the sums that
-// stay in cache while all rows pass.
-constexpr int64_t kDepth = 64, kSumsInCache = 65536;
+// Of the transposed product: rows whose probabilities are read side by side, and items of which a panel of
+// sums stays in cache while all rows pass.
+constexpr int64_t kDepth = 64, kItemsInCache = 2048;
 
 void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
   TORCH_CHECK_VALUE(probabilities.dim() == 2 && other.dim() == 2 &&
@@ -31,17 +31,21 @@ void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
 // else in scratch.
 template <typename T>
 struct Sums {
-  T *to, *at;
-  int64_t count, columns, lanes, stride;
+  T *result, *at;  // where they belong, and where they are taken
+  int64_t rows, width, lanes, stride;
 
-  Sums(T* result, int64_t rows, int64_t width, int64_t column, T* scratch)
-      : to(result + column), count(rows), columns(width), lanes(std::min(kWide<T>, width - column)) {
+  Sums(T* to, int64_t num_rows, int64_t columns, int64_t first_column, T* scratch)
+      : result(to + first_column),
+        rows(num_rows),
+        width(columns),
+        lanes(std::min(kWide<T>, columns - first_column)) {
     const bool in_place = lanes % kPanel<T> == 0;
-    at = in_place ? to : scratch;
-    stride = in_place ? columns : kWide<T>;
+    at = in_place ? result : scratch;
+    stride = in_place ? width : kWide<T>;
   }
   void write() const {
-    for (int64_t i = 0; at != to && i < count; ++i) std::copy_n(at + i * stride, lanes, to + i * columns);
+    if (at == result) return;
+    for (int64_t row = 0; row < rows; ++row) std::copy_n(at + row * stride, lanes, result + row * width);
   }
 };
 
@@ -72,8 +76,8 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   return mixed;
 }
 
-// Each task reads along the rows, several side by side: every item's sum runs over the rows in their order,
-// however many items a task has.
+// Each task reads along the rows, several side by side. Every item's sum runs over the rows in their order,
+// so that chunks of items may depend on the number of threads, and the bits do not.
 template <typename T>
 Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   constexpr int64_t W = kWide<T>;
@@ -84,9 +88,8 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   if (rows == 0 || sums_of_items.numel() == 0) return sums_of_items.zero_();
   const Scratch<T> packed = pack_columns<T, W>(cotangent);
   const int64_t most_workers = num_workers(n, rows * n * d);
-  const int64_t fitting = std::max<int64_t>(kSumsInCache / (ceil_div(d, W) * W), kPanel<T>);
-  const Chunks chunks{n,
-                      std::max(ceil_div(n, fitting), std::min(n, most_workers > 1 ? 2 * most_workers : 1))};
+  const Chunks chunks{
+      n, std::max(ceil_div(n, kItemsInCache), std::min(n, most_workers > 1 ? 2 * most_workers : 1))};
   const int64_t workers = std::min(most_workers, chunks.count), scratch_size = chunks.largest() * W;
   const Scratch<T> scratch(workers * scratch_size);
   const T* from = p.const_data_ptr<T>();

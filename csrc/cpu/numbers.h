@@ -84,7 +84,7 @@ TD3_FAST_INLINE Dual<V> inverse_sqrt(Dual<V> x) {
   return {i, i * i * i * x.t / -2};
 }
 
-// erf within 2 ulp: x P(x²) where |x| < 1, elsewhere 1 - e^Q(|x|), which is 1 to rounding from 4 on.
+// erf within 3 ulp: x P(x²) where |x| < 1, elsewhere 1 - e^Q(|x|), which is 1 to rounding from 4 on.
 TD3_FAST_INLINE Vector<float> erf_of(Vector<float> x) {
   const Vector<float> square = x * x;
   Vector<float> p = square * 7.85385051e-5f - 8.01019034e-4f;

@@ -92,7 +92,8 @@ Scratch<T> pack_columns(const at::Tensor& matrix, const T* weights = nullptr) {
         for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? from[lane] : T(0);
       }
       if (weights == nullptr) continue;
-      for (int64_t lane = 0; lane < P; ++lane) out[lane] *= weights[row];
+      const T weight = weights[row];
+      for (int64_t lane = 0; lane < lanes; ++lane) out[lane] *= weight;
     }
   }
   return packed;
@@ -144,8 +145,8 @@ class Table {
   bool converts_ = false;
 };
 
-// Items in chunks of nearly equal size. Chunks depend on shapes alone, never on the number of threads: sums
-// over chunks, taken in their order, have the same bits on any number of cores.
+// Items in chunks of nearly equal size. Where sums go over chunks, in their order, these depend on shapes
+// alone and never on the number of threads: the sums have the same bits on any number of cores.
 struct Chunks {
   int64_t items, count;
   int64_t begin(int64_t chunk) const { return items / count * chunk + std::min(chunk, items % count); }
@@ -158,7 +159,7 @@ struct Chunks {
 };
 
 // Multiply-adds that are worth a thread of their own: below, waking it and waiting for it costs more.
-constexpr int64_t kWorkOfThread = int64_t{1} << 20;
+constexpr int64_t kWorkOfThread = int64_t{1} << 19;
 
 // Threads for `tasks` that make `work` multiply-adds in all.
 inline int64_t num_workers(int64_t tasks, int64_t work) {

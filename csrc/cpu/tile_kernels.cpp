@@ -22,15 +22,16 @@ constexpr int64_t kAhead = 32;
 // row of b to the next.
 // The sum starts at zero and is added to c once: partial sums keep long reductions accurate.
 template <typename T, int M, int V, Walk kWalk, int64_t kRow>
-inline __attribute__((always_inline)) void block(const T* a,
-                                                 int64_t stride,
-                                                 int64_t a_segment,
-                                                 int64_t segment,
-                                                 int64_t depth,
-                                                 const T* b,
-                                                 T* c,
-                                                 int64_t c_stride,
-                                                 bool accumulate) {
+TD3_FAST_INLINE void block(const T* a,
+                           int64_t stride,
+                           int64_t a_segment,
+                           int64_t segment,
+                           int64_t depth,
+                           const T* b,
+                           T* c,
+                           int64_t c_stride,
+                           bool accumulate) {
+  constexpr bool kPrefetches = kRow == kWide<T> && kWalk == Walk::kColumns;
   Vector<T> sum[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -45,7 +46,7 @@ inline __attribute__((always_inline)) void block(const T* a,
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) b_k[v] = *reinterpret_cast<const Vector<T>*>(b + v * kLanes<T>);
       b += kRow;
-      if constexpr (kRow != kPanel<T> && kWalk == Walk::kColumns) __builtin_prefetch(a_k + kAhead);
+      if constexpr (kPrefetches) __builtin_prefetch(a_k + kAhead);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         const T a_ik = kWalk == Walk::kRows ? a[i * stride + k] : a_k[i];

@@ -218,8 +218,9 @@ def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
     if users.device.type != "cpu":
         return tensor[users]
     chosen = users.tolist()
-    following = range(chosen[0], chosen[0] + len(chosen))
-    return tensor[following.start : following.stop] if chosen == list(following) else tensor[users]
+    first = chosen[0] if chosen else 0
+    following = 0 <= first <= len(tensor) - len(chosen) and chosen == list(range(first, first + len(chosen)))
+    return tensor[first : first + len(chosen)] if following else tensor[users]
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ def orders(encode, theta, inputs, *, create_graph=True):
         {"rates": (0.0, 0.3)},
         {"rates": (0.3, 0.0), "layers": 2},
         {"batch": 150},
+        # vectors of lanes full and not, several heads, more rows asked than there are
+        {"hidden": 6, "inner": 5, "heads": 3},
+        {"hidden": 20, "inner": 37},
+        {"hidden": 36, "inner": 50, "heads": 2},
+        {"length": 1, "layers": 2},
+        {"length": 2, "asked": 40, "layers": 2},
     ],
     ids=str,
 )
@@ -87,9 +93,20 @@ def test_equals_the_modules_at_every_order(changes, dropout):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("changes", [{"batch": 40}], ids=str)
-def test_float32_is_as_near_to_float64_as_the_modules_are(changes):
-    _, flat, theta, inputs, positions = setting(**changes, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch": 40}, {"batch": 40, "hidden": 20, "inner": 37}, {"batch": 40, "hidden": 36, "inner": 50}],
+    ids=str,
+)
+@pytest.mark.parametrize("bent", [0.0, 8.0], ids=["", "far from zero"])
+def test_float32_is_as_near_to_float64_as_the_modules_are(changes, bent):
+    learner, flat, theta, inputs, positions = setting(**changes, dtype=torch.float64)
+    if bent > 0:  # arguments of the feed-forward's erf on both sides, where it is 1 to rounding too
+        inner = learner.config.inner
+        state = {name: value.clone() for name, value in learner.state_dict().items()}
+        (bias,) = (name for name, value in state.items() if value.shape == (inner,))
+        state[bias] = torch.linspace(-bent, bent, inner, dtype=torch.float64)
+        theta = flat.gather(state).requires_grad_()
     truth = orders(lambda: reference(flat, theta, inputs, positions, DropoutStream(7)), theta, inputs)
     theta32, inputs32 = (x.detach().float().requires_grad_() for x in (theta, inputs))
     modules = orders(

@@ -76,6 +76,9 @@ def in_one_call(shape, theta, items, embeds, targets, dropout, *, trained):
         {"layers": 2, "heads": 2},
         {"batch": 1, "asked": 1},
         {"positions": 2},
+        {"positions": 2, "layers": 2},
+        {"hidden": 20, "inner": 37},
+        {"hidden": 36, "inner": 50, "heads": 2},
         {"batch": 70, "asked": 3, "items": 400},
         {"batch": 3200, "layers": 2, "heads": 2},  # too much to keep it between the halves of a pass
     ],
@@ -94,7 +97,9 @@ def test_equals_autograd_through_the_modules(changes, dropout, trained):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("changes", [{"batch": 40, "items": 400}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"batch": 40, "items": 400}, {"batch": 40, "hidden": 36, "inner": 50}], ids=str
+)
 def test_float32_is_as_near_to_float64_as_autograd_is(trained, changes):
     learner, flat, tensors = setting(**changes)
     truth = by_autograd(flat, *tensors, DropoutStream(7), trained=trained)
@@ -157,10 +162,11 @@ def test_embeds_that_lie_otherwise(trained):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("chosen", [[3, 12, 0, 5], [4, 5, 6, 7], [9, 10, 11, 12]], ids=str)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_users_are_rows_of_all_embeds(trained):
+def test_users_are_rows_of_all_embeds(trained, chosen):
     learner, _, (theta, items, embeds, targets) = setting()
-    shape, users = learner.encoder_shape(), torch.tensor([3, 12, 0, 5])
+    shape, users = learner.encoder_shape(), torch.tensor(chosen)
     results = []
     for given, chosen in ((embeds, users), (embeds[users], None)):
         made = inner_gradient(theta, items, given, targets[:4], shape, trained=trained, users=chosen)
@@ -170,6 +176,14 @@ def test_users_are_rows_of_all_embeds(trained):
         )
     for a, b in zip(*results, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("users", [[-1, 0], [12, 13], [20]], ids=str)
+def test_users_that_are_none_are_refused(users):
+    learner, _, (theta, items, embeds, targets) = setting()
+    users, targets = torch.tensor(users), targets[: len(users)]
+    with pytest.raises(IndexError):
+        inner_gradient(theta, items, embeds, targets, learner.encoder_shape(), users=users)
 
 
 def test_equal_bits_on_any_number_of_threads():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from td3_fast import ops
+from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
 from td3_fast.ops import library
 
 
@@ -51,13 +52,27 @@ def test_every_instruction_set_gives_the_same_derivatives(dtype):
     inputs = [
         torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((37, 19), (301, 19), (301, 21))
     ]
+    config = SASRecConfig(num_items=9, max_len=7, hidden=36, inner=50, heads=2, layers=2)
+    learner = SASRec(config, seed=1).to(dtype)
+    flat = FlatParameters(learner)
+    theta = flat.gather(learner.state_dict())
+    embeds, table = torch.randn(37, 8, 36, dtype=dtype), torch.randn(301, 36, dtype=dtype)
+    targets = torch.randint(1, 8, (37, 2))
+    probabilities = torch.rand(37, 301, dtype=dtype)
 
     def derivatives():
         embedding, logsumexp = ops.soft_embedding(*inputs)
         first = torch.autograd.grad(embedding.square().sum() + logsumexp.sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
         ranks = ops.target_rank(inputs[0].detach(), inputs[1].detach(), torch.arange(37))
-        return [embedding.detach(), logsumexp.detach(), *(x.detach() for x in first), *second, ranks]
+        step = ops.inner_gradient(
+            theta, table, embeds, targets, learner.encoder_shape(), dropout=ops.DropoutStream(7), trained=True
+        )
+        moved = step.tangent(theta, table, embeds)
+        mixed = ops.mix_items(probabilities, table)
+        sums = ops.mix_items_transposed(probabilities, mixed)
+        return [embedding.detach(), logsumexp.detach(), *(x.detach() for x in first), *second, ranks,
+                step.loss, step.parameters, step.items, step.embeds, *moved, mixed, sums]  # fmt: skip
 
     try:
         results = []

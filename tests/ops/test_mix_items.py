@@ -6,7 +6,18 @@ import torch
 from td3_fast import ops
 from td3_fast.ops import mix_items, mix_items_transposed
 
-SIZES = [(1, 1, 1), (23, 95, 15), (25, 97, 17), (130, 300, 64), (64, 192, 32), (3, 5, 0), (64, 0, 16)]
+SIZES = [
+    (1, 1, 1),
+    (23, 95, 15),
+    (25, 97, 17),
+    (130, 300, 64),
+    (64, 192, 32),
+    (3, 5, 0),
+    (64, 0, 16),
+    (0, 5, 3),
+]
+# panels of columns, full and not, over several parts of the depth, and more items than stay in cache
+SIZES += [(130, 300, 17), (130, 300, 50), (70, 300, 24), (70, 300, 48), (70, 3000, 64)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -17,8 +28,29 @@ def test_equals_the_product(rows: int, n: int, d: int, dtype: torch.dtype) -> No
     probabilities = whole[1:-1]  # a slice of rows, as a batch of users is
     items = torch.randn(n, d, generator=generator, dtype=dtype)
     cotangent = torch.randn(rows, d, generator=generator, dtype=dtype)
-    torch.testing.assert_close(mix_items(probabilities, items), probabilities @ items)
-    torch.testing.assert_close(mix_items_transposed(probabilities, cotangent), probabilities.T @ cotangent)
+    for made, left, right in (
+        (mix_items(probabilities, items), probabilities, items),
+        (mix_items_transposed(probabilities, cotangent), probabilities.T, cotangent),
+    ):
+        expected = left.double() @ right.double()
+        atol = 4 * torch.finfo(dtype).eps * (left.double() @ right.double().abs())  # of what was added up
+        assert made.dtype == dtype
+        assert bool(((made - expected).abs() <= atol).all())
+
+
+def test_equal_bits_on_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(500, 1001, generator=generator)
+    items, cotangent = (torch.randn(rows, 20, generator=generator) for rows in (1001, 500))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((mix_items(probabilities, items), mix_items_transposed(probabilities, cotangent)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
