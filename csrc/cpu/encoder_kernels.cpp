@@ -401,11 +401,105 @@ class Pass {
   }
   bool drops_attention(int64_t layer) const { return call_.dropout[1 + 3 * layer].words != nullptr; }
 
+  // From the query of row r to its context, one head of it.
+  void attend(int64_t layer, const Block& b, int64_t r, int64_t head) {
+    const int64_t d = s_.width, w = d / s_.heads, num_keys = keys(layer, r), at = r * s_.heads + head;
+    Saved& saved = saved_[layer];
+    const N* inputs = saved.inputs;
+    const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{}, last = last_key(layer, r);
+    N *direction = saved.direction + at * d, *weights = saved.weights + at * rows_,
+      *mixed = saved.mixed + at * d, *context = saved.context + r * d + head * w;
+    // q · (W h + b) = (Wᵀ q) · h plus the same for every key
+    linear_transposed(b.key + head * w * d, w, d, saved.query + r * d + head * w, direction, false);
+    V peak = -3.4e38f - V{};
+    for (int64_t j = 0; j < num_keys; ++j) {
+      N score{};
+      for (int64_t f = 0; f < d; ++f) score = score + direction[f] * inputs[j * d + f];
+      weights[j] = score * scale;
+      const V value = value_of(weights[j]);
+      peak = (value > peak) & (static_cast<T>(j) <= last) ? value : peak;
+    }
+    N mass{};
+    for (int64_t j = 0; j < num_keys; ++j) {
+      weights[j] = where(static_cast<T>(j) <= last, exp_of(minus(weights[j], peak)));
+      mass = mass + weights[j];
+    }
+    const N inverse_mass = inverse(mass);
+    zero(mixed, d);
+    N total{};
+    for (int64_t j = 0; j < num_keys; ++j) {
+      weights[j] = weights[j] * inverse_mass;
+      const N weight =
+          drops_attention(layer) ? weights[j] * attention_survivors(layer, head, r, j) : weights[j];
+      total = total + weight;
+      for (int64_t f = 0; f < d; ++f) mixed[f] = mixed[f] + weight * inputs[j * d + f];
+    }
+    saved.total[at] = total;
+    linear(b.value + head * w * d, -1, w, d, mixed, context);
+    for (int64_t f = 0; f < w; ++f) context[f] = context[f] + total * w_[b.value_bias + head * w + f];
+  }
+
+  // From the gradient of that context (w,) to those of the query (w,), which is written, and of the inputs
+  // (rows, d), which are added to.
+  void attend_backward(int64_t layer,
+                       const Block& b,
+                       int64_t r,
+                       int64_t head,
+                       const N* grad_context,
+                       N* grad_query,
+                       N* grad_inputs) {
+    const int64_t d = s_.width, w = d / s_.heads, num_keys = keys(layer, r), at = r * s_.heads + head;
+    const Saved& saved = saved_[layer];
+    const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
+    const N *direction = saved.direction + at * d, *weights = saved.weights + at * rows_,
+            total = saved.total[at];
+    N* const mark = next_;
+    N *grad_mixed = take(d), *grad_direction = take(d), *grad_weights = take(rows_);
+    linear_gradients(b.value + head * w * d, -1, w, d, grad_context, saved.mixed + at * d);
+    linear_transposed(b.value + head * w * d, w, d, grad_context, grad_mixed, false);
+    N grad_total{};
+    for (int64_t f = 0; f < w; ++f) {
+      grad_total = grad_total + grad_context[f] * w_[b.value_bias + head * w + f];
+    }
+    const auto grad_bias = [&](int64_t f) {
+      V sum{};
+      add_gradient(&sum, grad_context[f], total);
+      return sum;
+    };
+    add_lanes<T>(w, grad_bias, sums_ + b.value_bias + head * w);
+    N inner_product{};
+    for (int64_t j = 0; j < num_keys; ++j) {
+      N grad_weight = grad_total;
+      for (int64_t f = 0; f < d; ++f) grad_weight = grad_weight + grad_mixed[f] * saved.inputs[j * d + f];
+      N weight = weights[j];
+      if (drops_attention(layer)) {
+        const V factor = attention_survivors(layer, head, r, j);
+        grad_weight = grad_weight * factor;
+        weight = weight * factor;
+      }
+      for (int64_t f = 0; f < d; ++f) {
+        grad_inputs[j * d + f] = grad_inputs[j * d + f] + weight * grad_mixed[f];
+      }
+      grad_weights[j] = grad_weight;
+      inner_product = inner_product + weights[j] * grad_weight;
+    }
+    zero(grad_direction, d);
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const N grad_score = weights[j] * (grad_weights[j] - inner_product) * scale;
+      for (int64_t f = 0; f < d; ++f) {
+        grad_direction[f] = grad_direction[f] + grad_score * saved.inputs[j * d + f];
+        grad_inputs[j * d + f] = grad_inputs[j * d + f] + grad_score * direction[f];
+      }
+    }
+    linear(b.key + head * w * d, -1, w, d, grad_direction, grad_query);
+    linear_gradients(b.key + head * w * d, -1, w, d, saved.query + r * d + head * w, grad_direction);
+    next_ = mark;
+  }
+
   void block_forward(int64_t layer, const N* inputs) {
-    const int64_t d = s_.width, inner = s_.inner, heads = s_.heads, w = d / heads;
+    const int64_t d = s_.width, inner = s_.inner, heads = s_.heads;
     const int64_t k = everywhere(layer) ? rows_ : s_.asked;
     const Block b = block_of(layer);
-    const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
     Saved& saved = saved_[layer];
     saved.inputs = inputs, saved.k = k;
     saved.asked = take(k * d), saved.query = take(k * d), saved.context = take(k * d);
@@ -422,45 +516,9 @@ class Pass {
       } else {
         gather(inputs, r, asked);
       }
-      N *query = saved.query + r * d, *context = saved.context + r * d;
-      linear(b.query, b.query_bias, d, d, asked, query);
-      const V last = last_key(layer, r);
-      for (int64_t head = 0; head < heads; ++head) {
-        // q · (W h + b) = (Wᵀ q) · h plus the same for every key
-        N* direction = saved.direction + (r * heads + head) * d;
-        linear_transposed(b.key + head * w * d, w, d, query + head * w, direction, false);
-        N* weights = saved.weights + (r * heads + head) * rows_;
-        const int64_t num_keys = keys(layer, r);
-        V peak = -3.4e38f - V{};
-        for (int64_t j = 0; j < num_keys; ++j) {
-          N score{};
-          for (int64_t f = 0; f < d; ++f) score = score + direction[f] * inputs[j * d + f];
-          weights[j] = score * scale;
-          const V value = value_of(weights[j]);
-          peak = (value > peak) & (static_cast<T>(j) <= last) ? value : peak;
-        }
-        N mass{};
-        for (int64_t j = 0; j < num_keys; ++j) {
-          weights[j] = where(static_cast<T>(j) <= last, exp_of(minus(weights[j], peak)));
-          mass = mass + weights[j];
-        }
-        const N inverse_mass = inverse(mass);
-        N* mixed = saved.mixed + (r * heads + head) * d;
-        zero(mixed, d);
-        N total{};
-        for (int64_t j = 0; j < num_keys; ++j) {
-          weights[j] = weights[j] * inverse_mass;
-          const N weight =
-              drops_attention(layer) ? weights[j] * attention_survivors(layer, head, r, j) : weights[j];
-          total = total + weight;
-          for (int64_t f = 0; f < d; ++f) mixed[f] = mixed[f] + weight * inputs[j * d + f];
-        }
-        saved.total[r * heads + head] = total;
-        linear(b.value + head * w * d, -1, w, d, mixed, context + head * w);
-        for (int64_t f = 0; f < w; ++f) {
-          context[head * w + f] = context[head * w + f] + total * w_[b.value_bias + head * w + f];
-        }
-      }
+      const N* context = saved.context + r * d;
+      linear(b.query, b.query_bias, d, d, asked, saved.query + r * d);
+      for (int64_t head = 0; head < heads; ++head) attend(layer, b, r, head);
       linear(b.output, b.output_bias, d, d, context, sum);
       drop_hidden(2 + 3 * layer, r, sum);
       for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + asked[f];
@@ -478,13 +536,11 @@ class Pass {
 
   // grad (k, d) of the block's outputs is overwritten; grad_inputs (rows, d) is added to.
   void block_backward(int64_t layer, N* grad, N* grad_inputs) {
-    const int64_t d = s_.width, inner = s_.inner, heads = s_.heads, w = d / heads;
+    const int64_t d = s_.width, inner = s_.inner, w = d / s_.heads;
     const Block b = block_of(layer);
-    const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
     const Saved& saved = saved_[layer];
     N* const mark = next_;
-    N *branch = take(d), *grad_raised = take(inner), *grad_context = take(d), *grad_mixed = take(d),
-      *grad_direction = take(d), *grad_query = take(d), *grad_weights = take(rows_);
+    N *branch = take(d), *grad_raised = take(inner), *grad_context = take(d), *grad_query = take(d);
     for (int64_t r = 0; r < saved.k; ++r) {
       N* g = grad + r * d;
       norm_backward(g, b.last_norm, norm_sums(2 + 2 * layer), saved.last_normed + r * d,
@@ -501,54 +557,8 @@ class Pass {
       drop_hidden(2 + 3 * layer, r, branch);
       linear_gradients(b.output, b.output_bias, d, d, branch, saved.context + r * d);
       linear_transposed(b.output, d, d, branch, grad_context, false);
-      const N* query = saved.query + r * d;
-      for (int64_t head = 0; head < heads; ++head) {
-        const N* grad_head = grad_context + head * w;
-        const N *mixed = saved.mixed + (r * heads + head) * d,
-                *direction = saved.direction + (r * heads + head) * d;
-        const N* weights = saved.weights + (r * heads + head) * rows_;
-        const int64_t num_keys = keys(layer, r);
-        linear_gradients(b.value + head * w * d, -1, w, d, grad_head, mixed);
-        linear_transposed(b.value + head * w * d, w, d, grad_head, grad_mixed, false);
-        N grad_total{};
-        for (int64_t f = 0; f < w; ++f) {
-          grad_total = grad_total + grad_head[f] * w_[b.value_bias + head * w + f];
-        }
-        const N total = saved.total[r * heads + head];
-        add_lanes<T>(
-            w,
-            [&](int64_t f) {
-              V sum{};
-              add_gradient(&sum, grad_head[f], total);
-              return sum;
-            },
-            sums_ + b.value_bias + head * w);
-        N inner_product{};
-        for (int64_t j = 0; j < num_keys; ++j) {
-          N grad_weight = grad_total;
-          for (int64_t f = 0; f < d; ++f) grad_weight = grad_weight + grad_mixed[f] * saved.inputs[j * d + f];
-          N weight = weights[j];
-          if (drops_attention(layer)) {
-            const V factor = attention_survivors(layer, head, r, j);
-            grad_weight = grad_weight * factor;
-            weight = weight * factor;
-          }
-          for (int64_t f = 0; f < d; ++f) {
-            grad_inputs[j * d + f] = grad_inputs[j * d + f] + weight * grad_mixed[f];
-          }
-          grad_weights[j] = grad_weight;
-          inner_product = inner_product + weights[j] * grad_weight;
-        }
-        zero(grad_direction, d);
-        for (int64_t j = 0; j < num_keys; ++j) {
-          const N grad_score = weights[j] * (grad_weights[j] - inner_product) * scale;
-          for (int64_t f = 0; f < d; ++f) {
-            grad_direction[f] = grad_direction[f] + grad_score * saved.inputs[j * d + f];
-            grad_inputs[j * d + f] = grad_inputs[j * d + f] + grad_score * direction[f];
-          }
-        }
-        linear(b.key + head * w * d, -1, w, d, grad_direction, grad_query + head * w);
-        linear_gradients(b.key + head * w * d, -1, w, d, query + head * w, grad_direction);
+      for (int64_t head = 0; head < s_.heads; ++head) {
+        attend_backward(layer, b, r, head, grad_context + head * w, grad_query + head * w, grad_inputs);
       }
       linear_gradients(b.query, b.query_bias, d, d, grad_query, saved.asked + r * d);
       linear_transposed(b.query, d, d, grad_query, g, true);
