@@ -35,60 +35,80 @@ struct StepOptions {
   }
 };
 
-// to[b, target] += factor * rows[b, i] for the targets of every sequence; to (b, ζ, d), rows (b k, d).
+// The rows of embeds (b, ζ, d) at the targets (b, k), one after the other; both contiguous.
 template <typename T>
-void add_at_targets(const Tensor& to, const Tensor& targets, const Tensor& rows, T factor) {
-  const int64_t width = to.size(2), positions = to.size(1), each = targets.size(1);
-  const Tensor at = targets.contiguous(), from = rows.contiguous();
-  const int64_t* target = at.const_data_ptr<int64_t>();
+class TargetRows {
+ public:
+  TargetRows(const Tensor& embeds, const Tensor& targets)
+      : count(targets.numel()),
+        width(embeds.size(2)),
+        positions_(embeds.size(1)),
+        each_(targets.size(1)),
+        targets_(targets.contiguous()),
+        target_(targets_.const_data_ptr<int64_t>()) {}
+
+  const int64_t count, width;
+
+  // Where row i begins, in elements.
+  int64_t at(int64_t i) const { return (i / each_ * positions_ + target_[i]) * width; }
+
+ private:
+  int64_t positions_, each_;
+  Tensor targets_;
+  const int64_t* target_;
+};
+
+// Adds factor * rows (b k, d) to the rows of embeds (b, ζ, d) at the targets.
+template <typename T>
+void add_to_targets(const Tensor& embeds, const Tensor& targets, const Tensor& rows, T factor) {
+  const TargetRows<T> place(embeds, targets);
+  const Tensor from = rows.contiguous();
   const T* row = from.const_data_ptr<T>();
-  T* out = to.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < targets.numel(); ++i, row += width) {
-    T* sum = out + (i / each * positions + target[i]) * width;
-    for (int64_t f = 0; f < width; ++f) sum[f] += factor * row[f];
+  T* out = embeds.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < place.count; ++i, row += place.width) {
+    T* sum = out + place.at(i);
+    for (int64_t f = 0; f < place.width; ++f) sum[f] += factor * row[f];
   }
 }
 
-// The gradient of the outputs h (b k, d), `share` (mean - x) with x the rows of embeds (b, ζ, d) at the
-// targets, and the sum of h x.
+// Adds factor * the rows of embeds (b, ζ, d) at the targets to rows (b k, d).
 template <typename T>
-std::pair<Tensor, double> residual(
-    const Tensor& embeds, const Tensor& targets, const Tensor& hidden, const Tensor& mean, T share) {
-  const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
-  TORCH_CHECK_VALUE(hidden.numel() == targets.numel() * width && mean.sizes() == hidden.sizes(), "expected ",
-                    targets.numel(), " rows of outputs and means, got ", hidden.sizes(), " and ",
-                    mean.sizes());
-  const Tensor at = targets.contiguous(), source = embeds.contiguous(), h_in = hidden.contiguous(),
-               mean_in = mean.contiguous();
-  const Tensor gradient = embeds.new_empty({targets.numel(), width});
-  const int64_t* target = at.const_data_ptr<int64_t>();
-  const T *from = source.const_data_ptr<T>(), *h = h_in.const_data_ptr<T>(), *m = mean_in.const_data_ptr<T>();
-  T* out = gradient.mutable_data_ptr<T>();
-  double product = 0;
-  for (int64_t i = 0; i < targets.numel(); ++i, h += width, m += width, out += width) {
-    const T* x = from + (i / each * positions + target[i]) * width;
-    T product_of_row = 0;
-    for (int64_t f = 0; f < width; ++f) {
-      out[f] = share * (m[f] - x[f]);
-      product_of_row += h[f] * x[f];
-    }
-    product += static_cast<double>(product_of_row);
+void add_targets_to(const Tensor& rows, const Tensor& embeds, const Tensor& targets, T factor) {
+  const TargetRows<T> place(embeds, targets);
+  const Tensor from = embeds.contiguous();
+  const T* source = from.const_data_ptr<T>();
+  T* sum = rows.mutable_data_ptr<T>();
+  for (int64_t i = 0; i < place.count; ++i, sum += place.width) {
+    const T* x = source + place.at(i);
+    for (int64_t f = 0; f < place.width; ++f) sum[f] += factor * x[f];
   }
-  return {gradient, product};
 }
 
-// rows (b k, d) += factor * the rows of embeds (b, ζ, d) at the targets.
+// `share` (mean - x) with x the rows of embeds (b, ζ, d) at the targets: the gradient of the outputs (b k,
+// d).
 template <typename T>
-void add_targets(const Tensor& embeds, const Tensor& targets, T factor, const Tensor& rows) {
-  const int64_t width = embeds.size(2), positions = embeds.size(1), each = targets.size(1);
-  const Tensor at = targets.contiguous(), source = embeds.contiguous();
-  const int64_t* target = at.const_data_ptr<int64_t>();
-  const T* from = source.const_data_ptr<T>();
-  T* to = rows.mutable_data_ptr<T>();
-  for (int64_t i = 0; i < targets.numel(); ++i, to += width) {
-    const T* x = from + (i / each * positions + target[i]) * width;
-    for (int64_t f = 0; f < width; ++f) to[f] += factor * x[f];
+Tensor residual(const Tensor& embeds, const Tensor& targets, const Tensor& mean, T share) {
+  TORCH_CHECK_VALUE(mean.numel() == targets.numel() * embeds.size(2), "expected ", targets.numel(),
+                    " means of rows, got ", mean.sizes());
+  const Tensor gradient = mean.mul(share);
+  add_targets_to<T>(gradient, embeds, targets, -share);
+  return gradient;
+}
+
+// The sum over all rows of h x, of outputs h (b k, d) and the rows x of embeds (b, ζ, d) at the targets.
+template <typename T>
+double product_with_targets(const Tensor& embeds, const Tensor& targets, const Tensor& hidden) {
+  const TargetRows<T> place(embeds, targets);
+  const Tensor from = embeds.contiguous();
+  const T *source = from.const_data_ptr<T>(), *h = hidden.const_data_ptr<T>();
+  double sum = 0;
+  for (int64_t i = 0; i < place.count; ++i, h += place.width) {
+    const T* x = source + place.at(i);
+    T of_row = 0;
+    for (int64_t f = 0; f < place.width; ++f) of_row += h[f] * x[f];
+    sum += static_cast<double>(of_row);
   }
+  return sum;
 }
 
 // embeds (μ, ζ, d) of the users: a view where they follow one another.
@@ -97,7 +117,7 @@ Tensor embeds_of(const Tensor& embeds, const OptionalTensor& users) {
   const Tensor chosen = users->contiguous();
   const int64_t count = chosen.numel();
   const int64_t* user = chosen.const_data_ptr<int64_t>();
-  bool following = count > 0 && user[0] >= 0 && user[0] + count <= embeds.size(0);
+  bool following = chosen.dim() == 1 && count > 0 && user[0] >= 0 && user[0] <= embeds.size(0) - count;
   for (int64_t i = 1; following && i < count; ++i) following = user[i] == user[0] + i;
   return following ? embeds.narrow(0, user[0], count) : embeds.index_select(0, chosen);
 }
@@ -131,12 +151,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
 
     auto [logsumexp, remainder, mean, probabilities] = item_logsumexp_forward(hidden, items, true, trained);
     const T share = T(1) / static_cast<T>(step.rows);
-    const std::pair<Tensor, double> apart = residual<T>(embeds, targets, hidden, mean, share);
-    const Tensor loss = logsumexp.sum().sub_(apart.second).mul_(share);
+    const Tensor grad_hidden = residual<T>(embeds, targets, mean, share);
+    const double product = product_with_targets<T>(embeds, targets, hidden);
+    const Tensor loss = logsumexp.sum().sub_(product).mul_(share);
 
     const Tensor grad_parameters = parameters.new_empty(parameters.sizes());
     Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
-    in.call.grad_outputs = apart.first.const_data_ptr<T>();
+    in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     if (trained) {
       const Tensor upstream = embeds.new_full({step.rows}, share);
       grad_items = std::get<1>(item_logsumexp_backward(upstream, hidden, items, logsumexp, remainder, mean,
@@ -146,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
       in.call.grad_input_stride = grad_embeds.stride(0);
     }
     pass.backward(step.encoder, grad_parameters);
-    if (trained) add_at_targets<T>(grad_embeds, targets, hidden, -share);
+    if (trained) add_to_targets<T>(grad_embeds, targets, hidden, -share);
     return std::make_tuple(loss, grad_parameters, grad_items, grad_embeds,
                            std::vector<Tensor>{hidden, logsumexp, remainder, mean, probabilities});
   });
@@ -192,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     auto [to_upstream, moved_grad_hidden, moved_grad_items] =
         item_logsumexp_double_backward(moved_hidden, tangent_items, upstream, hidden, items, saved[1],
                                        saved[2], mean, saved[4], {false, true, tangent_items.has_value()});
-    if (tangent_embeds) add_targets<T>(moved_embeds, targets, -share, moved_grad_hidden);
-    const Tensor grad_hidden = residual<T>(embeds, targets, hidden, mean, share).first;
+    if (tangent_embeds) add_targets_to<T>(moved_grad_hidden, moved_embeds, targets, -share);
+    const Tensor grad_hidden = residual<T>(embeds, targets, mean, share);
     in.call.grad_outputs = grad_hidden.const_data_ptr<T>();
     in.call.grad_outputs_tangent = moved_grad_hidden.const_data_ptr<T>();
 
@@ -202,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     in.call.grad_inputs = to_embeds.mutable_data_ptr<T>();
     in.call.grad_input_stride = to_embeds.stride(0);
     pass.backward(step.encoder, to_parameters);
-    add_at_targets<T>(to_embeds, targets, moved_hidden, -share);
+    add_to_targets<T>(to_embeds, targets, moved_hidden, -share);
     return std::make_tuple(to_parameters, moved_grad_items, to_embeds);
   });
 }

@@ -1,7 +1,7 @@
 // Products of kept probabilities with a narrow item table, on the CPU.
 //
-// The table, or the rows' cotangent, is packed into panels of columns once; the probabilities are read in
-// place, in blocks that stay in cache while every panel uses them.
+// The table, or the rows' cotangent, is packed into panels of kWide columns once; the probabilities are read
+// in place, once for every panel.
 
 #include <algorithm>
 

@@ -98,15 +98,13 @@ def test_equals_the_modules_at_every_order(changes, dropout):
     [{"batch": 40}, {"batch": 40, "hidden": 20, "inner": 37}, {"batch": 40, "hidden": 36, "inner": 50}],
     ids=str,
 )
-@pytest.mark.parametrize("bent", [0.0, 8.0], ids=["", "far from zero"])
-def test_float32_is_as_near_to_float64_as_the_modules_are(changes, bent):
+@pytest.mark.parametrize("largest_bias", [0.0, 8.0], ids=["", "large biases"])
+def test_float32_is_as_near_to_float64_as_the_modules_are(changes, largest_bias):
     learner, flat, theta, inputs, positions = setting(**changes, dtype=torch.float64)
-    if bent > 0:  # arguments of the feed-forward's erf on both sides, where it is 1 to rounding too
+    if largest_bias > 0:  # arguments of the feed-forward's erf on both sides, where it is 1 to rounding too
         inner = learner.config.inner
-        state = {name: value.clone() for name, value in learner.state_dict().items()}
-        (bias,) = (name for name, value in state.items() if value.shape == (inner,))
-        state[bias] = torch.linspace(-bent, bent, inner, dtype=torch.float64)
-        theta = flat.gather(state).requires_grad_()
+        (bias,) = (part for part in flat.scatter(theta.detach()).values() if part.shape == (inner,))
+        bias.copy_(torch.linspace(-largest_bias, largest_bias, inner))  # a view
     truth = orders(lambda: reference(flat, theta, inputs, positions, DropoutStream(7)), theta, inputs)
     theta32, inputs32 = (x.detach().float().requires_grad_() for x in (theta, inputs))
     modules = orders(

@@ -168,8 +168,8 @@ def test_users_are_rows_of_all_embeds(trained, chosen):
     learner, _, (theta, items, embeds, targets) = setting()
     shape, users = learner.encoder_shape(), torch.tensor(chosen)
     results = []
-    for given, chosen in ((embeds, users), (embeds[users], None)):
-        made = inner_gradient(theta, items, given, targets[:4], shape, trained=trained, users=chosen)
+    for given, of in ((embeds, users), (embeds[users], None)):
+        made = inner_gradient(theta, items, given, targets[:4], shape, trained=trained, users=of)
         moved = [theta, items, embeds[users]] if trained else [theta]
         results.append(
             (made.loss, made.parameters, made.items, made.embeds, *made.tangent(*directions(moved)))
@@ -179,7 +179,7 @@ def test_users_are_rows_of_all_embeds(trained, chosen):
 
 
 @pytest.mark.parametrize("users", [[-1, 0], [12, 13], [20]], ids=str)
-def test_users_that_are_none_are_refused(users):
+def test_users_out_of_range_are_refused(users):
     learner, _, (theta, items, embeds, targets) = setting()
     users, targets = torch.tensor(users), targets[: len(users)]
     with pytest.raises(IndexError):
