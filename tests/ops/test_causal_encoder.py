@@ -118,6 +118,26 @@ def test_float32_is_as_near_to_float64_as_the_modules_are(changes, largest_bias)
         assert (own - exact).abs().max() <= budget
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gelu_of_the_feed_forward_on_a_grid(dtype):
+    """Where its first weights are zero, the gradient of its second ones is gelu of the bias times a vector."""
+    inner, hidden = 4001, 8
+    _, flat, theta, inputs, positions = setting(
+        batch=1, length=1, asked=1, hidden=hidden, inner=inner, dtype=dtype
+    )
+    parts = {tuple(part.shape): name for name, part in flat.scatter(theta.detach()).items()}
+    grid = torch.linspace(-8, 8, inner, dtype=dtype)
+    flat.scatter(theta.detach())[parts[inner, hidden]].zero_()
+    flat.scatter(theta.detach())[parts[(inner,)]].copy_(grid)
+    outputs = flat.encode(theta, inputs, positions)
+    (gradient,) = grad(outputs, theta, torch.linspace(-1, 2, hidden, dtype=dtype).view_as(outputs))
+    of_down = flat.scatter(gradient)[parts[hidden, inner]].double()
+    row = of_down[of_down[:, -1].abs().argmax()]
+    made = row / row[-1] * grid[-1]  # gelu(8) is 8 to rounding
+    expected = torch.nn.functional.gelu(grid.double())
+    assert bool(((made - expected).abs() <= 6 * torch.finfo(dtype).eps * grid.abs()).all())
+
+
 @pytest.mark.parametrize(("batch", "asked"), [(0, 2), (3, 0)])
 def test_nothing_asked_is_nothing(batch, asked):
     _, flat, theta, inputs, positions = setting(batch=batch, asked=asked)
