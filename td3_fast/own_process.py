@@ -134,9 +134,8 @@ def _serve(threads: int, requests: Any, messages: Any, stop: Any) -> None:
             continue
         try:
             messages.put(("result", work(watcher)))
-        except (
-            Exception
-        ) as error:  # all of them: the first process raises it again, and it would wait for ever
+        except Exception as error:
+            # whatever it is: the first process raises it again, and without an answer would wait for ever
             messages.put(("error", _sendable(error)))
 
 

@@ -35,8 +35,7 @@ struct StepOptions {
   }
 };
 
-// The rows of embeds (b, ζ, d) at the targets (b, k), one after the other; both contiguous.
-template <typename T>
+// Where the rows of contiguous embeds (b, ζ, d) at the targets (b, k) lie, one after the other.
 class TargetRows {
  public:
   TargetRows(const Tensor& embeds, const Tensor& targets)
@@ -61,7 +60,7 @@ class TargetRows {
 // Adds factor * rows (b k, d) to the rows of embeds (b, ζ, d) at the targets.
 template <typename T>
 void add_to_targets(const Tensor& embeds, const Tensor& targets, const Tensor& rows, T factor) {
-  const TargetRows<T> place(embeds, targets);
+  const TargetRows place(embeds, targets);
   const Tensor from = rows.contiguous();
   const T* row = from.const_data_ptr<T>();
   T* out = embeds.mutable_data_ptr<T>();
@@ -74,7 +73,7 @@ void add_to_targets(const Tensor& embeds, const Tensor& targets, const Tensor& r
 // Adds factor * the rows of embeds (b, ζ, d) at the targets to rows (b k, d).
 template <typename T>
 void add_targets_to(const Tensor& rows, const Tensor& embeds, const Tensor& targets, T factor) {
-  const TargetRows<T> place(embeds, targets);
+  const TargetRows place(embeds, targets);
   const Tensor from = embeds.contiguous();
   const T* source = from.const_data_ptr<T>();
   T* sum = rows.mutable_data_ptr<T>();
@@ -84,13 +83,13 @@ void add_targets_to(const Tensor& rows, const Tensor& embeds, const Tensor& targ
   }
 }
 
-// `share` (mean - x) with x the rows of embeds (b, ζ, d) at the targets: the gradient of the outputs (b k,
-// d).
+// The gradient of the outputs (b k, d): `share` (mean - x) with x the rows of embeds (b, ζ, d) at the
+// targets.
 template <typename T>
 Tensor residual(const Tensor& embeds, const Tensor& targets, const Tensor& mean, T share) {
   TORCH_CHECK_VALUE(mean.numel() == targets.numel() * embeds.size(2), "expected ", targets.numel(),
                     " means of rows, got ", mean.sizes());
-  const Tensor gradient = mean.mul(share);
+  const Tensor gradient = mean.contiguous().mul(share);
   add_targets_to<T>(gradient, embeds, targets, -share);
   return gradient;
 }
@@ -98,7 +97,7 @@ Tensor residual(const Tensor& embeds, const Tensor& targets, const Tensor& mean,
 // The sum over all rows of h x, of outputs h (b k, d) and the rows x of embeds (b, ζ, d) at the targets.
 template <typename T>
 double product_with_targets(const Tensor& embeds, const Tensor& targets, const Tensor& hidden) {
-  const TargetRows<T> place(embeds, targets);
+  const TargetRows place(embeds, targets);
   const Tensor from = embeds.contiguous();
   const T *source = from.const_data_ptr<T>(), *h = hidden.const_data_ptr<T>();
   double sum = 0;

@@ -86,7 +86,7 @@ Scratch<T> pack_columns(const at::Tensor& matrix, const T* weights = nullptr) {
     const int64_t lanes = std::min(P, columns - panel * P);
     for (int64_t row = 0; row < rows; ++row, out += P) {
       const T* from = in + row * columns + panel * P;
-      if (lanes == P) {
+      if (lanes == P) {  // of a length that is known to the compiler, as most are
         for (int64_t lane = 0; lane < P; ++lane) out[lane] = from[lane];
       } else {
         for (int64_t lane = 0; lane < P; ++lane) out[lane] = lane < lanes ? from[lane] : T(0);
