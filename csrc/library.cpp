@@ -135,6 +135,22 @@ TORCH_LIBRARY(td3_fast, m) {
       "int[] sizes) -> Tensor",
       tags);
 
+  // Their derivatives are nodes in Python, since what they take is much longer than crossing over.
+  m.set_python_module("td3_fast.ops.gru");
+  m.def("gru_forward(Tensor inputs, Tensor input_weight, Tensor state_weight, Tensor lengths) -> Tensor",
+        tags);
+  m.def(
+      "gru_backward(Tensor grad_states, Tensor inputs, Tensor input_weight, Tensor state_weight, "
+      "Tensor lengths, bool needs_inputs) "
+      "-> (Tensor grad_inputs, Tensor grad_input_weight, Tensor grad_state_weight)",
+      tags);
+  m.def(
+      "gru_double_backward(Tensor? grad_grad_inputs, Tensor? grad_grad_input_weight, "
+      "Tensor? grad_grad_state_weight, Tensor grad_states, Tensor inputs, Tensor input_weight, "
+      "Tensor state_weight, Tensor lengths, bool needs_inputs) "
+      "-> (Tensor grad_grad_states, Tensor grad_inputs, Tensor grad_input_weight, Tensor grad_state_weight)",
+      tags);
+
   m.set_python_module("td3_fast.ops.inner_gradient");
   m.def(
       "inner_gradient(Tensor parameters, Tensor embeds, Tensor targets, Tensor items, Tensor[] words, "

@@ -1,8 +1,5 @@
-// Calls of the encoder on tensors: their checks, their dropout, and groups of sequences dealt out to threads.
-//
-// Groups of sequences, a vector's lanes each, are dealt out in chunks that depend on shapes alone. Each chunk
-// sums the gradients of the parameters for itself, and the sums are added in the order of chunks: same input,
-// same bits, on any number of threads of the same instruction set.
+// Calls of the encoder on tensors: their checks, their dropout, and what is kept between the halves of a
+// pass.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +7,10 @@
 
 #include "../encoder_options.h"
 #include "encoder.h"
-#include "panels.h"
+#include "groups.h"
 
 namespace td3_fast::cpu {
 
-using at::Tensor;
-
-// Two threads share even the few groups of an inner step.
-constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
-constexpr int64_t kGroupsPerChunk = 4;
 // Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
 constexpr int64_t kForwardCost = 2, kBackwardCost = 3, kDoubleBackwardCost = 5;
 
@@ -43,8 +35,7 @@ std::vector<EncoderDropout<T>> dropout_of(const EncoderOptions& options, at::Ten
   return sites;
 }
 
-// run(first, count, scratch, sums) for every group of sequences, with so many bytes of scratch, and with what
-// the chunks sum added up in `total`.
+// run(first, count, scratch, sums) for every group of sequences, by groups.h.
 template <typename T, typename Run>
 void for_groups(const EncoderSizes& sizes,
                 int64_t batch,
@@ -52,38 +43,9 @@ void for_groups(const EncoderSizes& sizes,
                 int64_t cost,
                 const Tensor& total,
                 const Run& run) {
-  const Encoder<T>& e = encoder<T>();
-  const int64_t groups = ceil_div(batch, e.lanes);
-  const int64_t chunks =
-      std::clamp(groups / kGroupsPerChunk, std::clamp<int64_t>(groups, 1, kMinChunks), kMaxChunks);
-  const int64_t size = total.defined() ? total.numel() : 0;
-  const int64_t scratch_size = ceil_div(scratch_bytes, 64) * 64;
   // Each parameter meets each asked row, each input a few times the width.
   const int64_t of_sequence = sizes.asked * encoder_parameters(sizes) + sizes.length * sizes.width * 8;
-  const int64_t workers = num_workers(chunks, cost * batch * of_sequence);
-  const Scratch<T> sums(chunks * size);
-  const Scratch<uint8_t> scratch(workers * scratch_size);
-  run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
-    T* own = sums.data() + chunk * size;
-    std::fill_n(own, size, T(0));
-    const Chunks split{groups, chunks};
-    for (int64_t group = split.begin(chunk); group < split.begin(chunk + 1); ++group) {
-      const int64_t first = group * e.lanes;
-      run(first, std::min(e.lanes, batch - first), scratch.data() + worker * scratch_size, own);
-    }
-  });
-  if (size == 0) return;
-  T* out = total.mutable_data_ptr<T>();
-  std::fill_n(out, size, T(0));
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const T* part = sums.data() + chunk * size;
-    for (int64_t i = 0; i < size; ++i) out[i] += part[i];
-  }
-}
-
-template <typename Run>
-auto with_type(const Tensor& inputs, const Run& run) {
-  return inputs.scalar_type() == at::kDouble ? run(double{}) : run(float{});
+  run_groups<T>(encoder<T>().lanes, batch, scratch_bytes, cost * batch * of_sequence, total, run);
 }
 
 // The tensors that every order reads, and a call on them whose outputs are still to be filled in.

@@ -107,6 +107,45 @@ TD3_FAST_INLINE Vector<double> erf_of(Vector<double> x) {
   return each(x, [](double e) { return __builtin_erf(e); });
 }
 
+// sigmoid(x) and tanh(x) by exponentials of what is not positive, whatever x; tanh of a small number, which
+// would be a difference of nearly equal ones, by a polynomial: 2 ulp.
+template <typename V>
+TD3_FAST_INLINE V sigmoid_of(V x) {
+  const V e = exponential(x < 0 ? x : -x);
+  return (x < 0 ? e : 1 - V{}) / (1 + e);
+}
+TD3_FAST_INLINE Vector<float> tanh_of(Vector<float> x) {
+  const Vector<float> size = x < 0 ? -x : x, e = exponential(size * -2);
+  const Vector<float> far = (1 - e) / (1 + e), square = x * x;
+  Vector<float> p = 2.10036412e-2f - square * 6.104948e-3f;
+  p = p * square - 5.38524985e-2f;
+  p = p * square + 1.33327827e-1f;
+  p = p * square - 3.33333284e-1f;
+  return size < 0.625f ? x + x * (square * p) : (x < 0 ? -far : far);
+}
+TD3_FAST_INLINE Vector<double> tanh_of(Vector<double> x) {
+  return each(x, [](double e) { return __builtin_tanh(e); });
+}
+template <typename V>
+TD3_FAST_INLINE Dual<V> sigmoid_of(Dual<V> x) {
+  const V s = sigmoid_of(x.v);
+  return {s, s * (1 - s) * x.t};
+}
+template <typename V>
+TD3_FAST_INLINE Dual<V> tanh_of(Dual<V> x) {
+  const V t = tanh_of(x.v);
+  return {t, (1 - t * t) * x.t};
+}
+
+template <typename V>
+TD3_FAST_INLINE V one_minus(V x) {
+  return 1 - x;
+}
+template <typename V>
+TD3_FAST_INLINE Dual<V> one_minus(Dual<V> x) {
+  return {1 - x.v, -x.t};
+}
+
 // gelu(x) = x Φ(x), its slope Φ + x φ, and the slope's slope φ (2 - x²).
 template <typename V>
 struct Normal {

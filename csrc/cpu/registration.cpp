@@ -18,6 +18,9 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
   m.impl("causal_encoder_backward", causal_encoder_backward);
   m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
   m.impl("encode_histories", encode_histories);
+  m.impl("gru_forward", gru_forward);
+  m.impl("gru_backward", gru_backward);
+  m.impl("gru_double_backward", gru_double_backward);
   m.impl("inner_gradient", inner_gradient);
   m.impl("inner_gradient_tangent", inner_gradient_tangent);
   m.impl("adam_step_", adam_step_);
@@ -35,6 +38,9 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
 // What these return has no history: a derivative of it raises instead of being zero.
 TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
   m.impl("encode_histories", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gru_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gru_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gru_double_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("inner_gradient", torch::autograd::autogradNotImplementedFallback());
   m.impl("inner_gradient_tangent", torch::autograd::autogradNotImplementedFallback());
   m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());

@@ -83,6 +83,26 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const Optional
                                                                   at::TensorList words,
                                                                   at::IntArrayRef sizes,
                                                                   bool needs_inputs);
+Tensor gru_forward(const Tensor& inputs,
+                   const Tensor& input_weight,
+                   const Tensor& state_weight,
+                   const Tensor& lengths);
+std::tuple<Tensor, Tensor, Tensor> gru_backward(const Tensor& grad_states,
+                                                const Tensor& inputs,
+                                                const Tensor& input_weight,
+                                                const Tensor& state_weight,
+                                                const Tensor& lengths,
+                                                bool needs_inputs);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gru_double_backward(const OptionalTensor& grad_grad_inputs,
+                                                               const OptionalTensor& grad_grad_input_weight,
+                                                               const OptionalTensor& grad_grad_state_weight,
+                                                               const Tensor& grad_states,
+                                                               const Tensor& inputs,
+                                                               const Tensor& input_weight,
+                                                               const Tensor& state_weight,
+                                                               const Tensor& lengths,
+                                                               bool needs_inputs);
+
 Tensor encode_histories(const Tensor& parameters,
                         const Tensor& items,
                         const Tensor& histories,

@@ -6,6 +6,7 @@
 
 #include "adam.h"
 #include "encoder.h"
+#include "gru.h"
 #include "random_words.h"
 
 namespace td3_fast::cpu {
@@ -14,6 +15,8 @@ extern const Tile<float> float_tile_baseline;
 extern const Tile<double> double_tile_baseline;
 extern const Encoder<float> float_encoder_baseline;
 extern const Encoder<double> double_encoder_baseline;
+extern const Gru<float> float_gru_baseline;
+extern const Gru<double> double_gru_baseline;
 extern RandomBlocks* const random_blocks_baseline;
 extern const Adam<float> float_adam_baseline;
 extern const Adam<double> double_adam_baseline;
@@ -22,6 +25,8 @@ extern const Tile<float> float_tile_avx2, float_tile_avx512;
 extern const Tile<double> double_tile_avx2, double_tile_avx512;
 extern const Encoder<float> float_encoder_avx2, float_encoder_avx512;
 extern const Encoder<double> double_encoder_avx2, double_encoder_avx512;
+extern const Gru<float> float_gru_avx2, float_gru_avx512;
+extern const Gru<double> double_gru_avx2, double_gru_avx512;
 extern RandomBlocks *const random_blocks_avx2, *const random_blocks_avx512;
 extern const Adam<float> float_adam_avx2, float_adam_avx512;
 extern const Adam<double> double_adam_avx2, double_adam_avx512;
@@ -34,6 +39,8 @@ struct InstructionSet {
   const Tile<double>* double_tile;
   const Encoder<float>* float_encoder;
   const Encoder<double>* double_encoder;
+  const Gru<float>* float_gru;
+  const Gru<double>* double_gru;
   RandomBlocks* const* random_blocks;
   const Adam<float>* float_adam;
   const Adam<double>* double_adam;
@@ -43,17 +50,18 @@ struct InstructionSet {
 const InstructionSet kInstructionSets[] = {
 #ifdef TD3_FAST_X86_64
     {&float_tile_avx512, &double_tile_avx512, &float_encoder_avx512, &double_encoder_avx512,
-     &random_blocks_avx512, &float_adam_avx512, &double_adam_avx512,
+     &float_gru_avx512, &double_gru_avx512, &random_blocks_avx512, &float_adam_avx512, &double_adam_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      }},
-    {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2, &random_blocks_avx2,
-     &float_adam_avx2, &double_adam_avx2,
+    {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2, &float_gru_avx2,
+     &double_gru_avx2, &random_blocks_avx2, &float_adam_avx2, &double_adam_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&float_tile_baseline, &double_tile_baseline, &float_encoder_baseline, &double_encoder_baseline,
-     &random_blocks_baseline, &float_adam_baseline, &double_adam_baseline, [] { return true; }},
+     &float_gru_baseline, &double_gru_baseline, &random_blocks_baseline, &float_adam_baseline,
+     &double_adam_baseline, [] { return true; }},
 };
 
 const InstructionSet* best() {
@@ -87,6 +95,16 @@ const Encoder<float>& encoder<float>() {
 template <>
 const Encoder<double>& encoder<double>() {
   return *selected->double_encoder;
+}
+
+template <>
+const Gru<float>& gru<float>() {
+  return *selected->float_gru;
+}
+
+template <>
+const Gru<double>& gru<double>() {
+  return *selected->double_gru;
 }
 
 template <>

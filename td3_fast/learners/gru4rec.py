@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from td3_fast.learners.base import Learner, check_rates, check_sizes, normal_, xavier_std, xavier_uniform_
-from td3_fast.learners.recurrent import GRU
+from td3_fast.learners.recurrent import GRU, recurrent_states
 from td3_fast.ops import DropoutStream, seeded_generator
 
 
@@ -68,7 +68,6 @@ class GRU4Rec(Learner):
         states = inputs_embeds
         if dropout is not None:
             states = dropout(states, self.config.embedding_dropout)
-        for layer in self.recurrent:
-            states = layer(states)
+        states = recurrent_states(self.recurrent, states, positions)
         asked = states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
         return self.output(asked)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from td3_fast.learners.base import Learner, check_rates, check_sizes, normal_, xavier_std, xavier_uniform_
-from td3_fast.learners.recurrent import GRU
+from td3_fast.learners.recurrent import GRU, recurrent_states
 from td3_fast.ops import DropoutStream, seeded_generator
 
 
@@ -75,8 +75,7 @@ class NARM(Learner):
         states = inputs_embeds
         if dropout is not None:
             states = dropout(states, self.config.embedding_dropout)
-        for layer in self.recurrent:
-            states = layer(states)
+        states = recurrent_states(self.recurrent, states, positions)
         last = states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))  # (batch, k, inner)
         matched = torch.sigmoid(self.query(last).unsqueeze(2) + self.key(states).unsqueeze(1))
         weights = self.energy(matched).squeeze(-1)  # (batch, k, length)

@@ -11,6 +11,7 @@ from td3_fast.ops.dropout import (
     seed_path,
     seeded_generator,
 )
+from td3_fast.ops.gru import gru, gru_reference
 from td3_fast.ops.inner_gradient import (
     InnerGradient,
     for_inner_gradient,
@@ -54,6 +55,8 @@ __all__ = [
     "encode_histories",
     "for_inner_gradient",
     "gradient_is_enough",
+    "gru",
+    "gru_reference",
     "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",

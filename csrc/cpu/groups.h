@@ -1,0 +1,56 @@
+// Groups of sequences, a vector's lanes each, dealt out to threads.
+//
+// They are dealt out in chunks that depend on shapes alone. Each chunk sums the gradients of the parameters
+// for itself, and the sums are added in the order of chunks: same input, same bits, on any number of threads
+// of the same instruction set.
+#pragma once
+
+#include <algorithm>
+
+#include "panels.h"
+
+namespace td3_fast::cpu {
+
+using at::Tensor;
+
+// Two threads share even the few groups of an inner step.
+constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
+constexpr int64_t kGroupsPerChunk = 4;
+
+template <typename Run>
+auto with_type(const Tensor& inputs, const Run& run) {
+  return inputs.scalar_type() == at::kDouble ? run(double{}) : run(float{});
+}
+
+// run(first, count, scratch, sums) for every group of at most `lanes` of `batch` sequences, with so many
+// bytes of scratch, and with what the chunks sum added up in `total`; `work` is in multiply-adds.
+template <typename T, typename Run>
+void run_groups(
+    int64_t lanes, int64_t batch, int64_t scratch_bytes, int64_t work, const Tensor& total, const Run& run) {
+  const int64_t groups = ceil_div(batch, lanes);
+  const int64_t chunks =
+      std::clamp(groups / kGroupsPerChunk, std::clamp<int64_t>(groups, 1, kMinChunks), kMaxChunks);
+  const int64_t size = total.defined() ? total.numel() : 0;
+  const int64_t scratch_size = ceil_div(scratch_bytes, 64) * 64;
+  const int64_t workers = num_workers(chunks, work);
+  const Scratch<T> sums(chunks * size);
+  const Scratch<uint8_t> scratch(workers * scratch_size);
+  run_tasks(chunks, workers, [&](int64_t chunk, int64_t worker) {
+    T* own = sums.data() + chunk * size;
+    std::fill_n(own, size, T(0));
+    const Chunks split{groups, chunks};
+    for (int64_t group = split.begin(chunk); group < split.begin(chunk + 1); ++group) {
+      const int64_t first = group * lanes;
+      run(first, std::min(lanes, batch - first), scratch.data() + worker * scratch_size, own);
+    }
+  });
+  if (size == 0) return;
+  T* out = total.mutable_data_ptr<T>();
+  std::fill_n(out, size, T(0));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const T* part = sums.data() + chunk * size;
+    for (int64_t i = 0; i < size; ++i) out[i] += part[i];
+  }
+}
+
+}  // namespace td3_fast::cpu
