@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -218,6 +218,13 @@ class Distiller:
             settings={"seed": self.seed, "distill": asdict(self.config)},
         )
 
+    def best(self, state: DistillState) -> Summary:
+        """The summary of the best epoch so far, with all that it needs to be saved and evaluated."""
+        assert state.best is not None
+        summary = self.summary(state.best)
+        summary.metadata = self.metadata(state)
+        return summary
+
     def batch_index(self, step: int, trajectory: int = 0) -> np.ndarray:
         """The real examples of an outer step.
 
@@ -431,12 +438,7 @@ class Distiller:
     ) -> DistillState:
         """Distil to the end, from the start or from `state`; `on_step` sees the state after every outer step."""
         state = state or self.initial_state()
-        ranker = Ranker(
-            self.split.validation,
-            seed=derive_seed(self.seed, "ranker"),
-            protocols=(self.config.selection,),
-            tables=self.tables,
-        )
+        ranker = self._ranker()
         while state.step < self.total_steps:
             losses = self.outer_step(state)
             progress("distill", state.step, self.total_steps, losses)
@@ -446,6 +448,37 @@ class Distiller:
             if on_step is not None:
                 on_step(state)
         return state
+
+    def choose(
+        self,
+        epochs: Sequence[tuple[Tensor, ...]],
+        history: Sequence[Mapping[str, float]],
+        *,
+        on_epoch: Callable[[DistillState], None] | None = None,
+        progress: Progress = silent,
+    ) -> DistillState:
+        """The end of `run` where its steps led to these factors after each epoch; `history` has their losses."""
+        state = self.initial_state()
+        ranker = self._ranker()
+        for factors, entry in zip(epochs, history, strict=True):
+            on_device = tuple(factor.to(self.items.device) for factor in factors)
+            state.factors = state.factors._replace(parameters=on_device)
+            state.step += self.steps_per_epoch
+            of_steps = [name for name in entry if "@" not in name and name not in ("epoch", VALIDATION_LOSS)]
+            state.losses.append({name: entry[name] for name in of_steps})
+            self._end_epoch(state, ranker)
+            progress("choose", state.step, self.total_steps, state.history[-1])
+            if on_epoch is not None:
+                on_epoch(state)
+        return state
+
+    def _ranker(self) -> Ranker:
+        return Ranker(
+            self.split.validation,
+            seed=derive_seed(self.seed, "ranker"),
+            protocols=(self.config.selection,),
+            tables=self.tables,
+        )
 
     def _end_epoch(self, state: DistillState, ranker: Ranker) -> None:
         metrics = self.validate(state, ranker)
@@ -504,10 +537,7 @@ def distill(
     """
     distiller = Distiller(split, pretrained, config, seed=seed, ranks=ranks)
     state = distiller.run(state, on_step=on_step, progress=progress)
-    assert state.best is not None
-    summary = distiller.summary(state.best)
-    summary.metadata = distiller.metadata(state)
-    return summary, state
+    return distiller.best(state), state
 
 
 def for_item_embedding(pretrained: Pretrained, config: DistillConfig) -> Pretrained:

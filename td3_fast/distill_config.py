@@ -42,6 +42,11 @@ class Semantics:
     ddof: int = 1  # of reported standard deviations
 
     @property
+    def but_for_comparing(self) -> Semantics:
+        """The same without what matters only where finished epochs are compared, and their summary scored."""
+        return replace(self, validation_dropout=False, redraw_negatives=False, carry_embeddings=False, ddof=1)
+
+    @property
     def masks_real_examples(self) -> bool:
         """Whether dropout is drawn for real examples: by micro-batch, and for as many positions as that has."""
         return self.outer_dropout or self.alignment_dropout

@@ -44,7 +44,10 @@ def fault_cells(dataset: str, size: str, *, same_run_as: str | None = None) -> l
             changes: dict[str, Any] = {"changes": cells[0].changes, "ddof": value}
             changes["same_run_as"] = same_run_as or PAPER
         else:
-            changes = {"changes": {"semantics": Semantics(**{entry.name: value})}}
+            semantics = Semantics(**{entry.name: value})
+            changes = {"changes": {"semantics": semantics}}
+            if semantics.but_for_comparing == SEMANTICS[PAPER]:
+                changes["same_epochs_as"] = same_run_as or PAPER
         cells.append(Cell(method=entry.name, size=size, **changes, **common))
     alone = {"semantics": SEMANTICS[PAPER], "item_embedding": "frozen"}
     cells.append(Cell(method="authors", size=size, changes={"semantics": SEMANTICS["authors"]}, **common))

@@ -45,6 +45,9 @@ class Cell:
     changes: Mapping[str, Any] = field(default_factory=dict)  # of `DistillConfig`
     against: str | None = None  # method that it is tested against
     same_run_as: str | None = None  # method whose summaries are this one's too
+    same_epochs_as: str | None = (
+        None  # method whose distillation is this one's, up to how its epochs are compared
+    )
     ddof: int | None = None  # of its deviations, where not as its semantics have it
 
     @property

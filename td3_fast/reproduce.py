@@ -101,7 +101,7 @@ class Reproduction:
     def _steps(self, cell: Cell, seed: int) -> list[Step]:
         """What leads to a cell's rows from one seed, which the last step gives."""
         recipe = self._recipe(cell)
-        other = cell.learner != recipe.learner_name
+        of_other_learner = cell.learner != recipe.learner_name
         common = {
             "split": self.split,
             "source": self.source,
@@ -109,7 +109,7 @@ class Reproduction:
             "device": self.device,
             "seed": seed,
         }
-        folder = self._folder(cell, seed, learner=other)
+        folder = self._folder(cell, seed, learner=of_other_learner)
         label = f"{cell.label}, seed {seed}"
         if cell.row not in ("summary", CONTROL):
             # its learners are shared out over the seeds
@@ -122,6 +122,9 @@ class Reproduction:
         distilled = self._folder(cell, seed, learner=False)
         common["recipe"] = recipe
         run = common | {"pretrained_from": learner / PRETRAINED, "folder": distilled}
+        other = None
+        if cell.same_epochs_as is not None:
+            other = self._folder(replace(cell, same_run_as=cell.same_epochs_as), seed, learner=False)
         steps = [
             Step(
                 label=f"a learner of histories of {length}, seed {seed}",
@@ -131,8 +134,8 @@ class Reproduction:
             Step(
                 label=label,
                 folder=distilled,
-                work=partial(_distill, run, self.seeds),
-                after=learner,
+                work=partial(_distill, run, self.seeds, other),
+                after=other or learner,
             ),
         ]
         if folder != distilled:
@@ -186,8 +189,9 @@ def _pretrain(options: Options, watcher: Watcher) -> None:
     _run(options, watcher).pretrained()
 
 
-def _distill(options: Options, seeds: int, watcher: Watcher) -> list[Row]:
-    rows = _run(options, watcher, evaluation_seeds=seeds).distill(resume=True)
+def _distill(options: Options, seeds: int, same_epochs_as: Path | None, watcher: Watcher) -> list[Row]:
+    run = _run(options, watcher, evaluation_seeds=seeds, keep_epochs=True, same_epochs_as=same_epochs_as)
+    rows = run.distill(resume=True)
     # a finished run may have fewer learners than are asked for now, and results of other seeds or rows; its runs are
     # kept beside them
     evaluation = _evaluation(options, options["folder"], None, seeds, watcher)

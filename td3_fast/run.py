@@ -24,7 +24,8 @@ from td3_fast.checkpoint import (
     save_pretrained,
 )
 from td3_fast.data import Split
-from td3_fast.distill import DistillState, distill, for_item_embedding
+from td3_fast.distill import Distiller, DistillState, distill, for_item_embedding
+from td3_fast.epochs import KeptEpochs, add_epoch, kept_epochs
 from td3_fast.evaluate import Row
 from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.learners import build_learner
@@ -90,6 +91,9 @@ class Run:
     pretrained_from: Path | None = None
     watcher: Watcher = field(default_factory=Watcher)
     evaluation_seeds: int = 3  # of the first look at the finished summary
+    keep_epochs: bool = False  # keep the summary's factors after each epoch, for runs of the next option
+    # the folder of a run that kept its epochs: they are compared anew, if the two differ in how that is done alone
+    same_epochs_as: Path | None = None
     ranks: Ranks = ALONE
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that computes
 
@@ -132,7 +136,11 @@ class Run:
             pretrained = for_item_embedding(pretrained, self.recipe.distill)  # what it leaves out is freed
             self._tell_others(go=True)
             self._clock.start("distill")
-            summary, state = self._distill(pretrained, state, log)
+            epochs = self._epochs_of_other()
+            if epochs is not None:
+                summary, state = self._choose(pretrained, epochs, log)
+            else:
+                summary, state = self._distill(pretrained, state, log)
         self._clock.so_far()
         summary.save(self.folder / SUMMARY)
         rows = self._first_look(summary, pretrained, state)
@@ -390,6 +398,8 @@ class Run:
             ended = not state.losses
             if ended:
                 log.write({"event": "epoch", "step": state.step, "seconds": seconds, **state.history[-1]})
+                if self.keep_epochs:
+                    add_epoch(self.folder, len(state.history), state.factors.parameters)
             # all stop after the same step, whoever was asked
             self._checkpoint(state, due=ended, stop=self.ranks.everyone.any(self.watcher.stop()))
 
@@ -411,6 +421,34 @@ class Run:
             raise
         if self.ranks.items.size > 1:
             summary.item_factors = load_item_factors(self.folder / PRETRAINED).to(self.device)
+        return self._with_settings(summary), state
+
+    def _epochs_of_other(self) -> KeptEpochs | None:
+        if self.same_epochs_as is None or self.ranks.everyone.size > 1:
+            return None
+        epochs = kept_epochs(self.same_epochs_as, self.recipe.distill, self._settings)
+        if epochs is None:
+            self.watcher.say(f"no epochs are kept in {self.same_epochs_as}: distilling them here")
+        return epochs
+
+    def _choose(
+        self, pretrained: Pretrained, epochs: KeptEpochs, log: JsonLines
+    ) -> tuple[Summary, DistillState]:
+        """The summary that this run would have led to, from the epochs of another."""
+        distiller = Distiller(self.split, pretrained.to(self.device), self.recipe.distill, seed=self.seed)
+
+        def on_epoch(state: DistillState) -> None:
+            seconds = self._clock.so_far()["distill"]
+            log.write({"event": "epoch", "step": state.step, "seconds": seconds, **state.history[-1]})
+            if self.watcher.stop():
+                raise Stopped
+
+        state = distiller.choose(
+            epochs.factors, epochs.history, on_epoch=on_epoch, progress=self.watcher.progress
+        )
+        return self._with_settings(distiller.best(state)), state
+
+    def _with_settings(self, summary: Summary) -> Summary:
         metadata = summary.metadata
         assert metadata is not None
         summary.metadata = replace(
@@ -418,7 +456,7 @@ class Run:
             preprocessing=replace(metadata.preprocessing, filters=self.filters),
             settings=json.loads(json.dumps(self._settings)),
         )
-        return summary, state
+        return summary
 
     def _evaluation(self, summary: Summary) -> EvaluateRun:
         """What costs little."""

@@ -20,7 +20,7 @@ LAYERS = (
     {"side_by_side"},
     {"own_process", "table_files"},
     {"run"},
-    {"evaluate_run"},
+    {"evaluate_run", "epochs"},
     {"run_folder", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
     {"faults", "figures", "recipes", "search"},

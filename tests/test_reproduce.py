@@ -21,6 +21,7 @@ from td3_fast.faults import FROZEN, MEANINGS, fault_cells
 from td3_fast.figures import Figure
 from td3_fast.paper import METHODS, Cell, cells_of, cross_cells, published_shares, published_size, tables
 from td3_fast.recipes import RECIPES, Recipe, recipe_named
+from td3_fast.report import read_json_lines
 from td3_fast.reproduce import Reproduction
 from td3_fast.reproduce_page import label
 from td3_fast.run_folder import RunError, Stopped, Watcher
@@ -258,6 +259,9 @@ def test_what_a_fault_is_worth(split: Split, recipe: Recipe, tmp_path: Path) -> 
     plain, ddof = by_method["paper"], by_method["ddof"]
     assert (ddof.mean, ddof.sd) == (plain.mean, pytest.approx(plain.sd / 2**0.5))
     assert not (tmp_path / "cells" / "ddof-6x6-0").exists()
+    # its epochs are those of the paper's semantics, which distils once
+    log = read_json_lines(tmp_path / "cells" / "carry_embeddings-6x6-0" / "log.jsonl")
+    assert {entry["event"] for entry in log} == {"epoch"}
     for name in ("carry_embeddings", FROZEN):
         test = by_method[name].test
         assert by_method[name].against == "paper 6x6"

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from td3_fast.checkpoint import describe_pretrained
 from td3_fast.data import Split, generate_interactions, leave_one_out
+from td3_fast.distill_config import Semantics
 from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.recipes import Recipe, recipe_named
 from td3_fast.report import read_json_lines
 from td3_fast.run import Run
-from td3_fast.run_folder import RunError, Stopped, Watcher
+from td3_fast.run_folder import EPOCHS, PRETRAINED, RunError, Stopped, Watcher
 from td3_fast.summary import load_summary
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -116,3 +118,75 @@ def test_an_overwriting_evaluation_that_is_stopped_goes_on(
     with pytest.raises(Stopped):
         evaluation(watcher=stopping_after(3)).evaluate(overwrite=True)
     assert {row.name for row in evaluation().evaluate()} == {"summary", "zero-step"}
+
+
+def compared_otherwise(recipe: Recipe) -> Recipe:
+    semantics = Semantics(validation_dropout=True, carry_embeddings=True, redraw_negatives=True)
+    return replace(recipe, distill=replace(recipe.distill, semantics=semantics))
+
+
+@pytest.fixture
+def kept(tmp_path: Path, split: Split) -> Path:
+    """A finished run of three epochs with an item table that is trained, its epochs kept."""
+    folder = tmp_path / "kept"
+    run_in(folder, split, three_epochs(), keep_epochs=True).distill()
+    return folder
+
+
+def three_epochs() -> Recipe:
+    recipe = tiny()
+    return replace(recipe, distill=replace(recipe.distill, epochs=3, item_embedding="trained"))
+
+
+def test_epochs_that_are_compared_anew_are_those_of_a_distillation_of_its_own(
+    kept: Path, split: Split, tmp_path: Path
+) -> None:
+    recipe = compared_otherwise(three_epochs())
+    own, anew = tmp_path / "own", tmp_path / "anew"
+    rows = run_in(own, split, recipe).distill()
+    assert run_in(anew, split, recipe, same_epochs_as=kept).distill() == rows
+    summaries = [load_summary(folder / "summary.safetensors") for folder in (own, anew)]
+    assert summaries[0].metadata == summaries[1].metadata
+    for a, b in zip(*(summary.factors for summary in summaries), strict=True):
+        assert torch.equal(a, b)
+    histories = [
+        json.loads((folder / "results.json").read_text())["distillation"]["history"] for folder in (own, anew)
+    ]
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours == pytest.approx(theirs)
+    # and are not those of the run that kept them
+    assert histories[0] != json.loads((kept / "results.json").read_text())["distillation"]["history"]
+
+
+def test_a_choice_that_was_stopped_goes_on(kept: Path, split: Split, tmp_path: Path) -> None:
+    recipe, folder = compared_otherwise(three_epochs()), tmp_path / "anew"
+    options: dict[str, Any] = {"recipe": recipe, "same_epochs_as": kept, "pretrained_from": kept / PRETRAINED}
+    with pytest.raises(Stopped):
+        run_in(folder, split, **options, watcher=stopping_after(1)).distill()
+    rows = run_in(folder, split, **options).distill(resume=True)
+    assert rows == run_in(tmp_path / "unbroken", split, **options).distill()
+
+
+def test_epochs_of_another_distillation_are_refused(kept: Path, split: Split, tmp_path: Path) -> None:
+    recipe = three_epochs()
+    other = replace(recipe, distill=replace(recipe.distill, semantics=Semantics(shuffle=False)))
+    with pytest.raises(RunError, match=r"more than how epochs are compared: distill\.semantics\.shuffle"):
+        run_in(tmp_path / "other", split, other, same_epochs_as=kept).distill()
+
+
+def test_where_no_epochs_are_kept_they_are_distilled(split: Split, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    run_in(plain, split, three_epochs()).distill()
+    said: list[str] = []
+    recipe = compared_otherwise(three_epochs())
+    run = run_in(tmp_path / "own", split, recipe, same_epochs_as=plain, watcher=Watcher(say=said.append))
+    assert run.distill()
+    assert any("no epochs are kept" in text for text in said)
+
+
+def test_epochs_are_kept_across_a_stop(kept: Path, split: Split, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    with pytest.raises(Stopped):
+        run_in(folder, split, three_epochs(), keep_epochs=True, watcher=stopping_after(12)).distill()
+    run_in(folder, split, three_epochs(), keep_epochs=True).distill(resume=True)
+    assert (folder / EPOCHS).read_bytes() == (kept / EPOCHS).read_bytes()
