@@ -135,7 +135,7 @@ TORCH_LIBRARY(td3_fast, m) {
       "int[] sizes) -> Tensor",
       tags);
 
-  // Their derivatives are nodes in Python, since what they take is much longer than crossing over.
+  // The derivatives of these two are nodes in Python: their passes take much longer than the crossing.
   m.set_python_module("td3_fast.ops.gru");
   m.def("gru_forward(Tensor inputs, Tensor input_weight, Tensor state_weight, Tensor lengths) -> Tensor",
         tags);
@@ -149,6 +149,23 @@ TORCH_LIBRARY(td3_fast, m) {
       "Tensor? grad_grad_state_weight, Tensor grad_states, Tensor inputs, Tensor input_weight, "
       "Tensor state_weight, Tensor lengths, bool needs_inputs) "
       "-> (Tensor grad_grad_states, Tensor grad_inputs, Tensor grad_input_weight, Tensor grad_state_weight)",
+      tags);
+
+  m.set_python_module("td3_fast.ops.additive_attention");
+  m.def(
+      "additive_attention_forward(Tensor query, Tensor states, Tensor key_weight, Tensor energy, "
+      "Tensor lengths) -> Tensor",
+      tags);
+  m.def(
+      "additive_attention_backward(Tensor grad_local, Tensor query, Tensor states, Tensor key_weight, "
+      "Tensor energy, Tensor lengths) "
+      "-> (Tensor grad_query, Tensor grad_states, Tensor grad_key_weight, Tensor grad_energy)",
+      tags);
+  m.def(
+      "additive_attention_double_backward(Tensor? grad_grad_query, Tensor? grad_grad_states, "
+      "Tensor? grad_grad_key_weight, Tensor? grad_grad_energy, Tensor grad_local, Tensor query, "
+      "Tensor states, Tensor key_weight, Tensor energy, Tensor lengths) -> (Tensor grad_grad_local, "
+      "Tensor grad_query, Tensor grad_states, Tensor grad_key_weight, Tensor grad_energy)",
       tags);
 
   m.set_python_module("td3_fast.ops.inner_gradient");

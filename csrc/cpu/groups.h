@@ -5,7 +5,12 @@
 // of the same instruction set.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
+#include <numeric>
+#include <optional>
+#include <vector>
 
 #include "panels.h"
 
@@ -51,6 +56,26 @@ void run_groups(
     const T* part = sums.data() + chunk * size;
     for (int64_t i = 0; i < size; ++i) out[i] += part[i];
   }
+}
+
+// A direction of a derivative, where one is given, is like what it moves.
+inline void check_direction(const std::optional<Tensor>& given, const Tensor& like) {
+  TORCH_CHECK_VALUE(
+      !given.has_value() || (given->sizes() == like.sizes() && given->scalar_type() == like.scalar_type()),
+      "expected a direction of the sizes and dtype of what it moves, ", like.sizes());
+}
+
+// The sequences by falling length, equal ones as they came, so that those of a group are of like lengths.
+inline std::vector<int64_t> longest_first(const int64_t* lengths, int64_t count, int64_t longest) {
+  std::vector<int64_t> next(longest + 2, 0), order(count);
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_INDEX(lengths[i] >= 0 && lengths[i] <= longest, "length ", lengths[i],
+                      " is not one of sequences of ", longest, " inputs");
+    ++next[longest - lengths[i] + 1];
+  }
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  for (int64_t i = 0; i < count; ++i) order[next[longest - lengths[i]]++] = i;
+  return order;
 }
 
 }  // namespace td3_fast::cpu

@@ -3,9 +3,6 @@
 
 #include "gru.h"
 
-#include <numeric>
-#include <vector>
-
 #include "../checks.h"
 #include "groups.h"
 #include "registration.h"
@@ -36,7 +33,7 @@ struct GruInputs {
     call.input_weight = input_weight.const_data_ptr<T>();
     call.state_weight = state_weight.const_data_ptr<T>();
     call.lengths = lengths.const_data_ptr<int64_t>();
-    sort_by_length();
+    order = longest_first(call.lengths, batch(), call.sizes.length);
     call.order = order.data();
   }
 
@@ -48,21 +45,6 @@ struct GruInputs {
     const int64_t steps = std::accumulate(call.lengths, call.lengths + batch(), int64_t{0});
     run_groups<T>(gru<T>().lanes, batch(), gru<T>().scratch_size(call.sizes, tangents),
                   cost * steps * (of_inputs() + state_weight.numel()), sums, run);
-  }
-
- private:
-  // By counting: the longest first, equal ones as they came, so that those of a group are of like lengths.
-  void sort_by_length() {
-    const int64_t longest = call.sizes.length;
-    std::vector<int64_t> next(longest + 2, 0);
-    for (int64_t i = 0; i < batch(); ++i) {
-      TORCH_CHECK_INDEX(call.lengths[i] >= 0 && call.lengths[i] <= longest, "length ", call.lengths[i],
-                        " is not one of sequences of ", longest, " inputs");
-      ++next[longest - call.lengths[i] + 1];
-    }
-    std::partial_sum(next.begin(), next.end(), next.begin());
-    order.resize(batch());
-    for (int64_t i = 0; i < batch(); ++i) order[next[longest - call.lengths[i]]++] = i;
   }
 };
 
@@ -172,10 +154,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_double_backward(const OptionalTen
     using T = decltype(zero);
     GruInputs<T> in(inputs, input_weight, state_weight, lengths);
     const auto direction = [](const OptionalTensor& given, const Tensor& like) {
+      check_direction(given, like);
       return given.has_value() ? given->contiguous() : like.new_zeros(like.sizes());
     };
     const Tensor to_input_weight = direction(grad_grad_input_weight, input_weight);
     const Tensor to_state_weight = direction(grad_grad_state_weight, state_weight);
+    check_direction(grad_grad_inputs, inputs);
     const Tensor to_inputs = grad_grad_inputs.has_value() ? grad_grad_inputs->contiguous() : Tensor();
     const Tensor grad = grad_states.contiguous(), sums = sums_of(input_weight, state_weight);
     const Tensor states = like_states(inputs, state_weight);

@@ -1,4 +1,4 @@
-// Products of a weight matrix with vectors whose numbers have a lane per sequence, and their gradients.
+// Products of a weight matrix, or its transpose, with vectors whose numbers have a lane per sequence.
 //
 // For files that are built once per instruction set; see vectors.h.
 #pragma once

@@ -121,7 +121,7 @@ TD3_FAST_INLINE Vector<float> tanh_of(Vector<float> x) {
   p = p * square - 5.38524985e-2f;
   p = p * square + 1.33327827e-1f;
   p = p * square - 3.33333284e-1f;
-  return size < 0.625f ? x + x * (square * p) : (x < 0 ? -far : far);
+  return (size < 0.625f) | (x != x) ? x + x * (square * p) : (x < 0 ? -far : far);
 }
 TD3_FAST_INLINE Vector<double> tanh_of(Vector<double> x) {
   return each(x, [](double e) { return __builtin_tanh(e); });

@@ -18,6 +18,9 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
   m.impl("causal_encoder_backward", causal_encoder_backward);
   m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
   m.impl("encode_histories", encode_histories);
+  m.impl("additive_attention_forward", additive_attention_forward);
+  m.impl("additive_attention_backward", additive_attention_backward);
+  m.impl("additive_attention_double_backward", additive_attention_double_backward);
   m.impl("gru_forward", gru_forward);
   m.impl("gru_backward", gru_backward);
   m.impl("gru_double_backward", gru_double_backward);
@@ -38,6 +41,9 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
 // What these return has no history: a derivative of it raises instead of being zero.
 TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
   m.impl("encode_histories", torch::autograd::autogradNotImplementedFallback());
+  m.impl("additive_attention_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("additive_attention_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("additive_attention_double_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gru_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gru_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gru_double_backward", torch::autograd::autogradNotImplementedFallback());

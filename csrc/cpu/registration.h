@@ -103,6 +103,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_double_backward(const OptionalTen
                                                                const Tensor& lengths,
                                                                bool needs_inputs);
 
+Tensor additive_attention_forward(const Tensor& query,
+                                  const Tensor& states,
+                                  const Tensor& key_weight,
+                                  const Tensor& energy,
+                                  const Tensor& lengths);
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(const Tensor& grad_local,
+                                                                       const Tensor& query,
+                                                                       const Tensor& states,
+                                                                       const Tensor& key_weight,
+                                                                       const Tensor& energy,
+                                                                       const Tensor& lengths);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_double_backward(
+    const OptionalTensor& grad_grad_query,
+    const OptionalTensor& grad_grad_states,
+    const OptionalTensor& grad_grad_key_weight,
+    const OptionalTensor& grad_grad_energy,
+    const Tensor& grad_local,
+    const Tensor& query,
+    const Tensor& states,
+    const Tensor& key_weight,
+    const Tensor& energy,
+    const Tensor& lengths);
+
 Tensor encode_histories(const Tensor& parameters,
                         const Tensor& items,
                         const Tensor& histories,

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "adam.h"
+#include "additive_attention.h"
 #include "encoder.h"
 #include "gru.h"
 #include "random_words.h"
@@ -17,6 +18,8 @@ extern const Encoder<float> float_encoder_baseline;
 extern const Encoder<double> double_encoder_baseline;
 extern const Gru<float> float_gru_baseline;
 extern const Gru<double> double_gru_baseline;
+extern const AdditiveAttention<float> float_attention_baseline;
+extern const AdditiveAttention<double> double_attention_baseline;
 extern RandomBlocks* const random_blocks_baseline;
 extern const Adam<float> float_adam_baseline;
 extern const Adam<double> double_adam_baseline;
@@ -27,6 +30,8 @@ extern const Encoder<float> float_encoder_avx2, float_encoder_avx512;
 extern const Encoder<double> double_encoder_avx2, double_encoder_avx512;
 extern const Gru<float> float_gru_avx2, float_gru_avx512;
 extern const Gru<double> double_gru_avx2, double_gru_avx512;
+extern const AdditiveAttention<float> float_attention_avx2, float_attention_avx512;
+extern const AdditiveAttention<double> double_attention_avx2, double_attention_avx512;
 extern RandomBlocks *const random_blocks_avx2, *const random_blocks_avx512;
 extern const Adam<float> float_adam_avx2, float_adam_avx512;
 extern const Adam<double> double_adam_avx2, double_adam_avx512;
@@ -41,6 +46,8 @@ struct InstructionSet {
   const Encoder<double>* double_encoder;
   const Gru<float>* float_gru;
   const Gru<double>* double_gru;
+  const AdditiveAttention<float>* float_attention;
+  const AdditiveAttention<double>* double_attention;
   RandomBlocks* const* random_blocks;
   const Adam<float>* float_adam;
   const Adam<double>* double_adam;
@@ -50,18 +57,19 @@ struct InstructionSet {
 const InstructionSet kInstructionSets[] = {
 #ifdef TD3_FAST_X86_64
     {&float_tile_avx512, &double_tile_avx512, &float_encoder_avx512, &double_encoder_avx512,
-     &float_gru_avx512, &double_gru_avx512, &random_blocks_avx512, &float_adam_avx512, &double_adam_avx512,
+     &float_gru_avx512, &double_gru_avx512, &float_attention_avx512, &double_attention_avx512,
+     &random_blocks_avx512, &float_adam_avx512, &double_adam_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      }},
     {&float_tile_avx2, &double_tile_avx2, &float_encoder_avx2, &double_encoder_avx2, &float_gru_avx2,
-     &double_gru_avx2, &random_blocks_avx2, &float_adam_avx2, &double_adam_avx2,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+     &double_gru_avx2, &float_attention_avx2, &double_attention_avx2, &random_blocks_avx2, &float_adam_avx2,
+     &double_adam_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&float_tile_baseline, &double_tile_baseline, &float_encoder_baseline, &double_encoder_baseline,
-     &float_gru_baseline, &double_gru_baseline, &random_blocks_baseline, &float_adam_baseline,
-     &double_adam_baseline, [] { return true; }},
+     &float_gru_baseline, &double_gru_baseline, &float_attention_baseline, &double_attention_baseline,
+     &random_blocks_baseline, &float_adam_baseline, &double_adam_baseline, [] { return true; }},
 };
 
 const InstructionSet* best() {
@@ -105,6 +113,16 @@ const Gru<float>& gru<float>() {
 template <>
 const Gru<double>& gru<double>() {
   return *selected->double_gru;
+}
+
+template <>
+const AdditiveAttention<float>& additive_attention<float>() {
+  return *selected->float_attention;
+}
+
+template <>
+const AdditiveAttention<double>& additive_attention<double>() {
+  return *selected->double_attention;
 }
 
 template <>

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from td3_fast.learners.base import Learner, check_rates, check_sizes, normal_, xavier_std, xavier_uniform_
 from td3_fast.learners.recurrent import GRU, recurrent_states
-from td3_fast.ops import DropoutStream, seeded_generator
+from td3_fast.ops import DropoutStream, additive_attention, seeded_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +77,8 @@ class NARM(Learner):
             states = dropout(states, self.config.embedding_dropout)
         states = recurrent_states(self.recurrent, states, positions)
         last = states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))  # (batch, k, inner)
-        matched = torch.sigmoid(self.query(last).unsqueeze(2) + self.key(states).unsqueeze(1))
-        weights = self.energy(matched).squeeze(-1)  # (batch, k, length)
-        later = torch.arange(states.shape[1], device=states.device) > positions.unsqueeze(-1)
-        local = torch.bmm(weights.masked_fill(later, 0.0), states)
+        energy = self.energy.weight.squeeze(0)
+        local = additive_attention(self.query(last), states, self.key.weight, energy, positions + 1)
         session = torch.cat([last, local], dim=-1)
         if dropout is not None:
             session = dropout(session, self.config.session_dropout)

@@ -26,8 +26,8 @@ class GRU(nn.Module):
 
 
 def recurrent_states(layers: nn.ModuleList, inputs: Tensor, positions: Tensor) -> Tensor:
-    """What the last of the layers makes of inputs (batch, length, d), as far as the last of positions (batch, k)."""
-    lengths = positions.amax(dim=1) + 1
+    """The states of the last layer after inputs (batch, length, d), zero beyond the last of positions (batch, k)."""
+    lengths = positions.amax(dim=1) + 1 if positions.shape[1] else positions.new_zeros(len(positions))
     states = inputs
     for layer in layers:
         states = layer(states, lengths)

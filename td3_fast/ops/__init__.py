@@ -1,6 +1,7 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
 from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
+from td3_fast.ops.additive_attention import additive_attention, additive_attention_reference
 from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, encode_histories, has_causal_encoder
 from td3_fast.ops.dropout import (
     DropoutStream,
@@ -48,6 +49,8 @@ __all__ = [
     "ItemLogsumexp",
     "Normalize",
     "SoftEmbedding",
+    "additive_attention",
+    "additive_attention_reference",
     "build_facts",
     "causal_encoder",
     "derive_seed",
