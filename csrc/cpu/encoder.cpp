@@ -1,4 +1,4 @@
-// The causal encoder on the CPU: forward, backward and double backward; the passes are in
+// The encoder on the CPU: forward, backward and double backward; the passes are in
 // encoder_kernels.cpp.
 
 #include "encoder_calls.h"
@@ -35,7 +35,9 @@ Tensor encode_histories(const Tensor& parameters,
   check_histories(items, histories, lengths);
   const Tensor rows = items.index_select(0, histories.reshape(-1));
   const Tensor inputs = rows.view({histories.size(0), histories.size(1), items.size(1)});
-  return causal_encoder_forward(parameters, inputs, lengths.sub(1).unsqueeze(1), words, sizes).squeeze(1);
+  const Tensor positions = lengths.sub(1).unsqueeze(1);
+  EncoderOptions(parameters, inputs, positions, words, sizes).check_causal();
+  return causal_encoder_forward(parameters, inputs, positions, words, sizes).squeeze(1);
 }
 
 std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,

@@ -24,12 +24,14 @@ class EncoderShape:
     layers: int
     hidden_dropout: float
     attention_dropout: float
+    bidirectional: bool = False
 
 
 def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
-    """Whether `causal_encoder` serves this shape on the device and dtype of `like`."""
+    """Whether `causal_encoder` serves this shape on the device and dtype of `like`, outside of `torch.func`."""
     return (
-        like.device.type in ("cpu", "cuda")
+        (like.device.type == "cpu" or (like.device.type == "cuda" and not shape.bidirectional))
+        and torch._C._functorch.maybe_current_level() is None
         and like.dtype in (torch.float32, torch.float64)
         and shape.layers <= MAX_LAYERS
         and has_fused(like.device)
@@ -102,7 +104,8 @@ def causal_encoder(
     """
     batch, length, _ = inputs_embeds.shape
     device = inputs_embeds.device
-    words = dropout_words(dropout, shape, batch, length, positions.shape[1], device=device)
+    asked = positions.shape[1] - int(shape.bidirectional)
+    words = dropout_words(dropout, shape, batch, length, asked, device=device)
     encoded: Tensor = torch.ops.td3_fast.causal_encoder_forward(
         parameters, inputs_embeds, positions, words, packed_sizes(shape)
     )
@@ -169,7 +172,8 @@ def dropout_words(
 def packed_sizes(shape: EncoderShape) -> list[int]:
     """What the kernels take of a shape."""
     sizes = [shape.positions, shape.inner, shape.heads, shape.layers]
-    return [*sizes, dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+    dropped = [dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+    return [*sizes, *dropped, int(shape.bidirectional)]
 
 
 @register_fake("td3_fast::encode_histories")
@@ -186,7 +190,8 @@ def _(
 
 @register_fake("td3_fast::causal_encoder_forward")
 def _(parameters: Tensor, inputs: Tensor, positions: Tensor, words: list[Tensor], sizes: list[int]) -> Tensor:
-    return inputs.new_empty((*positions.shape, inputs.shape[2]))
+    batch, columns = positions.shape
+    return inputs.new_empty(batch, columns - sizes[-1], inputs.shape[2])
 
 
 @register_fake("td3_fast::causal_encoder_backward")

@@ -107,7 +107,7 @@ def test_cloze_loss_is_the_mean_over_the_masks_of_each_sequence() -> None:
             slots = items[torch.tensor([sequence])]
             where = masked.nonzero().T
             last = torch.tensor([len(sequence) - 1])
-            hidden = model._fill_in(slots, masked.unsqueeze(0), last, where, None)[0]
+            hidden = model._told(model._fill_in(slots, masked.unsqueeze(0), last, where, None)[0])
             losses.append(item_cross_entropy(hidden, items, torch.tensor(sequence)[where[0]]).mean())
         actual = model.loss(items, histories, lengths, targets, dropout=DropoutStream(seed))
         torch.testing.assert_close(actual, torch.stack(losses).mean())
