@@ -20,7 +20,7 @@ Tensor causal_encoder_forward(const Tensor& parameters,
     const Encoder<T>& e = encoder<T>();
     for_groups<T>(options.sizes, options.batch, e.scratch_size(options.sizes, false), kForwardCost, Tensor(),
                   [&](int64_t first, int64_t count, void* scratch, T*) {
-                    e.values.forward(in.call, first, count, scratch);
+                    e.outputs(in.call, first, count, scratch);
                   });
     return outputs;
   });

@@ -55,6 +55,9 @@ struct Encoder {
   // Bytes of scratch of one call on a group.
   int64_t (*scratch_size)(const EncoderSizes& sizes, bool tangents);
 
+  // The outputs alone: the first half of a pass that has no other.
+  void (*outputs)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch);
+
   EncoderPass<T> values;
   // The same on dual numbers: the derivative of (outputs, grad_parameters, grad_inputs) in the given
   // direction.

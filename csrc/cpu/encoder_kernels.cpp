@@ -36,11 +36,12 @@ class Pass {
   };
 
  public:
-  TD3_FAST_INLINE Pass(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch)
+  TD3_FAST_INLINE Pass(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch, bool keeps)
       : call_(call),
         s_(call.sizes),
         first_(first),
         count_(count),
+        keeps_(keeps),
         next_(reinterpret_cast<N*>(static_cast<unsigned char*>(scratch) + kOwnSize)) {
     static_assert(sizeof(Pass) <= kOwnSize);
     if constexpr (kTangents) {
@@ -66,13 +67,15 @@ class Pass {
 
   static int64_t scratch_size(const EncoderSizes& s) {
     const int64_t d = s.width, rows = s.length;
-    int64_t numbers = (2 * rows + 1) * d + rows;
+    int64_t numbers = (2 * rows + 1) * d + rows, most_made = 0;
     for (int64_t layer = 0; layer < s.layers; ++layer) {
       const int64_t k = layer + 1 < s.layers ? rows : s.asked;
-      const int64_t direct = k * s.heads * (2 * d + 1), made = 2 * rows * d;
+      // one head makes keys only where that is for fewer rows than are asked for
+      const int64_t made = 2 * (s.heads > 1 || rows < k ? rows : k) * d, direct = k * s.heads * (2 * d + 1);
       numbers += k * (7 * d + s.heads * rows + 2 * s.inner + 2) + (direct > made ? direct : made);
+      most_made = made > most_made ? made : most_made;
     }
-    numbers += (most_upstream(s, rows) + 3 * rows) * d + kTile * (5 * d + s.inner + 2 * rows);
+    numbers += (most_upstream(s, rows) + rows) * d + most_made + kTile * (5 * d + s.inner + 2 * rows);
     for (int64_t site = 0; site < 1 + 3 * s.layers; ++site) numbers += masks_size(s, site);
     numbers += norms(s) + 2 * kTile * widest(s);
     return kOwnSize + numbers * static_cast<int64_t>(sizeof(N));
@@ -545,19 +548,22 @@ class Pass {
   }
   Rows inputs_of(const Saved& saved) const { return {const_cast<N*>(saved.inputs), s_.width}; }
 
+  // Where row r of what the backward pass needs is: a forward pass alone keeps a tile of it.
+  int64_t place(int64_t r) const { return keeps_ ? r : r % kTile; }
+
   // From the queries of rows first, ..., end - 1 to their contexts, one head of them.
   void attend(int64_t layer, const Block& b, int64_t first, int64_t end, int64_t head) {
     const int64_t d = s_.width, w = d / s_.heads, rows = end - first, num_keys = keys(layer, end);
-    const int64_t every = s_.heads * rows_;
+    const int64_t every = s_.heads * rows_, at = place(first);
     Saved& saved = saved_[layer];
     const Attended to = attended_by(saved, head);
     const bool direct = saved.keys == nullptr;
     const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
-    const Rows query = Rows{saved.query, d}.from(first, head * w);
-    const Rows context = Rows{saved.context, d}.from(first, head * w);
-    const Rows direction = direct ? Rows{saved.direction, s_.heads * d}.from(first, head * d) : query;
-    const Rows mixed = direct ? Rows{saved.mixed, s_.heads * d}.from(first, head * d) : context;
-    const Rows weights = Rows{saved.weights, every}.from(first, head * rows_);
+    const Rows query = Rows{saved.query, d}.from(at, head * w);
+    const Rows context = Rows{saved.context, d}.from(at, head * w);
+    const Rows direction = direct ? Rows{saved.direction, s_.heads * d}.from(at, head * d) : query;
+    const Rows mixed = direct ? Rows{saved.mixed, s_.heads * d}.from(at, head * d) : context;
+    const Rows weights = Rows{saved.weights, every}.from(at, head * rows_);
     if (direct) linear_transposed(b.key + head * w * d, w, d, rows, query, direction, Nothing{});
     product(rows, num_keys, to.width, direction.at, direction.row, 1, Own{to.keys.at, 1, to.keys.row},
             Nothing{}, weights);
@@ -585,7 +591,7 @@ class Pass {
         if (drops_attention(layer)) left[j] = weight[j] * attention_survivors(layer, head, first + r, j);
         total = total + left[j];
       }
-      if (direct) saved.total[(first + r) * s_.heads + head] = total;
+      if (direct) saved.total[(at + r) * s_.heads + head] = total;
     }
     product(rows, to.width, num_keys, surviving.at, surviving.row, 1, Own{to.values.at, to.values.row, 1},
             Nothing{}, mixed);
@@ -593,7 +599,7 @@ class Pass {
     if (!direct) return;
     linear(b.value + head * w * d, -1, w, d, rows, mixed, context);
     for (int64_t r = 0; r < rows; ++r) {
-      const N total = saved.total[(first + r) * s_.heads + head];
+      const N total = saved.total[(at + r) * s_.heads + head];
       for (int64_t f = 0; f < w; ++f) {
         add_product(context.at + r * d + f, total, w_[b.value_bias + head * w + f]);
       }
@@ -683,17 +689,19 @@ class Pass {
     const Block b = block_of(layer);
     Saved& saved = saved_[layer];
     saved.inputs = inputs, saved.k = k;
-    saved.query = take(k * d), saved.context = take(k * d), saved.weights = take(k * heads * rows_);
-    saved.normed = take(k * d), saved.deviation = take(k), saved.attended = take(k * d);
-    saved.slope = take(k * inner), saved.bent = take(k * inner);
-    saved.last_normed = take(k * d), saved.last_deviation = take(k), saved.outputs = take(k * d);
+    const int64_t kept = keeps_ || k < kTile ? k : kTile;
+    saved.query = take(kept * d), saved.context = take(kept * d), saved.weights = take(kept * heads * rows_);
+    saved.normed = take(kept * d), saved.deviation = take(kept), saved.attended = take(kept * d);
+    saved.slope = take(keeps_ ? k * inner : 0), saved.bent = take(kept * inner);
+    saved.last_normed = take(kept * d), saved.last_deviation = take(kept), saved.outputs = take(k * d);
     if (makes_keys(k)) {
       saved.keys = take(rows_ * d), saved.values = take(rows_ * d);
       linear(b.key, -1, d, d, rows_, inputs_of(saved), {saved.keys, d});
       linear(b.value, b.value_bias, d, d, rows_, inputs_of(saved), {saved.values, d});
     } else {
       saved.keys = nullptr;
-      saved.direction = take(k * heads * d), saved.mixed = take(k * heads * d), saved.total = take(k * heads);
+      saved.direction = take(kept * heads * d), saved.mixed = take(kept * heads * d);
+      saved.total = take(kept * heads);
     }
     if (everywhere(layer)) {
       saved.asked = inputs_of(saved);
@@ -705,8 +713,8 @@ class Pass {
     const Rows sums{take(kTile * d), d}, raised{take(kTile * inner), inner};
     for (int64_t first = 0; first < k; first += kTile) {
       const int64_t end = first + kTile < k ? first + kTile : k, rows = end - first;
-      const auto of_tile = [&](N* at, int64_t width) { return Rows{at + first * width, width}; };
-      const Rows asked = of_tile(saved.asked, d), attended = of_tile(saved.attended, d);
+      const auto of_tile = [&](N* at, int64_t width) { return Rows{at + place(first) * width, width}; };
+      const Rows asked{saved.asked + first * d, d}, attended = of_tile(saved.attended, d);
       linear(b.query, b.query_bias, d, d, rows, asked, of_tile(saved.query, d));
       for (int64_t head = 0; head < heads; ++head) attend(layer, b, first, end, head);
       linear(b.output, b.output_bias, d, d, rows, of_tile(saved.context, d), sums);
@@ -715,19 +723,28 @@ class Pass {
         N* sum = sums.at + r * d;
         drop_hidden(2 + 3 * layer, at, sum);
         for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + asked.at[r * d + f];
-        norm(sum, b.norm, saved.normed + at * d, saved.deviation + at, saved.attended + at * d);
+        norm(sum, b.norm, saved.normed + place(at) * d, saved.deviation + place(at), attended.at + r * d);
       }
       linear(b.up, b.up_bias, inner, d, rows, attended, raised);
-      for (int64_t i = 0; i < rows * inner; ++i) {
-        gelu(raised.at[i], saved.bent + first * inner + i, saved.slope + first * inner + i);
+      const Rows bent = of_tile(saved.bent, inner);
+      if (keeps_) {
+        for (int64_t i = 0; i < rows * inner; ++i) {
+          gelu(raised.at[i], bent.at + i, saved.slope + first * inner + i);
+        }
+      } else {
+        for (int64_t i = 0; i < rows * inner; ++i) {
+          N slope;
+          gelu(raised.at[i], bent.at + i, &slope);
+        }
       }
-      linear(b.down, b.down_bias, d, inner, rows, of_tile(saved.bent, inner), sums);
+      linear(b.down, b.down_bias, d, inner, rows, bent, sums);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = first + r;
         N* sum = sums.at + r * d;
         drop_hidden(3 + 3 * layer, at, sum);
         for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + attended.at[r * d + f];
-        norm(sum, b.last_norm, saved.last_normed + at * d, saved.last_deviation + at, saved.outputs + at * d);
+        norm(sum, b.last_norm, saved.last_normed + place(at) * d, saved.last_deviation + place(at),
+             saved.outputs + at * d);
       }
     }
     next_ = mark;
@@ -807,6 +824,7 @@ class Pass {
   const EncoderSizes& s_;
   W w_;
   int64_t first_, count_;
+  bool keeps_;            // what the backward pass needs
   int64_t rows_, asked_;  // of inputs and of outputs, as many as some lane has
   V last_seen_{};         // where attention goes both ways
   N* next_;
@@ -822,9 +840,9 @@ template <typename T>
 int64_t scratch_size(const EncoderSizes& sizes, bool tangents) {
   return tangents ? Pass<T, true>::scratch_size(sizes) : Pass<T, false>::scratch_size(sizes);
 }
-template <typename T, bool kTangents>
+template <typename T, bool kTangents, bool kKeeps>
 void forward(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch) {
-  auto* pass = new (scratch) Pass<T, kTangents>(call, first, count, scratch);
+  auto* pass = new (scratch) Pass<T, kTangents>(call, first, count, scratch, kKeeps);
   pass->forward();
   pass->write_outputs();
 }
@@ -835,8 +853,9 @@ void backward(void* scratch, T* sums) {
 template <typename T>
 constexpr Encoder<T> kEncoder = {kLanes<T>,
                                  scratch_size<T>,
-                                 {forward<T, false>, backward<T, false>},
-                                 {forward<T, true>, backward<T, true>}};
+                                 forward<T, false, false>,
+                                 {forward<T, false, true>, backward<T, false>},
+                                 {forward<T, true, true>, backward<T, true>}};
 
 }  // namespace
 
