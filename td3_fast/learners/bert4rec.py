@@ -229,7 +229,7 @@ class BERT4Rec(Learner):
 
     def _blocks_vector(self) -> Tensor:
         """The parameters of embeddings and blocks as `causal_encoder` takes them."""
-        tensors = [self.position_embeddings, self.norm.weight, self.norm.bias]
+        tensors: list[Tensor] = [self.position_embeddings, self.norm.weight, self.norm.bias]
         for block in self.blocks:
             assert isinstance(block, Block)
             tensors += block.tensors()
