@@ -59,6 +59,9 @@ class BERT4Rec(Learner):
     An output is that of a learned mask embedding put behind the inputs it may see, so several outputs of one sequence
     are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`.
 
+    On the CPU everything up to the last block is `causal_encoder`, differentiable twice; elsewhere, and under
+    `torch.func`, the modules.
+
     The bias of an item is one more column of the item table, which faces a constant 1 in the outputs: a table of
     (num_items, hidden + 1), frozen or trained as a whole. Inputs ignore that column.
 

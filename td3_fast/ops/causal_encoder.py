@@ -1,4 +1,4 @@
-"""A causal self-attention encoder in one call, for small models whose passes are bound by the cost of calls."""
+"""A self-attention encoder in one call, for small models whose passes are bound by the cost of calls."""
 
 import functools
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ MAX_LAYERS = 8  # kMaxLayers in csrc/encoder_sizes.h
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """Sizes and rates of a SASRec: `positions` rows of its position table, width d."""
+    """Sizes and rates of a SASRec: `positions` rows of its position table, width d.
+
+    With `bidirectional`, those of the blocks of a BERT4Rec: every row of every layer sees all inputs up to one that is
+    given for the sequence, in the place of those up to its own.
+    """
 
     positions: int
     width: int
@@ -76,30 +80,31 @@ def _shared_memory(device: torch.device) -> int:
 def causal_encoder(
     parameters: Tensor,  # (size,)
     inputs_embeds: Tensor,  # (batch, length, d)
-    positions: Tensor,  # (batch, k) int64
+    positions: Tensor,  # (batch, k) int64, or (batch, k + 1)
     shape: EncoderShape,
     *,
     dropout: DropoutStream | None = None,
 ) -> Tensor:
-    """The outputs of a SASRec at the asked positions; its reference is `learners.SASRec.encode`.
+    """The outputs of a SASRec at the asked positions, or of the blocks of a BERT4Rec.
 
-    On the CPU sequences are the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond
+    Its references are `learners.SASRec.encode` and what `learners.BERT4Rec` is without it. On the CPU sequences are the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond
     the last asked position, and only inputs and outputs are kept between orders: a pass is recomputed by its
     derivative. The double backward runs the same code on dual numbers. Twice differentiable in `parameters` and
     `inputs_embeds`; a third order raises. Dropout masks are those that the reference draws from an equal `dropout`.
-    `torch.func` and `torch.vmap` do not take it; the reference they do.
+    `torch.func` and `torch.vmap` do not take it; the reference they do. Attention both ways is the CPU's alone.
 
     Args:
         parameters: position table (positions, d); weight and bias of the first norm; for each layer weight and bias
             of query, key, value, attention output, its norm, feed-forward in, feed-forward out, its norm.
         inputs_embeds: (batch, length, d), length <= shape.positions.
-        positions: (batch, k), 0-based.
+        positions: (batch, k), 0-based. Of a bidirectional shape (batch, k + 1): before the last input that each
+            sequence sees, the positions asked for, -1 where nothing is.
 
     Returns:
-        (batch, k, d).
+        (batch, k, d), zeros where nothing is asked.
 
     Raises:
-        ValueError: sizes, dtypes or devices do not agree.
+        ValueError: sizes, dtypes or devices do not agree, or a bidirectional shape meets a GPU.
         IndexError: on the CPU, a position is not one of the inputs; a GPU is left unusable to the process by that.
     """
     batch, length, _ = inputs_embeds.shape
