@@ -58,7 +58,7 @@ def make_bert4rec(variant, sequences, n, d):
         return loss, *gradients
 
     def by_modules():
-        with patch("td3_fast.learners.bert4rec.has_causal_encoder", return_value=False):
+        with patch("td3_fast.learners.bert4rec.has_transformer_encoder", return_value=False):
             return run()
 
     return run if variant == "fused" else by_modules

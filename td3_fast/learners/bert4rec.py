@@ -21,11 +21,11 @@ from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, ch
 from td3_fast.ops import (
     DropoutStream,
     EncoderShape,
-    causal_encoder,
-    has_causal_encoder,
+    has_transformer_encoder,
     item_cross_entropy,
     look_up,
     seeded_generator,
+    transformer_encoder,
 )
 
 
@@ -59,7 +59,7 @@ class BERT4Rec(Learner):
     An output is that of a learned mask embedding put behind the inputs it may see, so several outputs of one sequence
     are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`.
 
-    On the CPU everything up to the last block is `causal_encoder`, differentiable twice; elsewhere, and under
+    On the CPU everything up to the last block is `transformer_encoder`, differentiable twice; elsewhere, and under
     `torch.func`, the modules.
 
     The bias of an item is one more column of the item table, which faces a constant 1 in the outputs: a table of
@@ -198,10 +198,10 @@ class BERT4Rec(Learner):
         length = slots.shape[1]
         embeds = torch.where(masked.unsqueeze(-1), self.mask_embedding, slots[..., :-1])
         shape = self._blocks_shape()
-        if has_causal_encoder(shape, embeds):
+        if has_transformer_encoder(shape, embeds):
             wanted = asked if real is None else asked.masked_fill(~real, -1)
             positions = torch.cat([wanted, last.unsqueeze(1)], dim=1)
-            return causal_encoder(self._blocks_vector(), embeds, positions, shape, dropout=dropout)
+            return transformer_encoder(self._blocks_vector(), embeds, positions, shape, dropout=dropout)
         hidden = self.norm(embeds + self.position_embeddings[:length])
         if dropout is not None:
             hidden = dropout(hidden, self.config.hidden_dropout)
@@ -231,7 +231,7 @@ class BERT4Rec(Learner):
         )
 
     def _blocks_vector(self) -> Tensor:
-        """The parameters of embeddings and blocks as `causal_encoder` takes them."""
+        """The parameters of embeddings and blocks as `transformer_encoder` takes them."""
         tensors: list[Tensor] = [self.position_embeddings, self.norm.weight, self.norm.bias]
         for block in self.blocks:
             assert isinstance(block, Block)

@@ -1,7 +1,6 @@
 """Operations that meet every item of a catalogue, without a tensor of rows x items."""
 
 from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
-from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, encode_histories, has_causal_encoder
 from td3_fast.ops.dropout import (
     DropoutStream,
     derive_seed,
@@ -35,6 +34,12 @@ from td3_fast.ops.next_item_gradient import (
 )
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
+from td3_fast.ops.transformer_encoder import (
+    EncoderShape,
+    encode_histories,
+    has_transformer_encoder,
+    transformer_encoder,
+)
 from td3_fast.ops.tucker import Normalize, normalized_embedding, tucker_queries, tucker_soft_embedding
 
 __all__ = [
@@ -48,16 +53,15 @@ __all__ = [
     "Normalize",
     "SoftEmbedding",
     "build_facts",
-    "causal_encoder",
     "derive_seed",
     "derive_seeds",
     "encode_histories",
     "for_inner_gradient",
     "gradient_is_enough",
-    "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",
     "has_one_pass_adam",
+    "has_transformer_encoder",
     "inner_gradient",
     "item_cross_entropy",
     "item_logsumexp",
@@ -76,6 +80,7 @@ __all__ = [
     "seeded_generator",
     "soft_embedding",
     "target_rank",
+    "transformer_encoder",
     "tucker_queries",
     "tucker_soft_embedding",
 ]

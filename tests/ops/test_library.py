@@ -74,7 +74,7 @@ def test_every_instruction_set_gives_the_same_derivatives(dtype):
         )
         moved = step.tangent(theta, table, embeds)
         given = (theta.clone().requires_grad_(), cut.clone().requires_grad_())
-        encoded = ops.causal_encoder(*given, seen, both_ways, dropout=ops.DropoutStream(7))
+        encoded = ops.transformer_encoder(*given, seen, both_ways, dropout=ops.DropoutStream(7))
         # not the square: that of a norm's outputs is the same for all inputs
         to_given = torch.autograd.grad(encoded.pow(3).sum(), given, create_graph=True)
         twice = torch.autograd.grad(sum(x.square().sum() for x in to_given), given)

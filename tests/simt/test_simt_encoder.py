@@ -3,9 +3,9 @@
 import functools
 
 import pytest
-import test_causal_encoder as encoder
 import test_inner_gradient as step
 import test_next_item_gradient as real
+import test_transformer_encoder as encoder
 import torch
 
 from td3_fast.ops import DropoutStream, encode_histories, inner_gradient, known_gradient

@@ -31,8 +31,8 @@ class EncoderShape:
     bidirectional: bool = False
 
 
-def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
-    """Whether `causal_encoder` serves this shape on the device and dtype of `like`, outside of `torch.func`."""
+def has_transformer_encoder(shape: EncoderShape, like: Tensor) -> bool:
+    """Whether `transformer_encoder` serves this shape on the device and dtype of `like`, outside of `torch.func`."""
     return (
         (like.device.type == "cpu" or (like.device.type == "cuda" and not shape.bidirectional))
         and torch._C._functorch.maybe_current_level() is None
@@ -77,7 +77,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def causal_encoder(
+def transformer_encoder(
     parameters: Tensor,  # (size,)
     inputs_embeds: Tensor,  # (batch, length, d)
     positions: Tensor,  # (batch, k) int64, or (batch, k + 1)
@@ -87,11 +87,12 @@ def causal_encoder(
 ) -> Tensor:
     """The outputs of a SASRec at the asked positions, or of the blocks of a BERT4Rec.
 
-    Its references are `learners.SASRec.encode` and what `learners.BERT4Rec` is without it. On the CPU sequences are the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond
-    the last asked position, and only inputs and outputs are kept between orders: a pass is recomputed by its
-    derivative. The double backward runs the same code on dual numbers. Twice differentiable in `parameters` and
-    `inputs_embeds`; a third order raises. Dropout masks are those that the reference draws from an equal `dropout`.
-    `torch.func` and `torch.vmap` do not take it; the reference they do. Attention both ways is the CPU's alone.
+    Its references are `learners.SASRec.encode` and what `learners.BERT4Rec` is without it. On the CPU sequences are
+    the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond the last asked position,
+    and only inputs and outputs are kept between orders: a pass is recomputed by its derivative. The double backward
+    runs the same code on dual numbers. Twice differentiable in `parameters` and `inputs_embeds`; a third order
+    raises. Dropout masks are those that the reference draws from an equal `dropout`. `torch.func` and `torch.vmap`
+    do not take it; the reference they do. Attention both ways is the CPU's alone.
 
     Args:
         parameters: position table (positions, d); weight and bias of the first norm; for each layer weight and bias
@@ -111,7 +112,7 @@ def causal_encoder(
     device = inputs_embeds.device
     asked = positions.shape[1] - int(shape.bidirectional)
     words = dropout_words(dropout, shape, batch, length, asked, device=device)
-    encoded: Tensor = torch.ops.td3_fast.causal_encoder_forward(
+    encoded: Tensor = torch.ops.td3_fast.transformer_encoder_forward(
         parameters, inputs_embeds, positions, words, packed_sizes(shape)
     )
     return encoded
@@ -126,12 +127,12 @@ def encode_histories(
     *,
     dropout: DropoutStream | None = None,
 ) -> Tensor:
-    """The outputs of `causal_encoder` at the last of the `lengths` items of each history; without derivatives.
+    """The outputs of `transformer_encoder` at the last of the `lengths` items of each history; without derivatives.
 
     On a GPU the rows of the items are read where they are, and no tensor of the histories' embeddings is made.
 
     Args:
-        parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
+        parameters, shape, dropout: as `transformer_encoder` takes them, where `has_transformer_encoder` says so.
         items: of the dtype of the parameters.
         histories: ids of items, of which those beyond the length do not count.
         lengths: at least 1.
@@ -193,13 +194,13 @@ def _(
     return items.new_empty(len(histories), items.shape[1])
 
 
-@register_fake("td3_fast::causal_encoder_forward")
+@register_fake("td3_fast::transformer_encoder_forward")
 def _(parameters: Tensor, inputs: Tensor, positions: Tensor, words: list[Tensor], sizes: list[int]) -> Tensor:
     batch, columns = positions.shape
     return inputs.new_empty(batch, columns - sizes[-1], inputs.shape[2])
 
 
-@register_fake("td3_fast::causal_encoder_backward")
+@register_fake("td3_fast::transformer_encoder_backward")
 def _(
     grad_outputs: Tensor,
     parameters: Tensor,
@@ -212,7 +213,7 @@ def _(
     return torch.empty_like(parameters), inputs.new_empty(inputs.shape if needs_inputs else 0)
 
 
-@register_fake("td3_fast::causal_encoder_double_backward")
+@register_fake("td3_fast::transformer_encoder_double_backward")
 def _(
     grad_grad_parameters: Tensor | None,
     grad_grad_inputs: Tensor | None,

@@ -9,8 +9,14 @@ from torch.autograd import grad
 from td3_fast import ops
 from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
 from td3_fast.learners.base import causal_bias
-from td3_fast.ops import DropoutStream, causal_encoder, encode_histories, inner_gradient, next_item_gradient
-from td3_fast.ops.causal_encoder import packed_sizes
+from td3_fast.ops import (
+    DropoutStream,
+    encode_histories,
+    inner_gradient,
+    next_item_gradient,
+    transformer_encoder,
+)
+from td3_fast.ops.transformer_encoder import packed_sizes
 
 pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
 
@@ -57,7 +63,7 @@ class BothWays(FlatParameters):
 
     def encode(self, flat, inputs, positions, *, dropout=None):
         shape = replace(self._shell.encoder_shape(), bidirectional=True)
-        return causal_encoder(flat, inputs, positions, shape, dropout=dropout)
+        return transformer_encoder(flat, inputs, positions, shape, dropout=dropout)
 
     def reference(self, flat, inputs, positions, dropout):
         learner = self._filled(flat)
@@ -220,9 +226,9 @@ def test_schemas(both_ways):
     rest = (theta, inputs, positions, [], packed_sizes(shape))
     plain = (theta.detach(), inputs.detach(), *rest[2:])
     opcheck, encoder_ops = torch.library.opcheck, torch.ops.td3_fast
-    opcheck(encoder_ops.causal_encoder_forward.default, rest)
-    opcheck(encoder_ops.causal_encoder_backward.default, (upstream, *plain, True))
-    opcheck(encoder_ops.causal_encoder_double_backward.default, (None, None, upstream, *plain, True))
+    opcheck(encoder_ops.transformer_encoder_forward.default, rest)
+    opcheck(encoder_ops.transformer_encoder_backward.default, (upstream, *plain, True))
+    opcheck(encoder_ops.transformer_encoder_double_backward.default, (None, None, upstream, *plain, True))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -308,7 +314,9 @@ def test_refuses_what_does_not_fit():
         with pytest.raises(IndexError, match="position"):
             flat.encode(theta, inputs, torch.cat([positions[:, :-1], wrong], dim=1))
     with pytest.raises(ValueError, match="last inputs seen"):
-        causal_encoder(theta, inputs, positions[:, :0], replace(learner.encoder_shape(), bidirectional=True))
+        transformer_encoder(
+            theta, inputs, positions[:, :0], replace(learner.encoder_shape(), bidirectional=True)
+        )
 
 
 def test_attention_both_ways_is_that_of_one_operator_alone():
