@@ -1,21 +1,28 @@
 """What `inner_gradient` and `next_item_gradient` do in one call, beside autograd through the ops of its parts.
 
 The gradient of an inner step with its derivative in a direction, and that of the loss on real examples, of learners as
-they are for ml-100k and ml-1m; on the CPU.
+they are for ml-100k and ml-1m; on the CPU. Of BERT4Rec the blocks are one call, beside its modules.
 """
 
 from __future__ import annotations
+
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from td3_fast import ops
-from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
+from td3_fast.learners import BERT4Rec, BERT4RecConfig, FlatParameters, SASRec, SASRecConfig
 
 PARAMETERS = {
     # what, sequences, items, d
     "size": {
-        "small": [("inner", 25, 1_683, 32), ("inner with items", 25, 1_683, 32), ("real", 512, 1_683, 32)],
+        "small": [
+            ("inner", 25, 1_683, 32),
+            ("inner with items", 25, 1_683, 32),
+            ("real", 512, 1_683, 32),
+            ("BERT4Rec", 256, 1_683, 32),
+        ],
         "acceptance": [
             *(
                 (what, 25, n, d)
@@ -24,6 +31,7 @@ PARAMETERS = {
             ),
             ("real", 2_048, 1_683, 32),
             ("real", 2_048, 3_417, 64),
+            ("BERT4Rec", 2_048, 1_683, 32),
         ],
         "full": [("inner", 200, 1_683, 32), ("inner", 25, 100_000, 64), ("real", 4_096, 3_417, 64)],
     },
@@ -32,8 +40,34 @@ PARAMETERS = {
 POSITIONS, TARGETS = 50, 2
 
 
+def real_examples(sequences, n):
+    generator = torch.Generator().manual_seed(0)
+    histories = torch.randint(1, n, (sequences, POSITIONS), generator=generator)
+    lengths = torch.randint(1, POSITIONS + 1, (sequences,), generator=generator)
+    return histories, lengths, torch.randint(1, n, (sequences,), generator=generator)
+
+
+def make_bert4rec(variant, sequences, n, d):
+    learner = BERT4Rec(BERT4RecConfig(num_items=n, max_len=POSITIONS, hidden=d, inner=4 * d), seed=0)
+    flat = FlatParameters(learner)
+    theta, items = flat.gather(learner.state_dict()), learner.item_embeddings.detach()
+    batch = real_examples(sequences, n)
+
+    def run():
+        loss, gradients = flat.loss_gradient(theta, items, *batch, dropout=ops.DropoutStream(0))
+        return loss, *gradients
+
+    def by_modules():
+        with patch("td3_fast.learners.bert4rec.has_transformer_encoder", return_value=False):
+            return run()
+
+    return run if variant == "fused" else by_modules
+
+
 def make_run(variant, size, device):
     what, sequences, n, d = size
+    if what == "BERT4Rec":
+        return make_bert4rec(variant, sequences, n, d)
     learner = SASRec(SASRecConfig(num_items=n, max_len=POSITIONS, hidden=d, inner=2 * d), seed=0).to(device)
     flat = FlatParameters(learner)
     theta = flat.gather(learner.state_dict())
@@ -41,9 +75,7 @@ def make_run(variant, size, device):
     generator = torch.Generator().manual_seed(0)
     shape = learner.encoder_shape()
     if what == "real":
-        histories = torch.randint(1, n, (sequences, POSITIONS), generator=generator)
-        lengths = torch.randint(1, POSITIONS + 1, (sequences,), generator=generator)
-        targets = torch.randint(1, n, (sequences,), generator=generator)
+        histories, lengths, targets = real_examples(sequences, n)
 
         def real():
             dropout = ops.DropoutStream(0)
@@ -83,7 +115,8 @@ def test_gradients_in_one_call(size, variant, device, measure):
     if device.type != "cpu":
         pytest.skip("the ops are the CPU's")
     what, sequences, n, d = size
-    name = "loss on real examples" if what == "real" else f"{what}, with its derivative"
+    names = {"real": "loss on real examples", "BERT4Rec": "loss of BERT4Rec on real examples"}
+    name = names.get(what, f"{what}, with its derivative")
     measure(
         f"{name}: {sequences} x {n} x {d} float32",
         variant,

@@ -1,4 +1,5 @@
-// Derivatives of the causal encoder: twice differentiable in its parameters and inputs; a third order raises.
+// Derivatives of the transformer encoder: twice differentiable in its parameters and inputs; a third order
+// raises.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -19,7 +20,7 @@ Tensor call_forward(const Tensor& parameters,
                     const Tensor& positions,
                     at::TensorList words,
                     at::IntArrayRef sizes) {
-  static const auto op = find_operator<decltype(call_forward)>("td3_fast::causal_encoder_forward");
+  static const auto op = find_operator<decltype(call_forward)>("td3_fast::transformer_encoder_forward");
   return op.call(parameters, inputs, positions, words, sizes);
 }
 
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor> call_backward(const Tensor& grad_outputs,
                                          at::TensorList words,
                                          at::IntArrayRef sizes,
                                          bool needs_inputs) {
-  static const auto op = find_operator<decltype(call_backward)>("td3_fast::causal_encoder_backward");
+  static const auto op = find_operator<decltype(call_backward)>("td3_fast::transformer_encoder_backward");
   return op.call(grad_outputs, parameters, inputs, positions, words, sizes, needs_inputs);
 }
 
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> call_double_backward(const std::optional<Tens
                                                         at::IntArrayRef sizes,
                                                         bool needs_inputs) {
   static const auto op =
-      find_operator<decltype(call_double_backward)>("td3_fast::causal_encoder_double_backward");
+      find_operator<decltype(call_double_backward)>("td3_fast::transformer_encoder_double_backward");
   return op.call(grad_grad_parameters, grad_grad_inputs, grad_outputs, parameters, inputs, positions, words,
                  sizes, needs_inputs);
 }
@@ -82,7 +83,7 @@ struct DoubleBackward : torch::autograd::Function<DoubleBackward> {
     return {a, b, c};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "causal_encoder is differentiable twice, not three times");
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "transformer_encoder is differentiable twice, not three times");
   }
 };
 
@@ -130,27 +131,27 @@ struct Forward : torch::autograd::Function<Forward> {
   }
 };
 
-Tensor causal_encoder_forward(const Tensor& parameters,
-                              const Tensor& inputs,
-                              const Tensor& positions,
-                              at::TensorList words,
-                              at::IntArrayRef sizes) {
+Tensor transformer_encoder_forward(const Tensor& parameters,
+                                   const Tensor& inputs,
+                                   const Tensor& positions,
+                                   at::TensorList words,
+                                   at::IntArrayRef sizes) {
   return Forward::apply(parameters, inputs, Constants{positions, words.vec(), sizes.vec()});
 }
 
-std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
-                                                   const Tensor& parameters,
-                                                   const Tensor& inputs,
-                                                   const Tensor& positions,
-                                                   at::TensorList words,
-                                                   at::IntArrayRef sizes,
-                                                   bool needs_inputs) {
+std::tuple<Tensor, Tensor> transformer_encoder_backward(const Tensor& grad_outputs,
+                                                        const Tensor& parameters,
+                                                        const Tensor& inputs,
+                                                        const Tensor& positions,
+                                                        at::TensorList words,
+                                                        at::IntArrayRef sizes,
+                                                        bool needs_inputs) {
   const variable_list result = Backward::apply(grad_outputs, parameters, inputs,
                                                Constants{positions, words.vec(), sizes.vec()}, needs_inputs);
   return {result[0], result[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(
+std::tuple<Tensor, Tensor, Tensor> transformer_encoder_double_backward(
     const std::optional<Tensor>& grad_grad_parameters,
     const std::optional<Tensor>& grad_grad_inputs,
     const Tensor& grad_outputs,
@@ -169,9 +170,9 @@ std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
-  m.impl("causal_encoder_forward", causal_encoder_forward);
-  m.impl("causal_encoder_backward", causal_encoder_backward);
-  m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
+  m.impl("transformer_encoder_forward", transformer_encoder_forward);
+  m.impl("transformer_encoder_backward", transformer_encoder_backward);
+  m.impl("transformer_encoder_double_backward", transformer_encoder_double_backward);
 }
 
 }  // namespace td3_fast

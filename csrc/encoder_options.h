@@ -19,17 +19,22 @@ struct EncoderOptions {
                  const at::Tensor& positions,
                  at::TensorList words,
                  at::IntArrayRef sizes_in) {
-    TORCH_CHECK_VALUE(sizes_in.size() == 6,
+    TORCH_CHECK_VALUE(sizes_in.size() == 7,
                       "expected sizes (positions, inner, heads, layers, dropped of hidden, "
-                      "dropped of attention)");
+                      "dropped of attention, bidirectional)");
     TORCH_CHECK_VALUE(inputs.dim() == 3 && positions.dim() == 2 && positions.size(0) == inputs.size(0) &&
                           positions.scalar_type() == at::kLong,
                       "expected inputs (batch, length, d) and int64 positions (batch, k), got ",
                       inputs.sizes(), " and ", positions.sizes());
     batch = inputs.size(0);
     hidden_dropped = sizes_in[4], attention_dropped = sizes_in[5];
-    sizes = {inputs.size(1), sizes_in[0], inputs.size(2),   sizes_in[1],
-             sizes_in[2],    sizes_in[3], positions.size(1)};
+    const bool bidirectional = sizes_in[6] != 0;
+    TORCH_CHECK_VALUE(
+        !bidirectional || positions.size(1) > 0,
+        "expected positions (batch, k + 1), the last of which are those of the last inputs seen");
+    const int64_t asked = positions.size(1) - (bidirectional ? 1 : 0);
+    sizes = {inputs.size(1), sizes_in[0], inputs.size(2), sizes_in[1],
+             sizes_in[2],    sizes_in[3], asked,          bidirectional};
     TORCH_CHECK_VALUE(
         sizes.layers >= 1 && sizes.layers <= kMaxLayers && sizes.heads >= 1 &&
             sizes.width % sizes.heads == 0 && sizes.length >= 1 && sizes.length <= sizes.positions,
@@ -49,6 +54,12 @@ struct EncoderOptions {
                             (words[site].numel() == 0 || words[site].numel() >= size),
                         "expected ", size, " int16 words for dropout site ", site);
     }
+  }
+
+  void check_causal() const {
+    TORCH_CHECK_VALUE(!sizes.bidirectional,
+                      "this operator has no attention to later inputs on this device; only "
+                      "transformer_encoder on the CPU has it");
   }
 
   bool attention_site(int64_t site) const { return site > 0 && site % 3 == 1; }

@@ -11,7 +11,8 @@ struct EncoderSizes {
   int64_t width;      // d
   int64_t inner;      // of the feed-forward
   int64_t heads, layers;
-  int64_t asked;  // outputs of each sequence, k
+  int64_t asked;       // outputs of each sequence, k
+  bool bidirectional;  // attention of all rows to the inputs up to one, not of each to those up to its own
 };
 
 constexpr int64_t kMaxLayers = 8;

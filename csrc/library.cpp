@@ -115,17 +115,18 @@ TORCH_LIBRARY(td3_fast, m) {
       "-> (Tensor grad_grad_loss, Tensor grad_hidden, Tensor grad_items)",
       tags);
 
-  m.set_python_module("td3_fast.ops.causal_encoder");
+  m.set_python_module("td3_fast.ops.transformer_encoder");
   m.def(
-      "causal_encoder_forward(Tensor parameters, Tensor inputs, Tensor positions, Tensor[] words, int[] sizes) "
+      "transformer_encoder_forward(Tensor parameters, Tensor inputs, Tensor positions, Tensor[] words, "
+      "int[] sizes) "
       "-> Tensor",
       tags);
   m.def(
-      "causal_encoder_backward(Tensor grad_outputs, Tensor parameters, Tensor inputs, Tensor positions, "
+      "transformer_encoder_backward(Tensor grad_outputs, Tensor parameters, Tensor inputs, Tensor positions, "
       "Tensor[] words, int[] sizes, bool needs_inputs) -> (Tensor grad_parameters, Tensor grad_inputs)",
       tags);
   m.def(
-      "causal_encoder_double_backward(Tensor? grad_grad_parameters, Tensor? grad_grad_inputs, "
+      "transformer_encoder_double_backward(Tensor? grad_grad_parameters, Tensor? grad_grad_inputs, "
       "Tensor grad_outputs, Tensor parameters, Tensor inputs, Tensor positions, Tensor[] words, int[] sizes, "
       "bool needs_inputs) -> (Tensor grad_grad_outputs, Tensor grad_parameters, Tensor grad_inputs)",
       tags);

@@ -1,4 +1,4 @@
-// The causal encoder on the CPU: forward, backward and double backward; the passes are in
+// The encoder on the CPU: forward, backward and double backward; the passes are in
 // encoder_kernels.cpp.
 
 #include "encoder_calls.h"
@@ -6,11 +6,11 @@
 
 namespace td3_fast::cpu {
 
-Tensor causal_encoder_forward(const Tensor& parameters,
-                              const Tensor& inputs,
-                              const Tensor& positions,
-                              at::TensorList words,
-                              at::IntArrayRef sizes) {
+Tensor transformer_encoder_forward(const Tensor& parameters,
+                                   const Tensor& inputs,
+                                   const Tensor& positions,
+                                   at::TensorList words,
+                                   at::IntArrayRef sizes) {
   const EncoderOptions options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
@@ -18,10 +18,9 @@ Tensor causal_encoder_forward(const Tensor& parameters,
     const Tensor outputs = inputs.new_empty({options.batch, options.sizes.asked, options.sizes.width});
     in.call.outputs = outputs.mutable_data_ptr<T>();
     const Encoder<T>& e = encoder<T>();
-    for_groups<T>(options.sizes, options.batch, e.scratch_size(options.sizes, false), kForwardCost, Tensor(),
-                  [&](int64_t first, int64_t count, void* scratch, T*) {
-                    e.values.forward(in.call, first, count, scratch);
-                  });
+    for_groups<T>(
+        options.sizes, options.batch, e.scratch_size(options.sizes, false), kForwardCost, Tensor(),
+        [&](int64_t first, int64_t count, void* scratch, T*) { e.outputs(in.call, first, count, scratch); });
     return outputs;
   });
 }
@@ -35,16 +34,18 @@ Tensor encode_histories(const Tensor& parameters,
   check_histories(items, histories, lengths);
   const Tensor rows = items.index_select(0, histories.reshape(-1));
   const Tensor inputs = rows.view({histories.size(0), histories.size(1), items.size(1)});
-  return causal_encoder_forward(parameters, inputs, lengths.sub(1).unsqueeze(1), words, sizes).squeeze(1);
+  const Tensor positions = lengths.sub(1).unsqueeze(1);
+  EncoderOptions(parameters, inputs, positions, words, sizes).check_causal();
+  return transformer_encoder_forward(parameters, inputs, positions, words, sizes).squeeze(1);
 }
 
-std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
-                                                   const Tensor& parameters,
-                                                   const Tensor& inputs,
-                                                   const Tensor& positions,
-                                                   at::TensorList words,
-                                                   at::IntArrayRef sizes,
-                                                   bool needs_inputs) {
+std::tuple<Tensor, Tensor> transformer_encoder_backward(const Tensor& grad_outputs,
+                                                        const Tensor& parameters,
+                                                        const Tensor& inputs,
+                                                        const Tensor& positions,
+                                                        at::TensorList words,
+                                                        at::IntArrayRef sizes,
+                                                        bool needs_inputs) {
   const EncoderOptions options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
@@ -64,15 +65,16 @@ std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const OptionalTensor& grad_grad_parameters,
-                                                                  const OptionalTensor& grad_grad_inputs,
-                                                                  const Tensor& grad_outputs,
-                                                                  const Tensor& parameters,
-                                                                  const Tensor& inputs,
-                                                                  const Tensor& positions,
-                                                                  at::TensorList words,
-                                                                  at::IntArrayRef sizes,
-                                                                  bool needs_inputs) {
+std::tuple<Tensor, Tensor, Tensor> transformer_encoder_double_backward(
+    const OptionalTensor& grad_grad_parameters,
+    const OptionalTensor& grad_grad_inputs,
+    const Tensor& grad_outputs,
+    const Tensor& parameters,
+    const Tensor& inputs,
+    const Tensor& positions,
+    at::TensorList words,
+    at::IntArrayRef sizes,
+    bool needs_inputs) {
   const EncoderOptions options(parameters, inputs, positions, words, sizes);
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);

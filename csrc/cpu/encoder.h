@@ -1,4 +1,4 @@
-// A causal self-attention encoder on groups of sequences; built once per instruction set.
+// A self-attention encoder on groups of sequences; built once per instruction set.
 //
 // Sequences are lanes: every number of the pass is a vector with one lane per sequence, so that norms,
 // softmax and attention are elementwise and a product with a weight is one scalar times a vector. Lengths and
@@ -29,7 +29,8 @@ struct EncoderCall {
   const T* inputs;  // (batch, length, d)
   const T* inputs_tangent;
   int64_t input_stride, input_tangent_stride, grad_input_stride;  // elements from one sequence to the next
-  const int64_t* positions;                                       // (batch, k)
+  const int64_t* positions;                                       // (batch, k), or one more both ways
+  const int64_t* order;              // (batch,), the sequences as they are dealt out to lanes
   const EncoderDropout<T>* dropout;  // the input's, then three a layer: attention, its output, feed-forward
   const T* grad_outputs;             // (batch, k, d)
   const T* grad_outputs_tangent;
@@ -37,7 +38,7 @@ struct EncoderCall {
   T* grad_inputs;  // (batch, length, d); likewise
 };
 
-// The two halves of a pass over sequences first, ..., first + count - 1 <= first + lanes - 1.
+// The two halves of a pass over sequences first, ..., first + count - 1 <= first + lanes - 1 of the order.
 template <typename T>
 struct EncoderPass {
   // Leaves in `scratch` what the other half needs.
@@ -53,6 +54,9 @@ struct Encoder {
 
   // Bytes of scratch of one call on a group.
   int64_t (*scratch_size)(const EncoderSizes& sizes, bool tangents);
+
+  // The outputs alone: the first half of a pass that has no other.
+  void (*outputs)(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch);
 
   EncoderPass<T> values;
   // The same on dual numbers: the derivative of (outputs, grad_parameters, grad_inputs) in the given

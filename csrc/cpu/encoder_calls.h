@@ -3,6 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "../encoder_options.h"
@@ -14,13 +17,38 @@ namespace td3_fast::cpu {
 // Measured cost of each order, in plain multiply-adds for each one that for_groups counts.
 constexpr int64_t kForwardCost = 2, kBackwardCost = 3, kDoubleBackwardCost = 5;
 
-inline void check_positions(const Tensor& positions, int64_t length) {
-  const Tensor each = positions.contiguous();
-  const int64_t* position = each.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < each.numel(); ++i) {
-    TORCH_CHECK_INDEX(position[i] >= 0 && position[i] < length, "position ", position[i],
-                      " is not one of the ", length, " inputs");
+// Positions (batch, k), or (batch, k + 1) where attention goes both ways: those asked for, -1 for none, and
+// the last input seen.
+inline void check_positions(const Tensor& positions, const EncoderSizes& sizes) {
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  const int64_t columns = positions.size(1);
+  for (int64_t i = 0; i < positions.numel(); ++i) {
+    const int64_t least = sizes.bidirectional && i % columns < sizes.asked ? -1 : 0;
+    TORCH_CHECK_INDEX(position[i] >= least && position[i] < sizes.length, "position ", position[i],
+                      " is not one of the ", sizes.length, " inputs");
   }
+}
+
+// The sequences so that those of a group have like lengths, then like numbers of outputs: a group computes as
+// many rows as its longest needs. Only by their positions, so that equal calls have equal bits.
+inline std::vector<int64_t> order_of(const Tensor& positions, const EncoderSizes& sizes) {
+  const int64_t batch = positions.size(0), columns = positions.size(1);
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  std::vector<std::pair<int64_t, int64_t>> needs(batch, {0, 0});
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t* own = position + i * columns;
+    for (int64_t r = 0; r < sizes.asked; ++r) {
+      needs[i].first = std::max(needs[i].first, own[r]);
+      if (own[r] >= 0) needs[i].second = r;
+    }
+    if (sizes.bidirectional) needs[i].first = std::max(needs[i].first, own[sizes.asked]);
+  }
+  std::vector<int64_t> order(batch);
+  std::iota(order.begin(), order.end(), 0);
+  if (!std::is_sorted(needs.begin(), needs.end(), std::greater<>())) {
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return needs[i] > needs[j]; });
+  }
+  return order;
 }
 
 template <typename T>
@@ -53,6 +81,7 @@ template <typename T>
 struct EncoderInputs {
   Tensor parameters, inputs, positions;
   std::vector<EncoderDropout<T>> dropout;
+  std::vector<int64_t> order;
   EncoderCall<T> call;
 
   EncoderInputs(const EncoderOptions& options,
@@ -65,7 +94,9 @@ struct EncoderInputs {
         positions(positions_in.contiguous()),
         dropout(dropout_of<T>(options, words)),
         call{} {
-    check_positions(positions, options.sizes.length);
+    check_positions(positions, options.sizes);
+    order = order_of(positions, options.sizes);
+    call.order = order.data();
     call.sizes = options.sizes;
     call.norm_eps = static_cast<T>(kNormEps);
     call.parameters = parameters.const_data_ptr<T>();

@@ -17,6 +17,7 @@ class Pass {
   using N = typename W::N;
   static constexpr int L = kLanes<T>;
   static constexpr int64_t kOwnSize = 4096;  // bytes of scratch for the pass itself
+  static constexpr int64_t kTile = 4;        // rows of a block from their queries to their outputs at once
 
   // Where a block's parameters begin in the vector.
   struct Block {
@@ -26,19 +27,21 @@ class Pass {
 
   // What the backward pass needs of a block; k rows are asked of it.
   struct Saved {
-    const N* inputs;  // (rows, d)
-    N* asked;         // (k, d)
-    N *query, *direction, *weights, *mixed, *total, *context, *normed, *deviation, *attended, *raised, *slope,
-        *bent, *last_normed, *last_deviation, *outputs;
+    const N* inputs;   // (rows, d)
+    N* asked;          // (k, d)
+    N *keys, *values;  // (rows, d) of all heads; null where attention is to the inputs
+    N *query, *direction, *weights, *mixed, *total, *context, *normed, *deviation, *attended, *slope, *bent,
+        *last_normed, *last_deviation, *outputs;
     int64_t k;
   };
 
  public:
-  TD3_FAST_INLINE Pass(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch)
+  TD3_FAST_INLINE Pass(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch, bool keeps)
       : call_(call),
         s_(call.sizes),
         first_(first),
         count_(count),
+        keeps_(keeps),
         next_(reinterpret_cast<N*>(static_cast<unsigned char*>(scratch) + kOwnSize)) {
     static_assert(sizeof(Pass) <= kOwnSize);
     if constexpr (kTangents) {
@@ -46,26 +49,35 @@ class Pass {
     } else {
       w_ = {call.parameters};
     }
-    rows_ = 0;
+    rows_ = asked_ = 0;
     for (int64_t r = 0; r < s_.asked; ++r) {
       for (int i = 0; i < L; ++i) {
-        const int64_t position = position_of(r, i);
+        const int64_t position = own_positions(i)[r];
         rows_ = position >= rows_ ? position + 1 : rows_;
+        asked_ = position >= 0 ? r + 1 : asked_;
       }
+    }
+    if (!s_.bidirectional) return;
+    for (int i = 0; i < L; ++i) {
+      const int64_t last = own_positions(i)[s_.asked];
+      last_seen_[i] = static_cast<T>(last);
+      rows_ = last >= rows_ ? last + 1 : rows_;
     }
   }
 
   static int64_t scratch_size(const EncoderSizes& s) {
     const int64_t d = s.width, rows = s.length;
-    int64_t numbers = 4 * rows * d + rows + 16;
+    int64_t numbers = (2 * rows + 1) * d + rows, most_made = 0;
     for (int64_t layer = 0; layer < s.layers; ++layer) {
       const int64_t k = layer + 1 < s.layers ? rows : s.asked;
-      numbers += k * (8 * d + 2 * s.heads * d + s.heads * (rows + 1) + 3 * s.inner + 2);
+      // one head makes keys only where that is for fewer rows than are asked for
+      const int64_t made = 2 * (s.heads > 1 || rows < k ? rows : k) * d, direct = k * s.heads * (2 * d + 1);
+      numbers += k * (7 * d + s.heads * rows + 2 * s.inner + 2) + (direct > made ? direct : made);
+      most_made = made > most_made ? made : most_made;
     }
-    const int64_t k = most_upstream(s, rows);
-    numbers += k * (6 * d + 2 * s.inner) + s.heads * d * 2 + rows * 2 + d;
+    numbers += (most_upstream(s, rows) + rows) * d + most_made + kTile * (5 * d + s.inner + 2 * rows);
     for (int64_t site = 0; site < 1 + 3 * s.layers; ++site) numbers += masks_size(s, site);
-    numbers += norms(s) + 2 * widest(s);
+    numbers += norms(s) + 2 * kTile * widest(s);
     return kOwnSize + numbers * static_cast<int64_t>(sizeof(N));
   }
 
@@ -115,20 +127,25 @@ class Pass {
     if (call_.outputs == nullptr) return;
     const int64_t d = s_.width, k = s_.asked;
     const N* outputs = saved_[s_.layers - 1].outputs;
-    store_rows<T>(
-        k * d, count_, [&](int64_t at) { return stored(outputs[at]); },
-        [&](int lane) { return call_.outputs + (first_ + lane) * k * d; });
+    const auto row_of = [&](int lane) { return call_.outputs + sequence(lane) * k * d; };
+    store_rows<T>(asked_ * d, count_, [&](int64_t at) { return stored(outputs[at]); }, row_of);
+    for (int i = 0; i < count_; ++i) {
+      for (int64_t r = 0; r < k; ++r) {
+        if (own_positions(i)[r] >= 0) continue;
+        for (int64_t f = 0; f < d; ++f) row_of(i)[r * d + f] = 0;
+      }
+    }
   }
 
   void backward(T* sums) {
     sums_ = sums;
-    const int64_t d = s_.width, k = s_.asked;
+    const int64_t d = s_.width;
     norm_sums_ = reinterpret_cast<V*>(take(norms(s_)));
     for (int64_t i = 0; i < norms(s_); ++i) norm_sums_[i] = V{};
-    rows_of_grad_ = reinterpret_cast<T*>(take(widest(s_)));
-    rows_of_input_ = reinterpret_cast<T*>(take(widest(s_)));
+    rows_of_grad_ = reinterpret_cast<T*>(take(kTile * widest(s_)));
+    rows_of_input_ = reinterpret_cast<T*>(take(kTile * widest(s_)));
     N* grad = take(most_upstream(s_, rows_) * d);
-    load_upstream(k * d, grad);
+    load_upstream(grad);
     N* grad_hidden = take(rows_ * d);
     for (int64_t layer = s_.layers - 1; layer >= 0; --layer) {
       zero(grad_hidden, rows_ * d);
@@ -152,7 +169,7 @@ class Pass {
     }
     if (call_.grad_inputs == nullptr) return;
     const auto row_of = [&](int lane) {
-      return call_.grad_inputs + (first_ + lane) * call_.grad_input_stride;
+      return call_.grad_inputs + sequence(lane) * call_.grad_input_stride;
     };
     store_rows<T>(rows_ * d, count_, [&](int64_t at) { return stored(grad_hidden[at]); }, row_of);
     for (int i = 0; i < count_; ++i) {
@@ -169,17 +186,26 @@ class Pass {
   static void zero(N* x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) x[i] = N{};
   }
-  // The gradients of the outputs, zero in lanes beyond the last sequence.
-  void load_upstream(int64_t count, N* to) const {
+  // The gradients of the outputs, zero in lanes beyond the last sequence and where nothing is asked.
+  void load_upstream(N* to) const {
+    const int64_t d = s_.width, count = asked_ * d;
     const auto row_of = [&](const T* from) {
-      return [this, from, count](int lane) { return from + (first_ + lane) * count; };
+      return [this, from](int lane) { return from + sequence(lane) * s_.asked * s_.width; };
     };
     if constexpr (kTangents) {
       load_rows<T>(count, count_, row_of(call_.grad_outputs), [&](int64_t at, V x) { to[at] = {x, V{}}; });
-      if (call_.grad_outputs_tangent == nullptr) return;
-      load_rows<T>(count, count_, row_of(call_.grad_outputs_tangent), [&](int64_t at, V x) { to[at].t = x; });
+      if (call_.grad_outputs_tangent != nullptr) {
+        load_rows<T>(count, count_, row_of(call_.grad_outputs_tangent),
+                     [&](int64_t at, V x) { to[at].t = x; });
+      }
     } else {
       load_rows<T>(count, count_, row_of(call_.grad_outputs), [&](int64_t at, V x) { to[at] = x; });
+    }
+    if (!s_.bidirectional) return;
+    for (int64_t r = 0; r < asked_; ++r) {
+      V position{};
+      for (int i = 0; i < L; ++i) position[i] = static_cast<T>(own_positions(i)[r]);
+      for (int64_t f = 0; f < d; ++f) to[r * d + f] = where(position >= 0, to[r * d + f]);
     }
   }
   static TD3_FAST_INLINE V stored(const N& x) {
@@ -190,9 +216,16 @@ class Pass {
     }
   }
   // Lanes beyond the last sequence repeat it; their upstream gradient is zero.
-  TD3_FAST_INLINE int64_t sequence(int lane) const { return first_ + (lane < count_ ? lane : count_ - 1); }
+  TD3_FAST_INLINE int64_t sequence(int lane) const {
+    return call_.order[first_ + (lane < count_ ? lane : count_ - 1)];
+  }
+  TD3_FAST_INLINE const int64_t* own_positions(int lane) const {
+    return call_.positions + sequence(lane) * (s_.asked + (s_.bidirectional ? 1 : 0));
+  }
+  // Of what is computed for row r: of the first input where nothing is asked.
   TD3_FAST_INLINE int64_t position_of(int64_t r, int lane) const {
-    return call_.positions[sequence(lane) * s_.asked + r];
+    const int64_t position = own_positions(lane)[r];
+    return position >= 0 ? position : 0;
   }
 
   void load_inputs(int64_t j, N* row) const {
@@ -231,67 +264,158 @@ class Pass {
     for (int64_t f = 0; f < d; ++f) row[f] = row[f] * survivors(site, j * d + f);
   }
 
-  // y = W x + b, W (out, in).
-  void linear(int64_t weight, int64_t bias, int64_t out, int64_t in, const N* x, N* y) const {
-    constexpr int kBlock = 4;
-    const W w = w_.at(weight);
+  // Rows of numbers: element (i, j) is at[i * row + j].
+  struct Rows {
+    N* at;
+    int64_t row;
+    Rows from(int64_t i, int64_t j) const { return {at + i * row + j, row}; }
+    operator N*() const { return at; }
+  };
+  // The right side of a product, element (depth, column): numbers of each lane, or parameters of all.
+  struct Own {
+    const N* at;
+    int64_t depth, column;
+    TD3_FAST_INLINE void add(N* sum, int64_t k, int64_t j, N x) const {
+      add_product(sum, x, at[k * depth + j * column]);
+    }
+  };
+  template <bool kTransposed>
+  struct Shared {
+    W at;
+    int64_t width;  // of a row of the weight
+    TD3_FAST_INLINE void add(N* sum, int64_t k, int64_t j, N x) const {
+      at.add(sum, kTransposed ? k * width + j : j * width + k, x);
+    }
+  };
+  // Rows and columns of a product that are held in registers.
+  static constexpr int kMostRows = (kVectorBytes == 64 ? 4 : 2) / (kTangents ? 2 : 1);
+
+  template <int kRows, int kColumns, typename Right, typename Start>
+  static TD3_FAST_INLINE void product_block(int64_t depth,
+                                            const N* left,
+                                            int64_t left_row,
+                                            int64_t left_depth,
+                                            const Right& right,
+                                            int64_t j,
+                                            const Start& start,
+                                            N* to,
+                                            int64_t to_row) {
+    N sum[kRows][kColumns];
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kColumns; ++c) sum[r][c] = start(to + r * to_row, j + c);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      N x[kRows];
+      for (int r = 0; r < kRows; ++r) x[r] = left[r * left_row + k * left_depth];
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) right.add(&sum[r][c], k, j + c, x[r]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kColumns; ++c) to[r * to_row + j + c] = sum[r][c];
+    }
+  }
+  template <int kRows, typename Right, typename Start>
+  static TD3_FAST_INLINE void product_rows(int64_t rows,
+                                           int64_t columns,
+                                           int64_t depth,
+                                           const N* left,
+                                           int64_t left_row,
+                                           int64_t left_depth,
+                                           const Right& right,
+                                           const Start& start,
+                                           N* to,
+                                           int64_t to_row) {
+    constexpr int kColumns = kRows == 1 && !kTangents ? 8 : 4;
     int64_t i = 0;
-    for (; i + kBlock <= out; i += kBlock) {
-      N sum[kBlock];
-      for (int b = 0; b < kBlock; ++b) sum[b] = bias >= 0 ? w_[bias + i + b] : N{};
-      for (int64_t j = 0; j < in; ++j) {
-        for (int b = 0; b < kBlock; ++b) w.add(sum + b, (i + b) * in + j, x[j]);
+    for (; i + kRows <= rows; i += kRows) {
+      const N* row = left + i * left_row;
+      N* out = to + i * to_row;
+      int64_t j = 0;
+      for (; j + kColumns <= columns; j += kColumns) {
+        product_block<kRows, kColumns>(depth, row, left_row, left_depth, right, j, start, out, to_row);
       }
-      for (int b = 0; b < kBlock; ++b) y[i + b] = sum[b];
+      for (; j < columns; ++j) {
+        product_block<kRows, 1>(depth, row, left_row, left_depth, right, j, start, out, to_row);
+      }
     }
-    for (; i < out; ++i) {
-      N sum = bias >= 0 ? w_[bias + i] : N{};
-      for (int64_t j = 0; j < in; ++j) w.add(&sum, i * in + j, x[j]);
-      y[i] = sum;
+    if constexpr (kRows > 1) {
+      product_rows<kRows / 2>(rows - i, columns, depth, left + i * left_row, left_row, left_depth, right,
+                              start, to + i * to_row, to_row);
     }
   }
-  // y (+)= Wᵀ x, W (out, in), x (out,).
-  void linear_transposed(int64_t weight, int64_t out, int64_t in, const N* x, N* y, bool accumulate) const {
-    constexpr int kBlock = 4;
-    const W w = w_.at(weight);
-    int64_t j = 0;
-    for (; j + kBlock <= in; j += kBlock) {
-      N sum[kBlock];
-      for (int b = 0; b < kBlock; ++b) sum[b] = accumulate ? y[j + b] : N{};
-      for (int64_t i = 0; i < out; ++i) {
-        for (int b = 0; b < kBlock; ++b) w.add(sum + b, i * in + j + b, x[i]);
-      }
-      for (int b = 0; b < kBlock; ++b) y[j + b] = sum[b];
-    }
-    for (; j < in; ++j) {
-      N sum = accumulate ? y[j] : N{};
-      for (int64_t i = 0; i < out; ++i) w.add(&sum, i * in + j, x[i]);
-      y[j] = sum;
+  // to[i][j] = start(row i of to, j) + the sum over k of left[i][k] right[k][j].
+  template <typename Right, typename Start>
+  static void product(int64_t rows,
+                      int64_t columns,
+                      int64_t depth,
+                      const N* left,
+                      int64_t left_row,
+                      int64_t left_depth,
+                      const Right& right,
+                      const Start& start,
+                      Rows to) {
+    product_rows<kMostRows>(rows, columns, depth, left, left_row, left_depth, right, start, to.at, to.row);
+  }
+  // What a product starts from.
+  struct Nothing {
+    TD3_FAST_INLINE N operator()(const N*, int64_t) const { return N{}; }
+  };
+  struct Itself {
+    TD3_FAST_INLINE N operator()(const N* row, int64_t j) const { return row[j]; }
+  };
+  struct Bias {
+    W at;
+    TD3_FAST_INLINE N operator()(const N*, int64_t j) const { return at[j]; }
+  };
+
+  // y = W x + b of each row, W (out, in); without a bias where that is negative.
+  void linear(int64_t weight, int64_t bias, int64_t out, int64_t in, int64_t rows, Rows x, Rows y) const {
+    const Shared<false> right{w_.at(weight), in};
+    if (bias < 0) {
+      product(rows, out, in, x.at, x.row, 1, right, Nothing{}, y);
+    } else {
+      product(rows, out, in, x.at, x.row, 1, right, Bias{w_.at(bias)}, y);
     }
   }
-  // The gradients of y = W x + b: a product whose depth is the lanes.
+  // y = Wᵀ x of each row, W (out, in), x (rows, out); added to y where it starts from itself.
+  template <typename Start>
+  void linear_transposed(
+      int64_t weight, int64_t out, int64_t in, int64_t rows, Rows x, Rows y, Start start) const {
+    product(rows, in, out, x.at, x.row, 1, Shared<true>{w_.at(weight), in}, start, y);
+  }
+  // The gradients of y = W x + b: a product whose depth is rows times lanes, at most kTile of rows at once.
   void linear_gradients(
-      int64_t weight, int64_t bias, int64_t out, int64_t in, const N* grad_y, const N* x) const {
+      int64_t weight, int64_t bias, int64_t out, int64_t in, int64_t rows, Rows grad_y, Rows x) const {
     const auto rows_of = [](T* to, int64_t width) {
       return [to, width](int lane) { return to + lane * width; };
     };
-    const auto grads = rows_of(rows_of_grad_, out), inputs = rows_of(rows_of_input_, in);
-    if constexpr (kTangents) {
-      const auto grads_below = rows_of(rows_of_grad_ + L * out, out);
-      const auto inputs_below = rows_of(rows_of_input_ + L * in, in);
-      store_rows<T>(out, L, [&](int64_t i) { return grad_y[i].v; }, grads);
-      store_rows<T>(out, L, [&](int64_t i) { return grad_y[i].t; }, grads_below);
-      store_rows<T>(in, L, [&](int64_t j) { return x[j].t; }, inputs);
-      store_rows<T>(in, L, [&](int64_t j) { return x[j].v; }, inputs_below);
-    } else {
-      store_rows<T>(out, L, [&](int64_t i) { return grad_y[i]; }, grads);
-      store_rows<T>(in, L, [&](int64_t j) { return x[j]; }, inputs);
-    }
-    add_products<T>(kTangents ? 2 * L : L, out, in, rows_of_grad_, rows_of_input_, sums_ + weight);
-    if (bias < 0) return;
-    const T* rows = rows_of_grad_ + (kTangents ? L * out : 0);
-    for (int lane = 0; lane < L; ++lane, rows += out) {
-      for (int64_t i = 0; i < out; ++i) sums_[bias + i] += rows[i];
+    for (int64_t first = 0; first < rows; first += kTile) {
+      const int64_t end = first + kTile < rows ? first + kTile : rows;
+      T *grads = rows_of_grad_, *inputs = rows_of_input_;
+      const auto turn = [&](const auto& of_grad, const auto& of_input) {
+        store_rows<T>(out, L, of_grad, rows_of(grads, out));
+        store_rows<T>(in, L, of_input, rows_of(inputs, in));
+        grads += L * out, inputs += L * in;
+      };
+      for (int64_t r = first; r < end; ++r) {
+        const N *g = grad_y.at + r * grad_y.row, *from = x.at + r * x.row;
+        if constexpr (kTangents) {
+          turn([&](int64_t i) { return g[i].v; }, [&](int64_t j) { return from[j].t; });
+          turn([&](int64_t i) { return g[i].t; }, [&](int64_t j) { return from[j].v; });
+        } else {
+          turn([&](int64_t i) { return g[i]; }, [&](int64_t j) { return from[j]; });
+        }
+      }
+      const int64_t depth = (kTangents ? 2 : 1) * (end - first) * L;
+      add_products<T>(depth, out, in, rows_of_grad_, rows_of_input_, sums_ + weight);
+      if (bias < 0) continue;
+      for (int64_t r = first; r < end; ++r) {
+        const N* g = grad_y.at + r * grad_y.row;
+        add_lanes<T>(out, [&](int64_t i) { return stored(g[i]); }, sums_ + bias);
+      }
     }
   }
 
@@ -387,12 +511,17 @@ class Pass {
       }
     }
   }
+  // The last key that row r of a block sees.
   TD3_FAST_INLINE V last_key(int64_t layer, int64_t r) const {
+    if (s_.bidirectional) return last_seen_;
     V last{};
     for (int i = 0; i < L; ++i) last[i] = static_cast<T>(everywhere(layer) ? r : position_of(r, i));
     return last;
   }
-  int64_t keys(int64_t layer, int64_t r) const { return everywhere(layer) ? r + 1 : rows_; }
+  // As many keys as the rows before row `end` of a block see.
+  int64_t keys(int64_t layer, int64_t end) const {
+    return everywhere(layer) && !s_.bidirectional ? end : rows_;
+  }
 
   // The factor of attention dropout for output r, head, key j, of (batch, heads, k, length).
   TD3_FAST_INLINE V attention_survivors(int64_t layer, int64_t head, int64_t r, int64_t j) const {
@@ -401,137 +530,224 @@ class Pass {
   }
   bool drops_attention(int64_t layer) const { return call_.dropout[1 + 3 * layer].words != nullptr; }
 
-  // From the query of row r to its context, one head of it.
-  void attend(int64_t layer, const Block& b, int64_t r, int64_t head) {
-    const int64_t d = s_.width, w = d / s_.heads, num_keys = keys(layer, r), at = r * s_.heads + head;
+  // Whether keys and values of all inputs cost less than attention to the inputs themselves, head by head:
+  // q · (W h + b) = (Wᵀ q) · h plus the same for every key.
+  bool makes_keys(int64_t k) const {
+    const int64_t d = s_.width;
+    return rows_ * d + k * rows_ < k * d + s_.heads * k * rows_;
+  }
+  // What a head compares its queries with and mixes, (rows, width) each.
+  struct Attended {
+    Rows keys, values;
+    int64_t width;
+  };
+  Attended attended_by(const Saved& saved, int64_t head) const {
+    const int64_t d = s_.width, w = d / s_.heads;
+    if (saved.keys == nullptr) return {inputs_of(saved), inputs_of(saved), d};
+    return {{saved.keys + head * w, d}, {saved.values + head * w, d}, w};
+  }
+  Rows inputs_of(const Saved& saved) const { return {const_cast<N*>(saved.inputs), s_.width}; }
+
+  // Where row r of what the backward pass needs is: a forward pass alone keeps a tile of it.
+  int64_t place(int64_t r) const { return keeps_ ? r : r % kTile; }
+
+  // From the queries of rows first, ..., end - 1 to their contexts, one head of them.
+  void attend(int64_t layer, const Block& b, int64_t first, int64_t end, int64_t head) {
+    const int64_t d = s_.width, w = d / s_.heads, rows = end - first, num_keys = keys(layer, end);
+    const int64_t every = s_.heads * rows_, at = place(first);
     Saved& saved = saved_[layer];
-    const N* inputs = saved.inputs;
-    const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{}, last = last_key(layer, r);
-    N *direction = saved.direction + at * d, *weights = saved.weights + at * rows_,
-      *mixed = saved.mixed + at * d, *context = saved.context + r * d + head * w;
-    // q · (W h + b) = (Wᵀ q) · h plus the same for every key
-    linear_transposed(b.key + head * w * d, w, d, saved.query + r * d + head * w, direction, false);
-    V peak = -3.4e38f - V{};
-    for (int64_t j = 0; j < num_keys; ++j) {
-      N score{};
-      for (int64_t f = 0; f < d; ++f) score = score + direction[f] * inputs[j * d + f];
-      weights[j] = score * scale;
-      const V value = value_of(weights[j]);
-      peak = (value > peak) & (static_cast<T>(j) <= last) ? value : peak;
+    const Attended to = attended_by(saved, head);
+    const bool direct = saved.keys == nullptr;
+    const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
+    const Rows query = Rows{saved.query, d}.from(at, head * w);
+    const Rows context = Rows{saved.context, d}.from(at, head * w);
+    const Rows direction = direct ? Rows{saved.direction, s_.heads * d}.from(at, head * d) : query;
+    const Rows mixed = direct ? Rows{saved.mixed, s_.heads * d}.from(at, head * d) : context;
+    const Rows weights = Rows{saved.weights, every}.from(at, head * rows_);
+    if (direct) linear_transposed(b.key + head * w * d, w, d, rows, query, direction, Nothing{});
+    product(rows, num_keys, to.width, direction.at, direction.row, 1, Own{to.keys.at, 1, to.keys.row},
+            Nothing{}, weights);
+    N* const mark = next_;
+    Rows surviving = weights;
+    if (drops_attention(layer)) surviving = {take(rows * num_keys), num_keys};
+    for (int64_t r = 0; r < rows; ++r) {
+      N *weight = weights.at + r * every, *left = surviving.at + r * surviving.row;
+      const V last = last_key(layer, first + r);
+      V peak = -3.4e38f - V{};
+      for (int64_t j = 0; j < num_keys; ++j) {
+        weight[j] = weight[j] * scale;
+        const V value = value_of(weight[j]);
+        peak = (value > peak) & (static_cast<T>(j) <= last) ? value : peak;
+      }
+      N mass{};
+      for (int64_t j = 0; j < num_keys; ++j) {
+        weight[j] = where(static_cast<T>(j) <= last, exp_of(minus(weight[j], peak)));
+        mass = mass + weight[j];
+      }
+      const N inverse_mass = inverse(mass);
+      N total{};
+      for (int64_t j = 0; j < num_keys; ++j) {
+        weight[j] = weight[j] * inverse_mass;
+        if (drops_attention(layer)) left[j] = weight[j] * attention_survivors(layer, head, first + r, j);
+        total = total + left[j];
+      }
+      if (direct) saved.total[(at + r) * s_.heads + head] = total;
     }
-    N mass{};
-    for (int64_t j = 0; j < num_keys; ++j) {
-      weights[j] = where(static_cast<T>(j) <= last, exp_of(minus(weights[j], peak)));
-      mass = mass + weights[j];
+    product(rows, to.width, num_keys, surviving.at, surviving.row, 1, Own{to.values.at, to.values.row, 1},
+            Nothing{}, mixed);
+    next_ = mark;
+    if (!direct) return;
+    linear(b.value + head * w * d, -1, w, d, rows, mixed, context);
+    for (int64_t r = 0; r < rows; ++r) {
+      const N total = saved.total[(at + r) * s_.heads + head];
+      for (int64_t f = 0; f < w; ++f) {
+        add_product(context.at + r * d + f, total, w_[b.value_bias + head * w + f]);
+      }
     }
-    const N inverse_mass = inverse(mass);
-    zero(mixed, d);
-    N total{};
-    for (int64_t j = 0; j < num_keys; ++j) {
-      weights[j] = weights[j] * inverse_mass;
-      const N weight =
-          drops_attention(layer) ? weights[j] * attention_survivors(layer, head, r, j) : weights[j];
-      total = total + weight;
-      for (int64_t f = 0; f < d; ++f) mixed[f] = mixed[f] + weight * inputs[j * d + f];
-    }
-    saved.total[at] = total;
-    linear(b.value + head * w * d, -1, w, d, mixed, context);
-    for (int64_t f = 0; f < w; ++f) context[f] = context[f] + total * w_[b.value_bias + head * w + f];
   }
 
-  // From the gradient of that context (w,) to those of the query (w,), which is written, and of the inputs
-  // (rows, d), which are added to.
+  // From the gradients of those contexts to those of the queries, which are written, and of keys and values,
+  // which are added to: those are the gradients of the inputs where attention is to these.
   void attend_backward(int64_t layer,
                        const Block& b,
-                       int64_t r,
+                       int64_t first,
+                       int64_t end,
                        int64_t head,
-                       const N* grad_context,
-                       N* grad_query,
-                       N* grad_inputs) {
-    const int64_t d = s_.width, w = d / s_.heads, num_keys = keys(layer, r), at = r * s_.heads + head;
+                       Rows grad_context,
+                       Rows grad_query,
+                       Attended grads) {
+    const int64_t d = s_.width, w = d / s_.heads, rows = end - first, num_keys = keys(layer, end);
+    const int64_t every = s_.heads * rows_;
     const Saved& saved = saved_[layer];
+    const Attended to = attended_by(saved, head);
+    const bool direct = saved.keys == nullptr;
     const V scale = T(1) / scalar_sqrt(static_cast<T>(w)) - V{};
-    const N *direction = saved.direction + at * d, *weights = saved.weights + at * rows_,
-            total = saved.total[at];
+    const Rows query = Rows{saved.query, d}.from(first, head * w);
+    const Rows direction = direct ? Rows{saved.direction, s_.heads * d}.from(first, head * d) : query;
+    const N* weights = saved.weights + first * every + head * rows_;
     N* const mark = next_;
-    N *grad_mixed = take(d), *grad_direction = take(d), *grad_weights = take(rows_);
-    linear_gradients(b.value + head * w * d, -1, w, d, grad_context, saved.mixed + at * d);
-    linear_transposed(b.value + head * w * d, w, d, grad_context, grad_mixed, false);
-    N grad_total{};
-    for (int64_t f = 0; f < w; ++f) {
-      grad_total = grad_total + grad_context[f] * w_[b.value_bias + head * w + f];
+    Rows grad_mixed = grad_context, grad_direction = grad_query;
+    if (direct) {
+      grad_mixed = {take(rows * d), d}, grad_direction = {take(rows * d), d};
+      const Rows mixed = Rows{saved.mixed, s_.heads * d}.from(first, head * d);
+      linear_gradients(b.value + head * w * d, -1, w, d, rows, grad_context, mixed);
+      linear_transposed(b.value + head * w * d, w, d, rows, grad_context, grad_mixed, Nothing{});
     }
-    const auto grad_bias = [&](int64_t f) {
-      V sum{};
-      add_gradient(&sum, grad_context[f], total);
-      return sum;
-    };
-    add_lanes<T>(w, grad_bias, sums_ + b.value_bias + head * w);
-    N inner_product{};
-    for (int64_t j = 0; j < num_keys; ++j) {
-      N grad_weight = grad_total;
-      for (int64_t f = 0; f < d; ++f) grad_weight = grad_weight + grad_mixed[f] * saved.inputs[j * d + f];
-      N weight = weights[j];
-      if (drops_attention(layer)) {
-        const V factor = attention_survivors(layer, head, r, j);
-        grad_weight = grad_weight * factor;
-        weight = weight * factor;
+    const Rows grad_scores{take(rows * num_keys), num_keys};
+    product(rows, num_keys, to.width, grad_mixed.at, grad_mixed.row, 1, Own{to.values.at, 1, to.values.row},
+            Nothing{}, grad_scores);
+    const bool drops = drops_attention(layer);
+    const N* surviving = weights;
+    const int64_t surviving_row = drops ? num_keys : every;
+    N* left = nullptr;
+    if (drops) surviving = left = take(rows * num_keys);
+    for (int64_t r = 0; r < rows; ++r) {
+      const N* weight = weights + r * every;
+      N* grad = grad_scores.at + r * num_keys;
+      N grad_total{};
+      if (direct) {
+        const N* g = grad_context.at + r * grad_context.row;
+        const N total = saved.total[(first + r) * s_.heads + head];
+        for (int64_t f = 0; f < w; ++f) {
+          add_product(&grad_total, g[f], w_[b.value_bias + head * w + f]);
+        }
+        const auto grad_bias = [&](int64_t f) {
+          V sum{};
+          add_gradient(&sum, g[f], total);
+          return sum;
+        };
+        add_lanes<T>(w, grad_bias, sums_ + b.value_bias + head * w);
       }
-      for (int64_t f = 0; f < d; ++f) {
-        grad_inputs[j * d + f] = grad_inputs[j * d + f] + weight * grad_mixed[f];
+      N inner_product{};
+      for (int64_t j = 0; j < num_keys; ++j) {
+        grad[j] = grad[j] + grad_total;
+        if (drops) {
+          const V factor = attention_survivors(layer, head, first + r, j);
+          grad[j] = grad[j] * factor;
+          left[r * num_keys + j] = weight[j] * factor;
+        }
+        add_product(&inner_product, weight[j], grad[j]);
       }
-      grad_weights[j] = grad_weight;
-      inner_product = inner_product + weights[j] * grad_weight;
+      for (int64_t j = 0; j < num_keys; ++j) grad[j] = weight[j] * (grad[j] - inner_product) * scale;
     }
-    zero(grad_direction, d);
-    for (int64_t j = 0; j < num_keys; ++j) {
-      const N grad_score = weights[j] * (grad_weights[j] - inner_product) * scale;
-      for (int64_t f = 0; f < d; ++f) {
-        grad_direction[f] = grad_direction[f] + grad_score * saved.inputs[j * d + f];
-        grad_inputs[j * d + f] = grad_inputs[j * d + f] + grad_score * direction[f];
-      }
+    product(num_keys, to.width, rows, surviving, 1, surviving_row, Own{grad_mixed.at, grad_mixed.row, 1},
+            Itself{}, grads.values);
+    product(rows, to.width, num_keys, grad_scores.at, num_keys, 1, Own{to.keys.at, to.keys.row, 1}, Nothing{},
+            grad_direction);
+    product(num_keys, to.width, rows, grad_scores.at, 1, num_keys, Own{direction.at, direction.row, 1},
+            Itself{}, grads.keys);
+    if (direct) {
+      linear(b.key + head * w * d, -1, w, d, rows, grad_direction, grad_query);
+      linear_gradients(b.key + head * w * d, -1, w, d, rows, query, grad_direction);
     }
-    linear(b.key + head * w * d, -1, w, d, grad_direction, grad_query);
-    linear_gradients(b.key + head * w * d, -1, w, d, saved.query + r * d + head * w, grad_direction);
     next_ = mark;
   }
 
   void block_forward(int64_t layer, const N* inputs) {
     const int64_t d = s_.width, inner = s_.inner, heads = s_.heads;
-    const int64_t k = everywhere(layer) ? rows_ : s_.asked;
+    const int64_t k = everywhere(layer) ? rows_ : asked_;
     const Block b = block_of(layer);
     Saved& saved = saved_[layer];
     saved.inputs = inputs, saved.k = k;
-    saved.asked = take(k * d), saved.query = take(k * d), saved.context = take(k * d);
-    saved.direction = take(k * heads * d), saved.mixed = take(k * heads * d);
-    saved.weights = take(k * heads * rows_), saved.total = take(k * heads);
-    saved.normed = take(k * d), saved.deviation = take(k), saved.attended = take(k * d);
-    saved.raised = take(k * inner), saved.slope = take(k * inner), saved.bent = take(k * inner);
-    saved.last_normed = take(k * d), saved.last_deviation = take(k), saved.outputs = take(k * d);
-    N* sum = take(d);
-    for (int64_t r = 0; r < k; ++r) {
-      N* asked = saved.asked + r * d;
-      if (everywhere(layer)) {
-        for (int64_t f = 0; f < d; ++f) asked[f] = inputs[r * d + f];
-      } else {
-        gather(inputs, r, asked);
-      }
-      const N* context = saved.context + r * d;
-      linear(b.query, b.query_bias, d, d, asked, saved.query + r * d);
-      for (int64_t head = 0; head < heads; ++head) attend(layer, b, r, head);
-      linear(b.output, b.output_bias, d, d, context, sum);
-      drop_hidden(2 + 3 * layer, r, sum);
-      for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + asked[f];
-      N* attended = saved.attended + r * d;
-      norm(sum, b.norm, saved.normed + r * d, saved.deviation + r, attended);
-      N *raised = saved.raised + r * inner, *bent = saved.bent + r * inner;
-      linear(b.up, b.up_bias, inner, d, attended, raised);
-      for (int64_t f = 0; f < inner; ++f) gelu(raised[f], bent + f, saved.slope + r * inner + f);
-      linear(b.down, b.down_bias, d, inner, bent, sum);
-      drop_hidden(3 + 3 * layer, r, sum);
-      for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + attended[f];
-      norm(sum, b.last_norm, saved.last_normed + r * d, saved.last_deviation + r, saved.outputs + r * d);
+    const int64_t kept = keeps_ || k < kTile ? k : kTile;
+    saved.query = take(kept * d), saved.context = take(kept * d), saved.weights = take(kept * heads * rows_);
+    saved.normed = take(kept * d), saved.deviation = take(kept), saved.attended = take(kept * d);
+    saved.slope = take(keeps_ ? k * inner : 0), saved.bent = take(kept * inner);
+    saved.last_normed = take(kept * d), saved.last_deviation = take(kept), saved.outputs = take(k * d);
+    if (makes_keys(k)) {
+      saved.keys = take(rows_ * d), saved.values = take(rows_ * d);
+      linear(b.key, -1, d, d, rows_, inputs_of(saved), {saved.keys, d});
+      linear(b.value, b.value_bias, d, d, rows_, inputs_of(saved), {saved.values, d});
+    } else {
+      saved.keys = nullptr;
+      saved.direction = take(kept * heads * d), saved.mixed = take(kept * heads * d);
+      saved.total = take(kept * heads);
     }
+    if (everywhere(layer)) {
+      saved.asked = inputs_of(saved);
+    } else {
+      saved.asked = take(k * d);
+      for (int64_t r = 0; r < k; ++r) gather(inputs, r, saved.asked + r * d);
+    }
+    N* const mark = next_;
+    const Rows sums{take(kTile * d), d}, raised{take(kTile * inner), inner};
+    for (int64_t first = 0; first < k; first += kTile) {
+      const int64_t end = first + kTile < k ? first + kTile : k, rows = end - first;
+      const auto of_tile = [&](N* at, int64_t width) { return Rows{at + place(first) * width, width}; };
+      const Rows asked{saved.asked + first * d, d}, attended = of_tile(saved.attended, d);
+      linear(b.query, b.query_bias, d, d, rows, asked, of_tile(saved.query, d));
+      for (int64_t head = 0; head < heads; ++head) attend(layer, b, first, end, head);
+      linear(b.output, b.output_bias, d, d, rows, of_tile(saved.context, d), sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = first + r;
+        N* sum = sums.at + r * d;
+        drop_hidden(2 + 3 * layer, at, sum);
+        for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + asked.at[r * d + f];
+        norm(sum, b.norm, saved.normed + place(at) * d, saved.deviation + place(at), attended.at + r * d);
+      }
+      linear(b.up, b.up_bias, inner, d, rows, attended, raised);
+      const Rows bent = of_tile(saved.bent, inner);
+      if (keeps_) {
+        for (int64_t i = 0; i < rows * inner; ++i) {
+          gelu(raised.at[i], bent.at + i, saved.slope + first * inner + i);
+        }
+      } else {
+        for (int64_t i = 0; i < rows * inner; ++i) {
+          N slope;
+          gelu(raised.at[i], bent.at + i, &slope);
+        }
+      }
+      linear(b.down, b.down_bias, d, inner, rows, bent, sums);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = first + r;
+        N* sum = sums.at + r * d;
+        drop_hidden(3 + 3 * layer, at, sum);
+        for (int64_t f = 0; f < d; ++f) sum[f] = sum[f] + attended.at[r * d + f];
+        norm(sum, b.last_norm, saved.last_normed + place(at) * d, saved.last_deviation + place(at),
+             saved.outputs + at * d);
+      }
+    }
+    next_ = mark;
   }
 
   // grad (k, d) of the block's outputs is overwritten; grad_inputs (rows, d) is added to.
@@ -540,33 +756,66 @@ class Pass {
     const Block b = block_of(layer);
     const Saved& saved = saved_[layer];
     N* const mark = next_;
-    N *branch = take(d), *grad_raised = take(inner), *grad_context = take(d), *grad_query = take(d);
-    for (int64_t r = 0; r < saved.k; ++r) {
-      N* g = grad + r * d;
-      norm_backward(g, b.last_norm, norm_sums(2 + 2 * layer), saved.last_normed + r * d,
-                    saved.last_deviation[r]);
-      for (int64_t f = 0; f < d; ++f) branch[f] = g[f];
-      drop_hidden(3 + 3 * layer, r, branch);
-      linear_gradients(b.down, b.down_bias, d, inner, branch, saved.bent + r * inner);
-      linear_transposed(b.down, d, inner, branch, grad_raised, false);
-      for (int64_t f = 0; f < inner; ++f) grad_raised[f] = grad_raised[f] * saved.slope[r * inner + f];
-      linear_gradients(b.up, b.up_bias, inner, d, grad_raised, saved.attended + r * d);
-      linear_transposed(b.up, inner, d, grad_raised, g, true);
-      norm_backward(g, b.norm, norm_sums(1 + 2 * layer), saved.normed + r * d, saved.deviation[r]);
-      for (int64_t f = 0; f < d; ++f) branch[f] = g[f];
-      drop_hidden(2 + 3 * layer, r, branch);
-      linear_gradients(b.output, b.output_bias, d, d, branch, saved.context + r * d);
-      linear_transposed(b.output, d, d, branch, grad_context, false);
+    const Rows branch{take(kTile * d), d}, grad_context{take(kTile * d), d}, grad_query{take(kTile * d), d};
+    const Rows grad_raised{take(kTile * inner), inner}, to_inputs{grad_inputs, d};
+    Rows grad_keys{nullptr, d}, grad_values{nullptr, d};
+    if (saved.keys != nullptr) {
+      grad_keys.at = take(rows_ * d), grad_values.at = take(rows_ * d);
+      zero(grad_keys, rows_ * d), zero(grad_values, rows_ * d);
+    }
+    for (int64_t first = 0; first < saved.k; first += kTile) {
+      const int64_t end = first + kTile < saved.k ? first + kTile : saved.k, rows = end - first;
+      const auto of_tile = [&](N* at, int64_t width) { return Rows{at + first * width, width}; };
+      const Rows g = of_tile(grad, d);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = first + r;
+        norm_backward(g.at + r * d, b.last_norm, norm_sums(2 + 2 * layer), saved.last_normed + at * d,
+                      saved.last_deviation[at]);
+        for (int64_t f = 0; f < d; ++f) branch.at[r * d + f] = g.at[r * d + f];
+        drop_hidden(3 + 3 * layer, at, branch.at + r * d);
+      }
+      linear_gradients(b.down, b.down_bias, d, inner, rows, branch, of_tile(saved.bent, inner));
+      linear_transposed(b.down, d, inner, rows, branch, grad_raised, Nothing{});
+      for (int64_t i = 0; i < rows * inner; ++i) {
+        grad_raised.at[i] = grad_raised.at[i] * saved.slope[first * inner + i];
+      }
+      linear_gradients(b.up, b.up_bias, inner, d, rows, grad_raised, of_tile(saved.attended, d));
+      linear_transposed(b.up, inner, d, rows, grad_raised, g, Itself{});
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = first + r;
+        norm_backward(g.at + r * d, b.norm, norm_sums(1 + 2 * layer), saved.normed + at * d,
+                      saved.deviation[at]);
+        for (int64_t f = 0; f < d; ++f) branch.at[r * d + f] = g.at[r * d + f];
+        drop_hidden(2 + 3 * layer, at, branch.at + r * d);
+      }
+      linear_gradients(b.output, b.output_bias, d, d, rows, branch, of_tile(saved.context, d));
+      linear_transposed(b.output, d, d, rows, branch, grad_context, Nothing{});
       for (int64_t head = 0; head < s_.heads; ++head) {
-        attend_backward(layer, b, r, head, grad_context + head * w, grad_query + head * w, grad_inputs);
+        const Attended grads = saved.keys == nullptr
+                                   ? Attended{to_inputs, to_inputs, d}
+                                   : Attended{grad_keys.from(0, head * w), grad_values.from(0, head * w), w};
+        attend_backward(layer, b, first, end, head, grad_context.from(0, head * w),
+                        grad_query.from(0, head * w), grads);
       }
-      linear_gradients(b.query, b.query_bias, d, d, grad_query, saved.asked + r * d);
-      linear_transposed(b.query, d, d, grad_query, g, true);
-      if (everywhere(layer)) {
-        for (int64_t f = 0; f < d; ++f) grad_inputs[r * d + f] = grad_inputs[r * d + f] + g[f];
-      } else {
-        scatter_add(g, r, grad_inputs);
+      linear_gradients(b.query, b.query_bias, d, d, rows, grad_query, of_tile(saved.asked, d));
+      linear_transposed(b.query, d, d, rows, grad_query, g, Itself{});
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = first + r;
+        if (everywhere(layer)) {
+          for (int64_t f = 0; f < d; ++f) {
+            grad_inputs[at * d + f] = grad_inputs[at * d + f] + g.at[r * d + f];
+          }
+        } else {
+          scatter_add(g.at + r * d, at, grad_inputs);
+        }
       }
+    }
+    if (saved.keys != nullptr) {
+      // the softmax does not see the bias of keys
+      linear_gradients(b.key, -1, d, d, rows_, grad_keys, inputs_of(saved));
+      linear_gradients(b.value, b.value_bias, d, d, rows_, grad_values, inputs_of(saved));
+      linear_transposed(b.key, d, d, rows_, grad_keys, to_inputs, Itself{});
+      linear_transposed(b.value, d, d, rows_, grad_values, to_inputs, Itself{});
     }
     next_ = mark;
   }
@@ -574,7 +823,10 @@ class Pass {
   const EncoderCall<T>& call_;
   const EncoderSizes& s_;
   W w_;
-  int64_t first_, count_, rows_;
+  int64_t first_, count_;
+  bool keeps_;            // what the backward pass needs
+  int64_t rows_, asked_;  // of inputs and of outputs, as many as some lane has
+  V last_seen_{};         // where attention goes both ways
   N* next_;
   N *normed_ = nullptr, *deviation_ = nullptr, *hidden_ = nullptr;
   T* sums_ = nullptr;
@@ -588,9 +840,9 @@ template <typename T>
 int64_t scratch_size(const EncoderSizes& sizes, bool tangents) {
   return tangents ? Pass<T, true>::scratch_size(sizes) : Pass<T, false>::scratch_size(sizes);
 }
-template <typename T, bool kTangents>
+template <typename T, bool kTangents, bool kKeeps>
 void forward(const EncoderCall<T>& call, int64_t first, int64_t count, void* scratch) {
-  auto* pass = new (scratch) Pass<T, kTangents>(call, first, count, scratch);
+  auto* pass = new (scratch) Pass<T, kTangents>(call, first, count, scratch, kKeeps);
   pass->forward();
   pass->write_outputs();
 }
@@ -601,8 +853,9 @@ void backward(void* scratch, T* sums) {
 template <typename T>
 constexpr Encoder<T> kEncoder = {kLanes<T>,
                                  scratch_size<T>,
-                                 {forward<T, false>, backward<T, false>},
-                                 {forward<T, true>, backward<T, true>}};
+                                 forward<T, false, false>,
+                                 {forward<T, false, true>, backward<T, false>},
+                                 {forward<T, true, true>, backward<T, true>}};
 
 }  // namespace
 

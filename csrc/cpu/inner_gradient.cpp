@@ -25,6 +25,7 @@ struct StepOptions {
         encoder(parameters, histories, positions, words, sizes),
         rows(targets.numel()),
         width(embeds.size(2)) {
+    encoder.check_causal();
     TORCH_CHECK_VALUE(rows > 0, "expected at least one target, got no target in ", targets.sizes());
   }
 

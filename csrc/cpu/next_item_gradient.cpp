@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
     const Tensor grad_parameters = parameters.new_zeros(parameters.sizes());
     const Tensor grad_items = trained ? items.new_zeros(items.sizes()) : items.new_empty({0});
     // of the whole batch, whose embeddings are never made
-    const EncoderSizes all =
-        EncoderOptions(parameters, shape_of_rows(items, ids), positions, words, sizes).sizes;
-    const int64_t at_once = KeptPass<T>::most_sequences(all, std::min(batch, kSequencesAtOnce));
-    KeptPass<T> pass(all, at_once, false);
+    const EncoderOptions all(parameters, shape_of_rows(items, ids), positions, words, sizes);
+    all.check_causal();
+    const int64_t at_once = KeptPass<T>::most_sequences(all.sizes, std::min(batch, kSequencesAtOnce));
+    KeptPass<T> pass(all.sizes, at_once, false);
     for (int64_t first = 0; first < batch; first += at_once) {
       const int64_t count = std::min(at_once, batch - first);
       const Tensor own_ids = ids.narrow(0, first, count), own_targets = targets.narrow(0, first, count);

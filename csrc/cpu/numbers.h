@@ -196,6 +196,18 @@ TD3_FAST_INLINE Dual<V> where(M mask, Dual<V> x) {
   return {mask ? x.v : V{}, mask ? x.t : V{}};
 }
 
+// sum += a b
+template <typename V>
+TD3_FAST_INLINE void add_product(V* sum, V a, V b) {
+  *sum += a * b;
+}
+template <typename V>
+TD3_FAST_INLINE void add_product(Dual<V>* sum, Dual<V> a, Dual<V> b) {
+  sum->v += a.v * b.v;
+  sum->t += a.v * b.t;
+  sum->t += a.t * b.v;
+}
+
 // sum += a b, of dual numbers the tangent alone.
 template <typename V>
 TD3_FAST_INLINE void add_gradient(V* sum, V a, V b) {

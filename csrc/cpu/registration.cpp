@@ -14,9 +14,9 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
   m.impl("item_logsumexp_forward", item_logsumexp_forward);
   m.impl("item_logsumexp_backward", item_logsumexp_backward);
   m.impl("item_logsumexp_double_backward", item_logsumexp_double_backward);
-  m.impl("causal_encoder_forward", causal_encoder_forward);
-  m.impl("causal_encoder_backward", causal_encoder_backward);
-  m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
+  m.impl("transformer_encoder_forward", transformer_encoder_forward);
+  m.impl("transformer_encoder_backward", transformer_encoder_backward);
+  m.impl("transformer_encoder_double_backward", transformer_encoder_double_backward);
   m.impl("encode_histories", encode_histories);
   m.impl("additive_attention_forward", additive_attention_forward);
   m.impl("additive_attention_backward", additive_attention_backward);

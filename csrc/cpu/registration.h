@@ -62,27 +62,29 @@ std::tuple<Tensor, Tensor, Tensor> item_logsumexp_double_backward(const Optional
                                                                   const Tensor& probabilities,
                                                                   std::array<bool, 3> needed);
 
-Tensor causal_encoder_forward(const Tensor& parameters,
-                              const Tensor& inputs,
-                              const Tensor& positions,
-                              at::TensorList words,
-                              at::IntArrayRef sizes);
-std::tuple<Tensor, Tensor> causal_encoder_backward(const Tensor& grad_outputs,
-                                                   const Tensor& parameters,
-                                                   const Tensor& inputs,
-                                                   const Tensor& positions,
-                                                   at::TensorList words,
-                                                   at::IntArrayRef sizes,
-                                                   bool needs_inputs);
-std::tuple<Tensor, Tensor, Tensor> causal_encoder_double_backward(const OptionalTensor& grad_grad_parameters,
-                                                                  const OptionalTensor& grad_grad_inputs,
-                                                                  const Tensor& grad_outputs,
-                                                                  const Tensor& parameters,
-                                                                  const Tensor& inputs,
-                                                                  const Tensor& positions,
-                                                                  at::TensorList words,
-                                                                  at::IntArrayRef sizes,
-                                                                  bool needs_inputs);
+Tensor transformer_encoder_forward(const Tensor& parameters,
+                                   const Tensor& inputs,
+                                   const Tensor& positions,
+                                   at::TensorList words,
+                                   at::IntArrayRef sizes);
+std::tuple<Tensor, Tensor> transformer_encoder_backward(const Tensor& grad_outputs,
+                                                        const Tensor& parameters,
+                                                        const Tensor& inputs,
+                                                        const Tensor& positions,
+                                                        at::TensorList words,
+                                                        at::IntArrayRef sizes,
+                                                        bool needs_inputs);
+std::tuple<Tensor, Tensor, Tensor> transformer_encoder_double_backward(
+    const OptionalTensor& grad_grad_parameters,
+    const OptionalTensor& grad_grad_inputs,
+    const Tensor& grad_outputs,
+    const Tensor& parameters,
+    const Tensor& inputs,
+    const Tensor& positions,
+    at::TensorList words,
+    at::IntArrayRef sizes,
+    bool needs_inputs);
+
 Tensor gru_forward(const Tensor& inputs,
                    const Tensor& input_weight,
                    const Tensor& state_weight,

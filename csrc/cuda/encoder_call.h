@@ -36,6 +36,7 @@ class EncoderCall {
               at::IntArrayRef sizes,
               int64_t offset = 0)
       : options_(parameters, inputs, positions, words, sizes), guard_(inputs.device()), like_(inputs) {
+    options_.check_causal();
     problem.float64 = inputs.scalar_type() == at::kDouble;
     problem.sizes = options_.sizes;
     problem.batch = options_.batch;

@@ -21,9 +21,9 @@ inline void register_operators(torch::Library& m) {
   m.impl("random_words_of_sites", random_words_of_sites);
   m.impl("adam_step_", adam_step_);
   m.impl("adam_adjoint_", adam_adjoint_);
-  m.impl("causal_encoder_forward", causal_encoder_forward);
-  m.impl("causal_encoder_backward", causal_encoder_backward);
-  m.impl("causal_encoder_double_backward", causal_encoder_double_backward);
+  m.impl("transformer_encoder_forward", transformer_encoder_forward);
+  m.impl("transformer_encoder_backward", transformer_encoder_backward);
+  m.impl("transformer_encoder_double_backward", transformer_encoder_double_backward);
   m.impl("encode_histories", encode_histories);
   m.impl("inner_gradient", inner_gradient);
   m.impl("inner_gradient_tangent", inner_gradient_tangent);

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from td3_fast.ops import (
     DropoutStream,
     EncoderShape,
-    causal_encoder,
-    has_causal_encoder,
     has_next_item_gradient,
+    has_transformer_encoder,
     item_cross_entropy,
     look_up,
     next_item_gradient,
+    transformer_encoder,
 )
 
 # (rows, d) outputs, (n, d) item table, (rows,) targets -> (rows,): `item_cross_entropy` or what stands in for it
@@ -62,7 +62,7 @@ class Learner(nn.Module):
         """What `type(self)` needs to be built again, as plain JSON values."""
 
     def encoder_shape(self) -> EncoderShape | None:
-        """That of `causal_encoder` where it is what `encode` does, on the vector of `FlatParameters`; else None."""
+        """That of `transformer_encoder` where this is `encode`, on the vector of `FlatParameters`; else None."""
         return None
 
     def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
@@ -167,13 +167,13 @@ class FlatParameters:
         shape = self.fused_shape(flat)
         if shape is not None:
             check_length(self._shell, inputs_embeds.shape[1])
-            return causal_encoder(flat, inputs_embeds, positions, shape, dropout=dropout)
+            return transformer_encoder(flat, inputs_embeds, positions, shape, dropout=dropout)
         return self._filled(flat).encode(inputs_embeds, positions, dropout=dropout)
 
     def fused_shape(self, flat: Tensor) -> EncoderShape | None:
-        """The shape to call `causal_encoder` with in the place of the learner; None where that does not serve."""
+        """The shape to call `transformer_encoder` with in the place of the learner; None where that does not serve."""
         shape = self._shell.encoder_shape()
-        return shape if shape is not None and has_causal_encoder(shape, flat) else None
+        return shape if shape is not None and has_transformer_encoder(shape, flat) else None
 
     def loss_gradient(
         self,

@@ -18,7 +18,15 @@ from td3_fast.learners.base import (
     normal_,
 )
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
-from td3_fast.ops import DropoutStream, item_cross_entropy, look_up, seeded_generator
+from td3_fast.ops import (
+    DropoutStream,
+    EncoderShape,
+    has_transformer_encoder,
+    item_cross_entropy,
+    look_up,
+    seeded_generator,
+    transformer_encoder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,9 @@ class BERT4Rec(Learner):
 
     An output is that of a learned mask embedding put behind the inputs it may see, so several outputs of one sequence
     are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`.
+
+    On the CPU everything up to the last block is `transformer_encoder`, differentiable twice; elsewhere, and under
+    `torch.func`, the modules.
 
     The bias of an item is one more column of the item table, which faces a constant 1 in the outputs: a table of
     (num_items, hidden + 1), frozen or trained as a whole. Inputs ignore that column.
@@ -106,7 +117,8 @@ class BERT4Rec(Learner):
         behind = (positions + 1).flatten()  # (batch * k,), where the masks go
         slots = F.pad(inputs_embeds, (0, 0, 0, 1)).unsqueeze(1).expand(-1, k, -1, -1).flatten(0, 1)
         masked = torch.arange(length + 1, device=slots.device) == behind.unsqueeze(1)
-        return self._fill_in(slots, masked, behind, behind.unsqueeze(1), dropout).view(batch, k, -1)
+        rows = self._fill_in(slots, masked, behind, behind.unsqueeze(1), dropout)
+        return self._told(rows).view(batch, k, -1)
 
     def loss(
         self,
@@ -163,8 +175,8 @@ class BERT4Rec(Learner):
         most = int(masked.sum(dim=1).max())
         asked = masked.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
         real = masked.gather(1, asked)
-        hidden = self._fill_in(look_up(items, sequences), masked, lengths, asked, dropout)
-        losses = cross_entropy(hidden[real], items, sequences.gather(1, asked)[real])
+        rows = self._fill_in(look_up(items, sequences), masked, lengths, asked, dropout, real)
+        losses = cross_entropy(self._told(rows[real]), items, sequences.gather(1, asked)[real])
         share = (real / real.sum(dim=1, keepdim=True)).to(losses.dtype)[real]
         return (losses * share).sum() / len(targets)
 
@@ -181,9 +193,15 @@ class BERT4Rec(Learner):
         last: Tensor,  # (batch,), the last one that is seen
         asked: Tensor,  # (batch, k), whose outputs are asked for
         dropout: DropoutStream | None,
-    ) -> Tensor:  # (batch, k, hidden + 1)
+        real: Tensor | None = None,  # (batch, k) bool, all where there is none: the others are not read
+    ) -> Tensor:  # (batch, k, hidden), what the blocks make of them
         length = slots.shape[1]
         embeds = torch.where(masked.unsqueeze(-1), self.mask_embedding, slots[..., :-1])
+        shape = self._blocks_shape()
+        if has_transformer_encoder(shape, embeds):
+            wanted = asked if real is None else asked.masked_fill(~real, -1)
+            positions = torch.cat([wanted, last.unsqueeze(1)], dim=1)
+            return transformer_encoder(self._blocks_vector(), embeds, positions, shape, dropout=dropout)
         hidden = self.norm(embeds + self.position_embeddings[:length])
         if dropout is not None:
             hidden = dropout(hidden, self.config.hidden_dropout)
@@ -192,5 +210,30 @@ class BERT4Rec(Learner):
         for block in first:
             hidden = block(hidden, hidden, seen.expand(-1, length, -1), dropout)
         rows = hidden.gather(1, asked.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        rows = final(hidden, rows, seen.expand(-1, asked.shape[1], -1), dropout)
+        outputs: Tensor = final(hidden, rows, seen.expand(-1, asked.shape[1], -1), dropout)
+        return outputs
+
+    def _told(self, rows: Tensor) -> Tensor:
+        """What is scored against the item table, (..., hidden + 1), of what the blocks made of masks."""
         return F.pad(self.output_norm(F.gelu(self.output(rows))), (0, 1), value=1.0)
+
+    def _blocks_shape(self) -> EncoderShape:
+        config = self.config
+        return EncoderShape(
+            positions=config.max_len + 1,
+            width=config.hidden,
+            inner=config.inner,
+            heads=config.heads,
+            layers=config.layers,
+            hidden_dropout=config.hidden_dropout,
+            attention_dropout=config.attention_dropout,
+            bidirectional=True,
+        )
+
+    def _blocks_vector(self) -> Tensor:
+        """The parameters of embeddings and blocks as `transformer_encoder` takes them."""
+        tensors: list[Tensor] = [self.position_embeddings, self.norm.weight, self.norm.bias]
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            tensors += block.tensors()
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])

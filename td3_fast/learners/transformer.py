@@ -70,6 +70,20 @@ class Block(nn.Module):
             output = dropout(output, self.hidden_dropout)
         return self.feed_forward_norm(output + attended)
 
+    def tensors(self) -> list[Tensor]:
+        """Its parameters, in the order of `named_parameters`, also where they are views of a vector."""
+        layers: list[nn.Linear | nn.LayerNorm] = [
+            self.query,
+            self.key,
+            self.value,
+            self.attention_output,
+            self.attention_norm,
+            self.feed_forward,
+            self.feed_forward_output,
+            self.feed_forward_norm,
+        ]
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+
     def _weights(self, query: Tensor, key: Tensor, bias: Tensor, dropout: DropoutStream | None) -> Tensor:
         scale = 1 / math.sqrt(self.query.out_features // self.heads)
         weights = torch.softmax(torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale), dim=-1)

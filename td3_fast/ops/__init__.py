@@ -2,7 +2,6 @@
 
 from td3_fast.ops.adam import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 from td3_fast.ops.additive_attention import additive_attention, additive_attention_reference
-from td3_fast.ops.causal_encoder import EncoderShape, causal_encoder, encode_histories, has_causal_encoder
 from td3_fast.ops.dropout import (
     DropoutStream,
     derive_seed,
@@ -37,6 +36,12 @@ from td3_fast.ops.next_item_gradient import (
 )
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
+from td3_fast.ops.transformer_encoder import (
+    EncoderShape,
+    encode_histories,
+    has_transformer_encoder,
+    transformer_encoder,
+)
 from td3_fast.ops.tucker import Normalize, normalized_embedding, tucker_queries, tucker_soft_embedding
 
 __all__ = [
@@ -52,7 +57,6 @@ __all__ = [
     "additive_attention",
     "additive_attention_reference",
     "build_facts",
-    "causal_encoder",
     "derive_seed",
     "derive_seeds",
     "encode_histories",
@@ -60,10 +64,10 @@ __all__ = [
     "gradient_is_enough",
     "gru",
     "gru_reference",
-    "has_causal_encoder",
     "has_fused",
     "has_next_item_gradient",
     "has_one_pass_adam",
+    "has_transformer_encoder",
     "inner_gradient",
     "item_cross_entropy",
     "item_logsumexp",
@@ -82,6 +86,7 @@ __all__ = [
     "seeded_generator",
     "soft_embedding",
     "target_rank",
+    "transformer_encoder",
     "tucker_queries",
     "tucker_soft_embedding",
 ]

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from td3_fast.ops.causal_encoder import EncoderShape, dropout_words, packed_sizes
 from td3_fast.ops.dropout import DropoutStream
 from td3_fast.ops.library import register_fake
+from td3_fast.ops.transformer_encoder import EncoderShape, dropout_words, packed_sizes
 
 # At most, of items and of the targets of a sequence, where a GPU compares its outputs with all items in the same
 # kernel; as in csrc/cuda/gradient_operators.cpp.
@@ -65,12 +65,12 @@ def inner_gradient(
 ) -> InnerGradient:
     """The mean over sequences and targets of `item_cross_entropy(h, items, x)`, and its gradients.
 
-    x: the rows of `embeds` at the targets; h: what `causal_encoder` makes of the rows before each. The same as by
+    x: the rows of `embeds` at the targets; h: what `transformer_encoder` makes of the rows before each. The same as by
     autograd, with no graph, and on the CPU with the encoder's forward pass made once for both (unless that keeps
     more than 32 MiB). Its reference is `unroll.InnerLoop.loss` and its derivatives.
 
     Args:
-        parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
+        parameters, shape, dropout: as `transformer_encoder` takes them, where `has_transformer_encoder` says so.
         items: of the dtype of the parameters, or of 16 bits.
         targets: positions 1 to ζ - 1; ζ - 1 <= shape.positions.
         trained: whether to differentiate towards items and embeds too.

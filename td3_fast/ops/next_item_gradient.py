@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from td3_fast.ops.causal_encoder import EncoderShape, dropout_words, packed_sizes
 from td3_fast.ops.dropout import DropoutStream
 from td3_fast.ops.library import register_fake
+from td3_fast.ops.transformer_encoder import EncoderShape, dropout_words, packed_sizes
 
 # Of the item table, in bytes: every few hundred examples meet all of it.
 SMALL_TABLE = 2**21
@@ -26,7 +26,7 @@ class NextItemGradient(NamedTuple):
 
 
 def has_next_item_gradient(items: Tensor, parameters: Tensor) -> bool:
-    """Whether `next_item_gradient` serves such a table, where `has_causal_encoder` says so of the encoder."""
+    """Whether `next_item_gradient` serves such a table, where `has_transformer_encoder` says so of the encoder."""
     return items.dtype == parameters.dtype and (items.is_cuda or items.nbytes <= SMALL_TABLE)
 
 
@@ -46,10 +46,10 @@ def next_item_gradient(
     """The mean cross-entropy of the item after each history, `alignment` times the mean square of the distance of the
     encoder's outputs from `features` where there are some, and the gradients of their sum.
 
-    The same as `look_up`, `causal_encoder` and `item_cross_entropy` by autograd, which are its reference.
+    The same as `look_up`, `transformer_encoder` and `item_cross_entropy` by autograd, which are its reference.
 
     Args:
-        parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
+        parameters, shape, dropout: as `transformer_encoder` takes them, where `has_transformer_encoder` says so.
         trained: whether to differentiate towards items too.
 
     Raises:

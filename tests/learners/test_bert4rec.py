@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from td3_fast.learners import BERT4Rec, BERT4RecConfig
-from td3_fast.ops import DropoutStream, item_cross_entropy
+from td3_fast.learners import BERT4Rec, BERT4RecConfig, FlatParameters
+from td3_fast.ops import DropoutStream, has_fused, item_cross_entropy
 
 SIZES = {"num_items": 20, "max_len": 6, "hidden": 8, "inner": 12}
 
@@ -107,11 +110,83 @@ def test_cloze_loss_is_the_mean_over_the_masks_of_each_sequence() -> None:
             slots = items[torch.tensor([sequence])]
             where = masked.nonzero().T
             last = torch.tensor([len(sequence) - 1])
-            hidden = model._fill_in(slots, masked.unsqueeze(0), last, where, None)[0]
+            hidden = model._told(model._fill_in(slots, masked.unsqueeze(0), last, where, None)[0])
             losses.append(item_cross_entropy(hidden, items, torch.tensor(sequence)[where[0]]).mean())
         actual = model.loss(items, histories, lengths, targets, dropout=DropoutStream(seed))
         torch.testing.assert_close(actual, torch.stack(losses).mean())
     assert len(seen) > 2
+
+
+FUSED = pytest.mark.skipif(not has_fused("cpu"), reason="needs the compiled kernels")
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batch_of(count: int) -> Batch:
+    generator = torch.Generator().manual_seed(4)
+    histories = torch.randint(1, 20, (count, 6), generator=generator)
+    lengths = torch.randint(1, 7, (count,), generator=generator)
+    return histories, lengths, torch.randint(1, 20, (count,), generator=generator)
+
+
+def loss_of(flat: FlatParameters, batch: Batch, theta: Tensor, items: Tensor) -> Tensor:
+    return flat.loss(theta, items, *batch, dropout=DropoutStream(7))
+
+
+def outputs(flat: FlatParameters, batch: Batch, theta: Tensor, items: Tensor) -> Tensor:
+    positions = torch.tensor([[5, 0], [2, 3]]).repeat(len(batch[0]) // 2, 1)
+    return flat.encode(theta, items[batch[0]], positions, dropout=DropoutStream(7)).square().sum()
+
+
+def after_a_step(flat: FlatParameters, batch: Batch, theta: Tensor, items: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss_of(flat, batch, theta, items), theta, create_graph=True)
+    return loss_of(flat, batch, theta - 0.1 * gradient, items)
+
+
+@FUSED
+@pytest.mark.parametrize("value", [loss_of, outputs, after_a_step])
+@pytest.mark.parametrize("changes", [{}, {"layers": 1, "heads": 1}, {"cloze_share": 1.0}], ids=str)
+def test_the_fused_blocks_are_the_modules_at_every_order(
+    value: Callable[..., Tensor], changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = learner(**changes)
+    flat, batch = FlatParameters(model), batch_of(40)
+    theta = flat.gather(model.state_dict()).requires_grad_()
+    items = model.item_embeddings.detach().clone().requires_grad_()
+
+    def orders() -> list[Tensor]:
+        made = value(flat, batch, theta, items)
+        first = torch.autograd.grad(made, (theta, items), create_graph=value is not after_a_step)
+        if value is after_a_step:
+            return [made, *first]
+        return [made, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), (theta, items))]
+
+    fused = orders()
+    monkeypatch.setattr("td3_fast.learners.bert4rec.has_transformer_encoder", lambda *_: False)
+    for a, b in zip(fused, orders(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@FUSED
+def test_it_is_trained_by_the_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = learner()
+
+    def never(*_: object) -> None:
+        raise AssertionError("a module of a block was called")
+
+    monkeypatch.setattr("td3_fast.learners.transformer.Block.forward", never)
+    flat = FlatParameters(model)
+    theta = flat.gather(model.state_dict())
+    flat.loss_gradient(theta, model.item_embeddings.detach(), *batch_of(6), dropout=DropoutStream(0))
+    assert flat.fused_shape(theta) is None  # what is made for a causal encoder is not for it
+
+
+def test_transforms_of_torch_func_take_it() -> None:
+    model = learner()
+    flat, batch = FlatParameters(model), batch_of(6)
+    theta, items = flat.gather(model.state_dict()), model.item_embeddings.detach()
+    made = torch.func.grad(lambda theta: loss_of(flat, batch, theta, items))(theta)
+    _, (expected, _) = flat.loss_gradient(theta, items, *batch, dropout=DropoutStream(7))
+    torch.testing.assert_close(made, expected)
 
 
 def test_longer_histories_than_it_has_positions_for_are_refused() -> None:

@@ -1,9 +1,9 @@
 """The encoder's operators on a GPU against those of the CPU, which other tests hold against the modules."""
 
 import pytest
-import test_causal_encoder as encoder
 import test_inner_gradient as step
 import test_next_item_gradient as real
+import test_transformer_encoder as encoder
 import torch
 
 from td3_fast import ops
@@ -50,7 +50,7 @@ def assert_alike(on_gpu, on_cpu, dtype):
     ],
     ids=str,
 )
-def test_causal_encoder(changes, dropout, dtype):
+def test_transformer_encoder(changes, dropout, dtype):
     _, flat, theta, inputs, positions = encoder.setting(**changes, dtype=dtype)
 
     def on(device):

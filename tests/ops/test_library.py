@@ -1,5 +1,6 @@
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,9 @@ def test_every_instruction_set_gives_the_same_derivatives(dtype):
     embeds, table = torch.randn(37, 8, 36, dtype=dtype), torch.randn(301, 36, dtype=dtype)
     targets = torch.randint(1, 8, (37, 2))
     probabilities = torch.rand(37, 301, dtype=dtype)
+    both_ways = replace(learner.encoder_shape(), bidirectional=True)
+    seen = torch.randint(7, (37, 3))
+    cut = embeds[:, :-1]
 
     def derivatives():
         embedding, logsumexp = ops.soft_embedding(*inputs)
@@ -69,10 +73,16 @@ def test_every_instruction_set_gives_the_same_derivatives(dtype):
             theta, table, embeds, targets, learner.encoder_shape(), dropout=ops.DropoutStream(7), trained=True
         )
         moved = step.tangent(theta, table, embeds)
+        given = (theta.clone().requires_grad_(), cut.clone().requires_grad_())
+        encoded = ops.transformer_encoder(*given, seen, both_ways, dropout=ops.DropoutStream(7))
+        # not the square: that of a norm's outputs is the same for all inputs
+        to_given = torch.autograd.grad(encoded.pow(3).sum(), given, create_graph=True)
+        twice = torch.autograd.grad(sum(x.square().sum() for x in to_given), given)
         mixed = ops.mix_items(probabilities, table)
         sums = ops.mix_items_transposed(probabilities, mixed)
         return [embedding.detach(), logsumexp.detach(), *(x.detach() for x in first), *second, ranks,
-                step.loss, step.parameters, step.items, step.embeds, *moved, mixed, sums]  # fmt: skip
+                step.loss, step.parameters, step.items, step.embeds, *moved, mixed, sums,
+                encoded.detach(), *(x.detach() for x in to_given), *twice]  # fmt: skip
 
     try:
         results = []

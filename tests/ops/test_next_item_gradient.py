@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from td3_fast import ops
 from td3_fast.learners import FlatParameters, SASRec, SASRecConfig
 from td3_fast.ops import DropoutStream, item_cross_entropy, look_up, next_item_gradient
-from td3_fast.ops.causal_encoder import packed_sizes
+from td3_fast.ops.transformer_encoder import packed_sizes
 
 pytestmark = pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
 

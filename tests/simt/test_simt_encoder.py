@@ -3,9 +3,9 @@
 import functools
 
 import pytest
-import test_causal_encoder as encoder
 import test_inner_gradient as step
 import test_next_item_gradient as real
+import test_transformer_encoder as encoder
 import torch
 
 from td3_fast.ops import DropoutStream, encode_histories, inner_gradient, known_gradient
@@ -110,7 +110,13 @@ def test_items_and_users_that_are_not_there(simt):
 
 @pytest.mark.parametrize(("batch", "asked"), [(0, 2), (3, 0)])
 def test_nothing_asked(simt, batch, asked):
-    encoder.test_nothing_asked_is_nothing(batch, asked)
+    encoder.test_nothing_asked_is_nothing(batch, asked, both_ways=False)
+
+
+def test_attention_both_ways_is_refused(simt):
+    _, flat, theta, inputs, positions = encoder.setting(batch=2, both_ways=True)
+    with pytest.raises(ValueError, match="later inputs"):
+        flat.encode(theta, inputs, positions)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -1,4 +1,4 @@
-"""A causal self-attention encoder in one call, for small models whose passes are bound by the cost of calls."""
+"""A self-attention encoder in one call, for small models whose passes are bound by the cost of calls."""
 
 import functools
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ MAX_LAYERS = 8  # kMaxLayers in csrc/encoder_sizes.h
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
-    """Sizes and rates of a SASRec: `positions` rows of its position table, width d."""
+    """Sizes and rates of a SASRec: `positions` rows of its position table, width d.
+
+    With `bidirectional`, those of the blocks of a BERT4Rec: every row of every layer sees all inputs up to one that is
+    given for the sequence, in the place of those up to its own.
+    """
 
     positions: int
     width: int
@@ -24,12 +28,14 @@ class EncoderShape:
     layers: int
     hidden_dropout: float
     attention_dropout: float
+    bidirectional: bool = False
 
 
-def has_causal_encoder(shape: EncoderShape, like: Tensor) -> bool:
-    """Whether `causal_encoder` serves this shape on the device and dtype of `like`."""
+def has_transformer_encoder(shape: EncoderShape, like: Tensor) -> bool:
+    """Whether `transformer_encoder` serves this shape on the device and dtype of `like`, outside of `torch.func`."""
     return (
-        like.device.type in ("cpu", "cuda")
+        (like.device.type == "cpu" or (like.device.type == "cuda" and not shape.bidirectional))
+        and torch._C._functorch.maybe_current_level() is None
         and like.dtype in (torch.float32, torch.float64)
         and shape.layers <= MAX_LAYERS
         and has_fused(like.device)
@@ -71,39 +77,42 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def causal_encoder(
+def transformer_encoder(
     parameters: Tensor,  # (size,)
     inputs_embeds: Tensor,  # (batch, length, d)
-    positions: Tensor,  # (batch, k) int64
+    positions: Tensor,  # (batch, k) int64, or (batch, k + 1)
     shape: EncoderShape,
     *,
     dropout: DropoutStream | None = None,
 ) -> Tensor:
-    """The outputs of a SASRec at the asked positions; its reference is `learners.SASRec.encode`.
+    """The outputs of a SASRec at the asked positions, or of the blocks of a BERT4Rec.
 
-    On the CPU sequences are the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond
-    the last asked position, and only inputs and outputs are kept between orders: a pass is recomputed by its
-    derivative. The double backward runs the same code on dual numbers. Twice differentiable in `parameters` and
-    `inputs_embeds`; a third order raises. Dropout masks are those that the reference draws from an equal `dropout`.
-    `torch.func` and `torch.vmap` do not take it; the reference they do.
+    Its references are `learners.SASRec.encode` and what `learners.BERT4Rec` is without it. On the CPU sequences are
+    the lanes of vectors, on a GPU a block of threads takes one. Nothing is computed beyond the last asked position,
+    and only inputs and outputs are kept between orders: a pass is recomputed by its derivative. The double backward
+    runs the same code on dual numbers. Twice differentiable in `parameters` and `inputs_embeds`; a third order
+    raises. Dropout masks are those that the reference draws from an equal `dropout`. `torch.func` and `torch.vmap`
+    do not take it; the reference they do. Attention both ways is the CPU's alone.
 
     Args:
         parameters: position table (positions, d); weight and bias of the first norm; for each layer weight and bias
             of query, key, value, attention output, its norm, feed-forward in, feed-forward out, its norm.
         inputs_embeds: (batch, length, d), length <= shape.positions.
-        positions: (batch, k), 0-based.
+        positions: (batch, k), 0-based. Of a bidirectional shape (batch, k + 1): before the last input that each
+            sequence sees, the positions asked for, -1 where nothing is.
 
     Returns:
-        (batch, k, d).
+        (batch, k, d), zeros where nothing is asked.
 
     Raises:
-        ValueError: sizes, dtypes or devices do not agree.
+        ValueError: sizes, dtypes or devices do not agree, or a bidirectional shape meets a GPU.
         IndexError: on the CPU, a position is not one of the inputs; a GPU is left unusable to the process by that.
     """
     batch, length, _ = inputs_embeds.shape
     device = inputs_embeds.device
-    words = dropout_words(dropout, shape, batch, length, positions.shape[1], device=device)
-    encoded: Tensor = torch.ops.td3_fast.causal_encoder_forward(
+    asked = positions.shape[1] - int(shape.bidirectional)
+    words = dropout_words(dropout, shape, batch, length, asked, device=device)
+    encoded: Tensor = torch.ops.td3_fast.transformer_encoder_forward(
         parameters, inputs_embeds, positions, words, packed_sizes(shape)
     )
     return encoded
@@ -118,12 +127,12 @@ def encode_histories(
     *,
     dropout: DropoutStream | None = None,
 ) -> Tensor:
-    """The outputs of `causal_encoder` at the last of the `lengths` items of each history; without derivatives.
+    """The outputs of `transformer_encoder` at the last of the `lengths` items of each history; without derivatives.
 
     On a GPU the rows of the items are read where they are, and no tensor of the histories' embeddings is made.
 
     Args:
-        parameters, shape, dropout: as `causal_encoder` takes them, where `has_causal_encoder` says so.
+        parameters, shape, dropout: as `transformer_encoder` takes them, where `has_transformer_encoder` says so.
         items: of the dtype of the parameters.
         histories: ids of items, of which those beyond the length do not count.
         lengths: at least 1.
@@ -169,7 +178,8 @@ def dropout_words(
 def packed_sizes(shape: EncoderShape) -> list[int]:
     """What the kernels take of a shape."""
     sizes = [shape.positions, shape.inner, shape.heads, shape.layers]
-    return [*sizes, dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+    dropped = [dropped_of(shape.hidden_dropout), dropped_of(shape.attention_dropout)]
+    return [*sizes, *dropped, int(shape.bidirectional)]
 
 
 @register_fake("td3_fast::encode_histories")
@@ -184,12 +194,13 @@ def _(
     return items.new_empty(len(histories), items.shape[1])
 
 
-@register_fake("td3_fast::causal_encoder_forward")
+@register_fake("td3_fast::transformer_encoder_forward")
 def _(parameters: Tensor, inputs: Tensor, positions: Tensor, words: list[Tensor], sizes: list[int]) -> Tensor:
-    return inputs.new_empty((*positions.shape, inputs.shape[2]))
+    batch, columns = positions.shape
+    return inputs.new_empty(batch, columns - sizes[-1], inputs.shape[2])
 
 
-@register_fake("td3_fast::causal_encoder_backward")
+@register_fake("td3_fast::transformer_encoder_backward")
 def _(
     grad_outputs: Tensor,
     parameters: Tensor,
@@ -202,7 +213,7 @@ def _(
     return torch.empty_like(parameters), inputs.new_empty(inputs.shape if needs_inputs else 0)
 
 
-@register_fake("td3_fast::causal_encoder_double_backward")
+@register_fake("td3_fast::transformer_encoder_double_backward")
 def _(
     grad_grad_parameters: Tensor | None,
     grad_grad_inputs: Tensor | None,
