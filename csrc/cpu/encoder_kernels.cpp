@@ -271,6 +271,14 @@ class Pass {
     Rows from(int64_t i, int64_t j) const { return {at + i * row + j, row}; }
     operator N*() const { return at; }
   };
+  // The left side of a product, element (row, depth).
+  struct Left {
+    const N* at;
+    int64_t row, depth;
+    Left(Rows rows) : at(rows.at), row(rows.row), depth(1) {}
+    Left(const N* at_in, int64_t row_in, int64_t depth_in) : at(at_in), row(row_in), depth(depth_in) {}
+    Left from(int64_t i) const { return {at + i * row, row, depth}; }
+  };
   // The right side of a product, element (depth, column): numbers of each lane, or parameters of all.
   struct Own {
     const N* at;
@@ -291,22 +299,15 @@ class Pass {
   static constexpr int kMostRows = (kVectorBytes == 64 ? 4 : 2) / (kTangents ? 2 : 1);
 
   template <int kRows, int kColumns, typename Right, typename Start>
-  static TD3_FAST_INLINE void product_block(int64_t depth,
-                                            const N* left,
-                                            int64_t left_row,
-                                            int64_t left_depth,
-                                            const Right& right,
-                                            int64_t j,
-                                            const Start& start,
-                                            N* to,
-                                            int64_t to_row) {
+  static TD3_FAST_INLINE void product_block(
+      int64_t depth, Left left, const Right& right, int64_t j, const Start& start, Rows to) {
     N sum[kRows][kColumns];
     for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) sum[r][c] = start(to + r * to_row, j + c);
+      for (int c = 0; c < kColumns; ++c) sum[r][c] = start(to.at + r * to.row, j + c);
     }
     for (int64_t k = 0; k < depth; ++k) {
       N x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = left[r * left_row + k * left_depth];
+      for (int r = 0; r < kRows; ++r) x[r] = left.at[r * left.row + k * left.depth];
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns; ++c) {
 #pragma GCC unroll 4
@@ -314,36 +315,28 @@ class Pass {
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) to[r * to_row + j + c] = sum[r][c];
+      for (int c = 0; c < kColumns; ++c) to.at[r * to.row + j + c] = sum[r][c];
     }
   }
   template <int kRows, typename Right, typename Start>
   static TD3_FAST_INLINE void product_rows(int64_t rows,
                                            int64_t columns,
                                            int64_t depth,
-                                           const N* left,
-                                           int64_t left_row,
-                                           int64_t left_depth,
+                                           Left left,
                                            const Right& right,
                                            const Start& start,
-                                           N* to,
-                                           int64_t to_row) {
+                                           Rows to) {
     constexpr int kColumns = kRows == 1 && !kTangents ? 8 : 4;
     int64_t i = 0;
     for (; i + kRows <= rows; i += kRows) {
-      const N* row = left + i * left_row;
-      N* out = to + i * to_row;
       int64_t j = 0;
       for (; j + kColumns <= columns; j += kColumns) {
-        product_block<kRows, kColumns>(depth, row, left_row, left_depth, right, j, start, out, to_row);
+        product_block<kRows, kColumns>(depth, left.from(i), right, j, start, to.from(i, 0));
       }
-      for (; j < columns; ++j) {
-        product_block<kRows, 1>(depth, row, left_row, left_depth, right, j, start, out, to_row);
-      }
+      for (; j < columns; ++j) product_block<kRows, 1>(depth, left.from(i), right, j, start, to.from(i, 0));
     }
     if constexpr (kRows > 1) {
-      product_rows<kRows / 2>(rows - i, columns, depth, left + i * left_row, left_row, left_depth, right,
-                              start, to + i * to_row, to_row);
+      product_rows<kRows / 2>(rows - i, columns, depth, left.from(i), right, start, to.from(i, 0));
     }
   }
   // to[i][j] = start(row i of to, j) + the sum over k of left[i][k] right[k][j].
@@ -351,13 +344,11 @@ class Pass {
   static void product(int64_t rows,
                       int64_t columns,
                       int64_t depth,
-                      const N* left,
-                      int64_t left_row,
-                      int64_t left_depth,
+                      Left left,
                       const Right& right,
                       const Start& start,
                       Rows to) {
-    product_rows<kMostRows>(rows, columns, depth, left, left_row, left_depth, right, start, to.at, to.row);
+    product_rows<kMostRows>(rows, columns, depth, left, right, start, to);
   }
   // What a product starts from.
   struct Nothing {
@@ -375,16 +366,16 @@ class Pass {
   void linear(int64_t weight, int64_t bias, int64_t out, int64_t in, int64_t rows, Rows x, Rows y) const {
     const Shared<false> right{w_.at(weight), in};
     if (bias < 0) {
-      product(rows, out, in, x.at, x.row, 1, right, Nothing{}, y);
+      product(rows, out, in, x, right, Nothing{}, y);
     } else {
-      product(rows, out, in, x.at, x.row, 1, right, Bias{w_.at(bias)}, y);
+      product(rows, out, in, x, right, Bias{w_.at(bias)}, y);
     }
   }
   // y = Wᵀ x of each row, W (out, in), x (rows, out); added to y where it starts from itself.
   template <typename Start>
   void linear_transposed(
       int64_t weight, int64_t out, int64_t in, int64_t rows, Rows x, Rows y, Start start) const {
-    product(rows, in, out, x.at, x.row, 1, Shared<true>{w_.at(weight), in}, start, y);
+    product(rows, in, out, x, Shared<true>{w_.at(weight), in}, start, y);
   }
   // The gradients of y = W x + b: a product whose depth is rows times lanes, at most kTile of rows at once.
   void linear_gradients(
@@ -565,8 +556,7 @@ class Pass {
     const Rows mixed = direct ? Rows{saved.mixed, s_.heads * d}.from(at, head * d) : context;
     const Rows weights = Rows{saved.weights, every}.from(at, head * rows_);
     if (direct) linear_transposed(b.key + head * w * d, w, d, rows, query, direction, Nothing{});
-    product(rows, num_keys, to.width, direction.at, direction.row, 1, Own{to.keys.at, 1, to.keys.row},
-            Nothing{}, weights);
+    product(rows, num_keys, to.width, direction, Own{to.keys.at, 1, to.keys.row}, Nothing{}, weights);
     N* const mark = next_;
     Rows surviving = weights;
     if (drops_attention(layer)) surviving = {take(rows * num_keys), num_keys};
@@ -593,8 +583,7 @@ class Pass {
       }
       if (direct) saved.total[(at + r) * s_.heads + head] = total;
     }
-    product(rows, to.width, num_keys, surviving.at, surviving.row, 1, Own{to.values.at, to.values.row, 1},
-            Nothing{}, mixed);
+    product(rows, to.width, num_keys, surviving, Own{to.values.at, to.values.row, 1}, Nothing{}, mixed);
     next_ = mark;
     if (!direct) return;
     linear(b.value + head * w * d, -1, w, d, rows, mixed, context);
@@ -634,8 +623,8 @@ class Pass {
       linear_transposed(b.value + head * w * d, w, d, rows, grad_context, grad_mixed, Nothing{});
     }
     const Rows grad_scores{take(rows * num_keys), num_keys};
-    product(rows, num_keys, to.width, grad_mixed.at, grad_mixed.row, 1, Own{to.values.at, 1, to.values.row},
-            Nothing{}, grad_scores);
+    product(rows, num_keys, to.width, grad_mixed, Own{to.values.at, 1, to.values.row}, Nothing{},
+            grad_scores);
     const bool drops = drops_attention(layer);
     const N* surviving = weights;
     const int64_t surviving_row = drops ? num_keys : every;
@@ -670,11 +659,11 @@ class Pass {
       }
       for (int64_t j = 0; j < num_keys; ++j) grad[j] = weight[j] * (grad[j] - inner_product) * scale;
     }
-    product(num_keys, to.width, rows, surviving, 1, surviving_row, Own{grad_mixed.at, grad_mixed.row, 1},
-            Itself{}, grads.values);
-    product(rows, to.width, num_keys, grad_scores.at, num_keys, 1, Own{to.keys.at, to.keys.row, 1}, Nothing{},
+    product(num_keys, to.width, rows, Left{surviving, 1, surviving_row},
+            Own{grad_mixed.at, grad_mixed.row, 1}, Itself{}, grads.values);
+    product(rows, to.width, num_keys, grad_scores, Own{to.keys.at, to.keys.row, 1}, Nothing{},
             grad_direction);
-    product(num_keys, to.width, rows, grad_scores.at, 1, num_keys, Own{direction.at, direction.row, 1},
+    product(num_keys, to.width, rows, Left{grad_scores.at, 1, num_keys}, Own{direction.at, direction.row, 1},
             Itself{}, grads.keys);
     if (direct) {
       linear(b.key + head * w * d, -1, w, d, rows, grad_direction, grad_query);
