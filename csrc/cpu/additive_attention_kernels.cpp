@@ -6,17 +6,17 @@
 // from one half to the other: its key and its weights are made again.
 
 #include "additive_attention.h"
-#include "linear.h"
+#include "products.h"
 
 namespace td3_fast::cpu {
 namespace {
 
 template <typename T, bool kTangents>
 class AttentionPass {
+  using P = Products<T, kTangents>;
   using V = Vector<T>;
-  using W = Weights<T, kTangents>;
-  using N = typename W::N;
-  static constexpr int L = kLanes<T>;
+  using W = typename P::W;
+  using N = typename P::N;
 
  public:
   AttentionPass(const AttentionCall<T>& call, int64_t first, int64_t count, void* scratch)
@@ -90,10 +90,10 @@ class AttentionPass {
           grad_key[f] = grad_key[f] + to_sum;
         }
       }
-      linear_transposed<T, kTangents>(key_weight_, h_, h_, grad_key, grad_state,
-                                      [&](int64_t f) { return grad_state[f]; });
+      P::linear_transposed(key_weight_, h_, h_, 1, typename P::Rows{grad_key, h_}, {grad_state, h_},
+                           typename P::Itself{});
       store(grad_state, h_, active(j), call_.grad_states, state_rows(j));
-      add_outer_products(grad_key, state_, rows_of_grad, rows_of_input, sums);
+      P::weight_gradients(h_, h_, 1, {grad_key, h_}, {state_, h_}, rows_of_grad, rows_of_input, sums);
     }
     add_lanes<T>(h_, [&](int64_t f) { return grad_energy[f]; }, sums + h_ * h_);
     store(grad_query, k_ * h_, count_, call_.grad_query, of_sequence(k_ * h_));
@@ -139,14 +139,9 @@ class AttentionPass {
   }
   template <typename At>
   static void store(const N* x, int64_t count, int lanes, T* tensor, const At& at) {
-    const auto stored = [x](int64_t i) {
-      if constexpr (kTangents) {
-        return x[i].t;
-      } else {
-        return x[i];
-      }
-    };
-    store_rows<T>(count, lanes, stored, [&](int lane) { return tensor + at(lane); });
+    store_rows<T>(
+        count, lanes, [x](int64_t i) { return P::stored(x[i]); },
+        [&](int lane) { return tensor + at(lane); });
   }
   void write_local() const {
     if (call_.local != nullptr) store(local_, k_ * h_, count_, call_.local, of_sequence(k_ * h_));
@@ -154,7 +149,7 @@ class AttentionPass {
 
   void load_state(int64_t j) const {
     load(call_.states, call_.states_tangent, h_, active(j), state_rows(j), state_);
-    linear<T, kTangents>(key_weight_, h_, h_, state_, key_, [](int64_t) { return N{}; });
+    P::linear(key_weight_, h_, h_, 1, typename P::Rows{state_, h_}, {key_, h_}, typename P::Nothing{});
   }
   // The lanes whose query i sees state j.
   TD3_FAST_INLINE auto seen(int64_t i, int64_t j) const { return static_cast<T>(j) < lengths_[i]; }
@@ -169,21 +164,6 @@ class AttentionPass {
   }
   void add_to_local(int64_t i, const N& weight) const {
     for (int64_t f = 0; f < h_; ++f) local_[i * h_ + f] = local_[i * h_ + f] + weight * state_[f];
-  }
-
-  // The gradient of the key's weight: a product whose depth is the lanes.
-  void add_outer_products(const N* grad, const N* input, T* grads, T* inputs, T* sums) const {
-    const auto rows = [this](T* to) { return [this, to](int lane) { return to + lane * h_; }; };
-    if constexpr (kTangents) {
-      store_rows<T>(h_, L, [&](int64_t i) { return grad[i].v; }, rows(grads));
-      store_rows<T>(h_, L, [&](int64_t i) { return grad[i].t; }, rows(grads + L * h_));
-      store_rows<T>(h_, L, [&](int64_t i) { return input[i].t; }, rows(inputs));
-      store_rows<T>(h_, L, [&](int64_t i) { return input[i].v; }, rows(inputs + L * h_));
-    } else {
-      store_rows<T>(h_, L, [&](int64_t i) { return grad[i]; }, rows(grads));
-      store_rows<T>(h_, L, [&](int64_t i) { return input[i]; }, rows(inputs));
-    }
-    add_products<T>(kTangents ? 2 * L : L, h_, h_, grads, inputs, sums);
   }
 
   const AttentionCall<T>& call_;

@@ -4,17 +4,22 @@
 // tangent). Of dual numbers' gradients only the tangents are summed and stored.
 
 #include "encoder.h"
-#include "lanes.h"
-#include "numbers.h"
+#include "products.h"
 
 namespace td3_fast::cpu {
 namespace {
 
 template <typename T, bool kTangents>
 class Pass {
+  using P = Products<T, kTangents>;
   using V = Vector<T>;
-  using W = Weights<T, kTangents>;
-  using N = typename W::N;
+  using W = typename P::W;
+  using N = typename P::N;
+  using Rows = typename P::Rows;
+  using Left = typename P::Left;
+  using Own = typename P::Own;
+  using Nothing = typename P::Nothing;
+  using Itself = typename P::Itself;
   static constexpr int L = kLanes<T>;
   static constexpr int64_t kOwnSize = 4096;  // bytes of scratch for the pass itself
   static constexpr int64_t kTile = 4;        // rows of a block from their queries to their outputs at once
@@ -128,7 +133,7 @@ class Pass {
     const int64_t d = s_.width, k = s_.asked;
     const N* outputs = saved_[s_.layers - 1].outputs;
     const auto row_of = [&](int lane) { return call_.outputs + sequence(lane) * k * d; };
-    store_rows<T>(asked_ * d, count_, [&](int64_t at) { return stored(outputs[at]); }, row_of);
+    store_rows<T>(asked_ * d, count_, [&](int64_t at) { return P::stored(outputs[at]); }, row_of);
     for (int i = 0; i < count_; ++i) {
       for (int64_t r = 0; r < k; ++r) {
         if (own_positions(i)[r] >= 0) continue;
@@ -159,7 +164,7 @@ class Pass {
       N* row = grad_hidden + j * d;
       drop_hidden(0, j, row);
       norm_backward(row, gain, norm_sums(0), normed_ + j * d, deviation_[j]);
-      add_lanes<T>(d, [&](int64_t f) { return stored(row[f]); }, sums_ + j * d);
+      add_lanes<T>(d, [&](int64_t f) { return P::stored(row[f]); }, sums_ + j * d);
     }
     add_norm_sums(gain, 0);
     for (int64_t layer = 0; layer < s_.layers; ++layer) {
@@ -171,7 +176,7 @@ class Pass {
     const auto row_of = [&](int lane) {
       return call_.grad_inputs + sequence(lane) * call_.grad_input_stride;
     };
-    store_rows<T>(rows_ * d, count_, [&](int64_t at) { return stored(grad_hidden[at]); }, row_of);
+    store_rows<T>(rows_ * d, count_, [&](int64_t at) { return P::stored(grad_hidden[at]); }, row_of);
     for (int i = 0; i < count_; ++i) {
       for (int64_t at = rows_ * d; at < s_.length * d; ++at) row_of(i)[at] = 0;
     }
@@ -206,13 +211,6 @@ class Pass {
       V position{};
       for (int i = 0; i < L; ++i) position[i] = static_cast<T>(own_positions(i)[r]);
       for (int64_t f = 0; f < d; ++f) to[r * d + f] = where(position >= 0, to[r * d + f]);
-    }
-  }
-  static TD3_FAST_INLINE V stored(const N& x) {
-    if constexpr (kTangents) {
-      return x.t;
-    } else {
-      return x;
     }
   }
   // Lanes beyond the last sequence repeat it; their upstream gradient is zero.
@@ -264,148 +262,31 @@ class Pass {
     for (int64_t f = 0; f < d; ++f) row[f] = row[f] * survivors(site, j * d + f);
   }
 
-  // Rows of numbers: element (i, j) is at[i * row + j].
-  struct Rows {
-    N* at;
-    int64_t row;
-    Rows from(int64_t i, int64_t j) const { return {at + i * row + j, row}; }
-    operator N*() const { return at; }
-  };
-  // The left side of a product, element (row, depth).
-  struct Left {
-    const N* at;
-    int64_t row, depth;
-    Left(Rows rows) : at(rows.at), row(rows.row), depth(1) {}
-    Left(const N* at_in, int64_t row_in, int64_t depth_in) : at(at_in), row(row_in), depth(depth_in) {}
-    Left from(int64_t i) const { return {at + i * row, row, depth}; }
-  };
-  // The right side of a product, element (depth, column): numbers of each lane, or parameters of all.
-  struct Own {
-    const N* at;
-    int64_t depth, column;
-    TD3_FAST_INLINE void add(N* sum, int64_t k, int64_t j, N x) const {
-      add_product(sum, x, at[k * depth + j * column]);
-    }
-  };
-  template <bool kTransposed>
-  struct Shared {
-    W at;
-    int64_t width;  // of a row of the weight
-    TD3_FAST_INLINE void add(N* sum, int64_t k, int64_t j, N x) const {
-      at.add(sum, kTransposed ? k * width + j : j * width + k, x);
-    }
-  };
-  // Rows and columns of a product that are held in registers.
-  static constexpr int kMostRows = (kVectorBytes == 64 ? 4 : 2) / (kTangents ? 2 : 1);
-
-  template <int kRows, int kColumns, typename Right, typename Start>
-  static TD3_FAST_INLINE void product_block(
-      int64_t depth, Left left, const Right& right, int64_t j, const Start& start, Rows to) {
-    N sum[kRows][kColumns];
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) sum[r][c] = start(to.at + r * to.row, j + c);
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      N x[kRows];
-      for (int r = 0; r < kRows; ++r) x[r] = left.at[r * left.row + k * left.depth];
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) {
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) right.add(&sum[r][c], k, j + c, x[r]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumns; ++c) to.at[r * to.row + j + c] = sum[r][c];
-    }
-  }
-  template <int kRows, typename Right, typename Start>
-  static TD3_FAST_INLINE void product_rows(int64_t rows,
-                                           int64_t columns,
-                                           int64_t depth,
-                                           Left left,
-                                           const Right& right,
-                                           const Start& start,
-                                           Rows to) {
-    constexpr int kColumns = kRows == 1 && !kTangents ? 8 : 4;
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-      int64_t j = 0;
-      for (; j + kColumns <= columns; j += kColumns) {
-        product_block<kRows, kColumns>(depth, left.from(i), right, j, start, to.from(i, 0));
-      }
-      for (; j < columns; ++j) product_block<kRows, 1>(depth, left.from(i), right, j, start, to.from(i, 0));
-    }
-    if constexpr (kRows > 1) {
-      product_rows<kRows / 2>(rows - i, columns, depth, left.from(i), right, start, to.from(i, 0));
-    }
-  }
-  // to[i][j] = start(row i of to, j) + the sum over k of left[i][k] right[k][j].
-  template <typename Right, typename Start>
-  static void product(int64_t rows,
-                      int64_t columns,
-                      int64_t depth,
-                      Left left,
-                      const Right& right,
-                      const Start& start,
-                      Rows to) {
-    product_rows<kMostRows>(rows, columns, depth, left, right, start, to);
-  }
-  // What a product starts from.
-  struct Nothing {
-    TD3_FAST_INLINE N operator()(const N*, int64_t) const { return N{}; }
-  };
-  struct Itself {
-    TD3_FAST_INLINE N operator()(const N* row, int64_t j) const { return row[j]; }
-  };
-  struct Bias {
-    W at;
-    TD3_FAST_INLINE N operator()(const N*, int64_t j) const { return at[j]; }
-  };
-
   // y = W x + b of each row, W (out, in); without a bias where that is negative.
   void linear(int64_t weight, int64_t bias, int64_t out, int64_t in, int64_t rows, Rows x, Rows y) const {
-    const Shared<false> right{w_.at(weight), in};
     if (bias < 0) {
-      product(rows, out, in, x, right, Nothing{}, y);
+      P::linear(w_.at(weight), out, in, rows, x, y, Nothing{});
     } else {
-      product(rows, out, in, x, right, Bias{w_.at(bias)}, y);
+      P::linear(w_.at(weight), out, in, rows, x, y, typename P::Bias{w_.at(bias)});
     }
   }
   // y = Wᵀ x of each row, W (out, in), x (rows, out); added to y where it starts from itself.
   template <typename Start>
   void linear_transposed(
       int64_t weight, int64_t out, int64_t in, int64_t rows, Rows x, Rows y, Start start) const {
-    product(rows, in, out, x, Shared<true>{w_.at(weight), in}, start, y);
+    P::linear_transposed(w_.at(weight), out, in, rows, x, y, start);
   }
-  // The gradients of y = W x + b: a product whose depth is rows times lanes, at most kTile of rows at once.
+  // The gradients of y = W x + b, at most kTile of rows at once.
   void linear_gradients(
       int64_t weight, int64_t bias, int64_t out, int64_t in, int64_t rows, Rows grad_y, Rows x) const {
-    const auto rows_of = [](T* to, int64_t width) {
-      return [to, width](int lane) { return to + lane * width; };
-    };
     for (int64_t first = 0; first < rows; first += kTile) {
-      const int64_t end = first + kTile < rows ? first + kTile : rows;
-      T *grads = rows_of_grad_, *inputs = rows_of_input_;
-      const auto turn = [&](const auto& of_grad, const auto& of_input) {
-        store_rows<T>(out, L, of_grad, rows_of(grads, out));
-        store_rows<T>(in, L, of_input, rows_of(inputs, in));
-        grads += L * out, inputs += L * in;
-      };
-      for (int64_t r = first; r < end; ++r) {
-        const N *g = grad_y.at + r * grad_y.row, *from = x.at + r * x.row;
-        if constexpr (kTangents) {
-          turn([&](int64_t i) { return g[i].v; }, [&](int64_t j) { return from[j].t; });
-          turn([&](int64_t i) { return g[i].t; }, [&](int64_t j) { return from[j].v; });
-        } else {
-          turn([&](int64_t i) { return g[i]; }, [&](int64_t j) { return from[j]; });
-        }
-      }
-      const int64_t depth = (kTangents ? 2 : 1) * (end - first) * L;
-      add_products<T>(depth, out, in, rows_of_grad_, rows_of_input_, sums_ + weight);
+      const int64_t count = rows - first < kTile ? rows - first : kTile;
+      P::weight_gradients(out, in, count, grad_y.from(first, 0), x.from(first, 0), rows_of_grad_,
+                          rows_of_input_, sums_ + weight);
       if (bias < 0) continue;
-      for (int64_t r = first; r < end; ++r) {
+      for (int64_t r = first; r < first + count; ++r) {
         const N* g = grad_y.at + r * grad_y.row;
-        add_lanes<T>(out, [&](int64_t i) { return stored(g[i]); }, sums_ + bias);
+        add_lanes<T>(out, [&](int64_t i) { return P::stored(g[i]); }, sums_ + bias);
       }
     }
   }
@@ -556,7 +437,7 @@ class Pass {
     const Rows mixed = direct ? Rows{saved.mixed, s_.heads * d}.from(at, head * d) : context;
     const Rows weights = Rows{saved.weights, every}.from(at, head * rows_);
     if (direct) linear_transposed(b.key + head * w * d, w, d, rows, query, direction, Nothing{});
-    product(rows, num_keys, to.width, direction, Own{to.keys.at, 1, to.keys.row}, Nothing{}, weights);
+    P::product(rows, num_keys, to.width, direction, Own{to.keys.at, 1, to.keys.row}, Nothing{}, weights);
     N* const mark = next_;
     Rows surviving = weights;
     if (drops_attention(layer)) surviving = {take(rows * num_keys), num_keys};
@@ -583,7 +464,7 @@ class Pass {
       }
       if (direct) saved.total[(at + r) * s_.heads + head] = total;
     }
-    product(rows, to.width, num_keys, surviving, Own{to.values.at, to.values.row, 1}, Nothing{}, mixed);
+    P::product(rows, to.width, num_keys, surviving, Own{to.values.at, to.values.row, 1}, Nothing{}, mixed);
     next_ = mark;
     if (!direct) return;
     linear(b.value + head * w * d, -1, w, d, rows, mixed, context);
@@ -623,8 +504,8 @@ class Pass {
       linear_transposed(b.value + head * w * d, w, d, rows, grad_context, grad_mixed, Nothing{});
     }
     const Rows grad_scores{take(rows * num_keys), num_keys};
-    product(rows, num_keys, to.width, grad_mixed, Own{to.values.at, 1, to.values.row}, Nothing{},
-            grad_scores);
+    P::product(rows, num_keys, to.width, grad_mixed, Own{to.values.at, 1, to.values.row}, Nothing{},
+               grad_scores);
     const bool drops = drops_attention(layer);
     const N* surviving = weights;
     const int64_t surviving_row = drops ? num_keys : every;
@@ -659,12 +540,12 @@ class Pass {
       }
       for (int64_t j = 0; j < num_keys; ++j) grad[j] = weight[j] * (grad[j] - inner_product) * scale;
     }
-    product(num_keys, to.width, rows, Left{surviving, 1, surviving_row},
-            Own{grad_mixed.at, grad_mixed.row, 1}, Itself{}, grads.values);
-    product(rows, to.width, num_keys, grad_scores, Own{to.keys.at, to.keys.row, 1}, Nothing{},
-            grad_direction);
-    product(num_keys, to.width, rows, Left{grad_scores.at, 1, num_keys}, Own{direction.at, direction.row, 1},
-            Itself{}, grads.keys);
+    P::product(num_keys, to.width, rows, Left{surviving, 1, surviving_row},
+               Own{grad_mixed.at, grad_mixed.row, 1}, Itself{}, grads.values);
+    P::product(rows, to.width, num_keys, grad_scores, Own{to.keys.at, to.keys.row, 1}, Nothing{},
+               grad_direction);
+    P::product(num_keys, to.width, rows, Left{grad_scores.at, 1, num_keys},
+               Own{direction.at, direction.row, 1}, Itself{}, grads.keys);
     if (direct) {
       linear(b.key + head * w * d, -1, w, d, rows, grad_direction, grad_query);
       linear_gradients(b.key + head * w * d, -1, w, d, rows, query, grad_direction);

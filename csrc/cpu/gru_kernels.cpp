@@ -4,17 +4,22 @@
 // tangent). Of dual numbers' gradients only the tangents are summed and stored.
 
 #include "gru.h"
-#include "linear.h"
+#include "products.h"
 
 namespace td3_fast::cpu {
 namespace {
 
 template <typename T, bool kTangents>
 class GruPass {
+  using P = Products<T, kTangents>;
   using V = Vector<T>;
-  using W = Weights<T, kTangents>;
-  using N = typename W::N;
-  static constexpr int L = kLanes<T>;
+  using W = typename P::W;
+  using N = typename P::N;
+  using Rows = typename P::Rows;
+  using Nothing = typename P::Nothing;
+  using Itself = typename P::Itself;
+  // Steps whose products with the inputs, which do not wait for one another, are made at once.
+  static constexpr int64_t kTile = 4;
 
  public:
   // keeps: what the way back needs of every step.
@@ -34,61 +39,67 @@ class GruPass {
       of_inputs_ = {call.input_weight};
       of_states_ = {call.state_weight};
     }
-    const int64_t steps = keeps ? steps_ : 1;
+    const int64_t steps = keeps ? steps_ : kTile;
     input_ = take(steps * inputs_);
     gates_ = take(steps * 4 * states_);
     state_ = take((steps + 1) * states_);
   }
 
   static int64_t scratch_size(const GruSizes& s) {
-    const int64_t widest = s.states > s.inputs ? s.states : s.inputs;
-    const int64_t numbers = s.length * (s.inputs + 5 * s.states) + s.states  // of the steps
-                            + 2 * s.states + s.inputs                        // of the way back
-                            + 3 * s.states + widest;                         // gradients and inputs as rows
+    const int64_t steps = s.length < kTile ? kTile : s.length,
+                  widest = s.states > s.inputs ? s.states : s.inputs;
+    const int64_t numbers = steps * (s.inputs + 5 * s.states) + s.states  // of the steps
+                            + 2 * s.states + kTile * s.inputs             // of the way back
+                            + kTile * (3 * s.states + widest);            // gradients and inputs as rows
     return numbers * static_cast<int64_t>(sizeof(N));
   }
 
   void forward() {
     for (int64_t f = 0; f < states_; ++f) state_[f] = N{};
     for (int64_t t = 0; t < steps_; ++t) {
+      if (t % kTile == 0) meet_inputs(t);
       step(t);
       if (call_.states == nullptr) continue;
       const N* state = state_of(t + 1);
       store_rows<T>(
-          states_, active(t), [&](int64_t f) { return stored(state[f]); }, rows(call_.states, states_, t));
+          states_, active(t), [&](int64_t f) { return P::stored(state[f]); }, rows(call_.states, states_, t));
     }
     zero_beyond(call_.states, states_);
   }
 
   void backward(T* sums) {
-    N *carry = take(states_), *kept = take(states_), *grad_input = take(inputs_);
-    T* const rows_of_grad = reinterpret_cast<T*>(take(3 * states_));
-    T* const rows_of_input = reinterpret_cast<T*>(take(states_ > inputs_ ? states_ : inputs_));
-    for (int64_t f = 0; f < states_; ++f) carry[f] = N{};
-    const auto carried = [&](int64_t f) { return carry[f]; };
+    N *carry = take(states_), *kept = take(states_), *grad_input = take(kTile * inputs_);
+    T* const rows_of_grad = reinterpret_cast<T*>(take(kTile * 3 * states_));
+    T* const rows_of_input = reinterpret_cast<T*>(take(kTile * (states_ > inputs_ ? states_ : inputs_)));
+    const int64_t h = states_;
+    for (int64_t f = 0; f < h; ++f) carry[f] = N{};
     for (int64_t t = steps_ - 1; t >= 0; --t) {
-      load_rows<T>(states_, active(t), rows(call_.grad_states, states_, t),
+      load_rows<T>(h, active(t), rows(call_.grad_states, h, t),
                    [&](int64_t f, V x) { carry[f] = plus(carry[f], x); });
       gates_backward(t, carry, kept);
+      for (int64_t f = 0; f < h; ++f) carry[f] = kept[f];
       N* const gate = gates_of(t);
-      for (int64_t f = 0; f < states_; ++f) carry[f] = kept[f];
-      linear_transposed<T, kTangents>(of_states_, 2 * states_, states_, gate, carry, carried);
-      linear_transposed<T, kTangents>(of_states_.at(2 * states_ * states_), states_, states_,
-                                      gate + 3 * states_, carry, carried);
-      if (call_.grad_inputs != nullptr) {
-        linear_transposed<T, kTangents>(of_inputs_, 3 * states_, inputs_, gate, grad_input,
-                                        [](int64_t) { return N{}; });
-        store_rows<T>(
-            inputs_, active(t), [&](int64_t f) { return stored(grad_input[f]); },
-            rows(call_.grad_inputs, inputs_, t));
-      }
+      const Rows to{carry, h};
+      P::linear_transposed(of_states_, 2 * h, h, 1, Rows{gate, 4 * h}, to, Itself{});
+      P::linear_transposed(of_states_.at(2 * h * h), h, h, 1, Rows{gate + 3 * h, 4 * h}, to, Itself{});
+      if (t % kTile != 0) continue;
       // Reset, update and new gate met the input; the last of them met the state before it was reset.
-      grads_as_rows(gate, 0, 3 * states_, rows_of_grad);
-      inputs_as_rows(input_of(t), inputs_, rows_of_input);
-      add_gradients(inputs_, rows_of_grad, rows_of_input, sums);
-      grads_as_rows(gate + 3 * states_, 2 * states_, states_, rows_of_grad);
-      inputs_as_rows(state_of(t), states_, rows_of_input);
-      add_gradients(states_, rows_of_grad, rows_of_input, sums + 3 * states_ * inputs_);
+      const int64_t count = steps_ - t < kTile ? steps_ - t : kTile;
+      const Rows gates{gate, 4 * h}, inputs{input_of(t), inputs_}, states{state_of(t), h};
+      if (call_.grad_inputs != nullptr) {
+        P::linear_transposed(of_inputs_, 3 * h, inputs_, count, gates, {grad_input, inputs_}, Nothing{});
+        for (int64_t i = 0; i < count; ++i) {
+          const N* own = grad_input + i * inputs_;
+          store_rows<T>(
+              inputs_, active(t + i), [&](int64_t f) { return P::stored(own[f]); },
+              rows(call_.grad_inputs, inputs_, t + i));
+        }
+      }
+      P::weight_gradients(3 * h, inputs_, count, gates, inputs, rows_of_grad, rows_of_input, sums);
+      T* const of_states = sums + 3 * h * inputs_;
+      P::weight_gradients(2 * h, h, count, gates, states, rows_of_grad, rows_of_input, of_states);
+      P::weight_gradients(h, h, count, gates.from(0, 3 * h), states, rows_of_grad, rows_of_input,
+                          of_states + 2 * h * h);
     }
     zero_beyond(call_.grad_inputs, inputs_);
   }
@@ -99,9 +110,9 @@ class GruPass {
     next_ += count;
     return taken;
   }
-  N* input_of(int64_t t) const { return input_ + (keeps_ ? t * inputs_ : 0); }
+  N* input_of(int64_t t) const { return input_ + (keeps_ ? t : t % kTile) * inputs_; }
   // Reset, update, new, and the product of the new one with the state.
-  N* gates_of(int64_t t) const { return gates_ + (keeps_ ? t * 4 * states_ : 0); }
+  N* gates_of(int64_t t) const { return gates_ + (keeps_ ? t : t % kTile) * 4 * states_; }
   // After t steps.
   N* state_of(int64_t t) const { return state_ + (keeps_ ? t : t % 2) * states_; }
 
@@ -126,13 +137,6 @@ class GruPass {
       for (int64_t i = 0; i < (call_.sizes.length - length_of(lane)) * width; ++i) row[i] = 0;
     }
   }
-  static TD3_FAST_INLINE V stored(const N& x) {
-    if constexpr (kTangents) {
-      return x.t;
-    } else {
-      return x;
-    }
-  }
   static TD3_FAST_INLINE N plus(const N& x, V constant) { return minus(x, -constant); }
 
   void load_inputs(int64_t t) const {
@@ -148,16 +152,20 @@ class GruPass {
     }
   }
 
+  // Of step t and those of its tile that follow: the products of the gates with the inputs.
+  void meet_inputs(int64_t t) const {
+    const int64_t count = steps_ - t < kTile ? steps_ - t : kTile, h = states_;
+    for (int64_t i = 0; i < count; ++i) load_inputs(t + i);
+    P::linear(of_inputs_, 3 * h, inputs_, count, Rows{input_of(t), inputs_}, {gates_of(t), 4 * h}, Nothing{});
+  }
+
   void step(int64_t t) const {
     const int64_t h = states_;
-    load_inputs(t);
     N *reset = gates_of(t), *update = reset + h, *fresh = update + h, *product = fresh + h;
-    const N* before = state_of(t);
-    N* after = state_of(t + 1);
-    const auto zero = [](int64_t) { return N{}; };
-    linear<T, kTangents>(of_inputs_, 3 * h, inputs_, input_of(t), reset, zero);
-    linear<T, kTangents>(of_states_, 2 * h, h, before, reset, [&](int64_t f) { return reset[f]; });
-    linear<T, kTangents>(of_states_.at(2 * h * h), h, h, before, product, zero);
+    N *before = state_of(t), *after = state_of(t + 1);
+    const Rows state{before, h};
+    P::linear(of_states_, 2 * h, h, 1, state, {reset, 4 * h}, Itself{});
+    P::linear(of_states_.at(2 * h * h), h, h, 1, state, {product, 4 * h}, Nothing{});
     for (int64_t f = 0; f < h; ++f) {
       reset[f] = sigmoid_of(reset[f]);
       update[f] = sigmoid_of(update[f]);
@@ -182,33 +190,6 @@ class GruPass {
       update[f] = to_update;
       fresh[f] = to_fresh;
     }
-  }
-
-  // The two sides of a weight's gradient, whose depth is the lanes; of dual numbers value times tangent and
-  // tangent times value.
-  static constexpr int64_t kDepth = kTangents ? 2 * L : L;
-  // Into columns at, ..., at + count - 1 of rows of 3 states.
-  void grads_as_rows(const N* grad, int64_t at, int64_t count, T* to) const {
-    const int64_t width = 3 * states_;
-    const auto row = [to, at, width](int lane) { return to + lane * width + at; };
-    if constexpr (kTangents) {
-      store_rows<T>(count, L, [&](int64_t i) { return grad[i].v; }, row);
-      store_rows<T>(count, L, [&](int64_t i) { return grad[i].t; }, [&](int lane) { return row(L + lane); });
-    } else {
-      store_rows<T>(count, L, [&](int64_t i) { return grad[i]; }, row);
-    }
-  }
-  void inputs_as_rows(const N* input, int64_t width, T* to) const {
-    const auto row = [to, width](int lane) { return to + lane * width; };
-    if constexpr (kTangents) {
-      store_rows<T>(width, L, [&](int64_t i) { return input[i].t; }, row);
-      store_rows<T>(width, L, [&](int64_t i) { return input[i].v; }, [&](int lane) { return row(L + lane); });
-    } else {
-      store_rows<T>(width, L, [&](int64_t i) { return input[i]; }, row);
-    }
-  }
-  void add_gradients(int64_t width, const T* grads, const T* inputs, T* sums) const {
-    add_products<T>(kDepth, 3 * states_, width, grads, inputs, sums);
   }
 
   const GruCall<T>& call_;
