@@ -1,18 +1,29 @@
 """What `inner_gradient` and `next_item_gradient` do in one call, beside autograd through the ops of its parts.
 
 The gradient of an inner step with its derivative in a direction, and that of the loss on real examples, of learners as
-they are for ml-100k and ml-1m; on the CPU. Of BERT4Rec the blocks are one call, beside its modules.
+they are for ml-100k and ml-1m; on the CPU. Of the other learners what they are made of, beside its references.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from td3_fast import ops
-from td3_fast.learners import BERT4Rec, BERT4RecConfig, FlatParameters, SASRec, SASRecConfig
+from td3_fast.learners import FlatParameters, SASRec, SASRecConfig, build_learner
+
+# Of a learner, the names under which it meets its kernels, and what stands there without them.
+REFERENCES = {
+    "GRU4Rec": {"recurrent.gru": ops.gru_reference},
+    "NARM": {
+        "recurrent.gru": ops.gru_reference,
+        "narm.additive_attention": ops.additive_attention_reference,
+    },
+    "BERT4Rec": {"bert4rec.has_transformer_encoder": lambda *_: False},
+}
 
 PARAMETERS = {
     # what, sequences, items, d
@@ -21,7 +32,7 @@ PARAMETERS = {
             ("inner", 25, 1_683, 32),
             ("inner with items", 25, 1_683, 32),
             ("real", 512, 1_683, 32),
-            ("BERT4Rec", 256, 1_683, 32),
+            *((name, 256, 1_683, 32) for name in REFERENCES),
         ],
         "acceptance": [
             *(
@@ -31,7 +42,7 @@ PARAMETERS = {
             ),
             ("real", 2_048, 1_683, 32),
             ("real", 2_048, 3_417, 64),
-            ("BERT4Rec", 2_048, 1_683, 32),
+            *((name, 2_048, 1_683, 32) for name in REFERENCES),
         ],
         "full": [("inner", 200, 1_683, 32), ("inner", 25, 100_000, 64), ("real", 4_096, 3_417, 64)],
     },
@@ -47,8 +58,8 @@ def real_examples(sequences, n):
     return histories, lengths, torch.randint(1, n, (sequences,), generator=generator)
 
 
-def make_bert4rec(variant, sequences, n, d):
-    learner = BERT4Rec(BERT4RecConfig(num_items=n, max_len=POSITIONS, hidden=d, inner=4 * d), seed=0)
+def make_other_learner(variant, name, sequences, n, d):
+    learner = build_learner(name, {"num_items": n, "max_len": POSITIONS, "hidden": d}, seed=0)
     flat = FlatParameters(learner)
     theta, items = flat.gather(learner.state_dict()), learner.item_embeddings.detach()
     batch = real_examples(sequences, n)
@@ -57,17 +68,19 @@ def make_bert4rec(variant, sequences, n, d):
         loss, gradients = flat.loss_gradient(theta, items, *batch, dropout=ops.DropoutStream(0))
         return loss, *gradients
 
-    def by_modules():
-        with patch("td3_fast.learners.bert4rec.has_transformer_encoder", return_value=False):
+    def by_references():
+        with ExitStack() as stack:
+            for where, reference in REFERENCES[name].items():
+                stack.enter_context(patch(f"td3_fast.learners.{where}", reference))
             return run()
 
-    return run if variant == "fused" else by_modules
+    return run if variant == "fused" else by_references
 
 
 def make_run(variant, size, device):
     what, sequences, n, d = size
-    if what == "BERT4Rec":
-        return make_bert4rec(variant, sequences, n, d)
+    if what in REFERENCES:
+        return make_other_learner(variant, what, sequences, n, d)
     learner = SASRec(SASRecConfig(num_items=n, max_len=POSITIONS, hidden=d, inner=2 * d), seed=0).to(device)
     flat = FlatParameters(learner)
     theta = flat.gather(learner.state_dict())
@@ -115,8 +128,9 @@ def test_gradients_in_one_call(size, variant, device, measure):
     if device.type != "cpu":
         pytest.skip("the ops are the CPU's")
     what, sequences, n, d = size
-    names = {"real": "loss on real examples", "BERT4Rec": "loss of BERT4Rec on real examples"}
-    name = names.get(what, f"{what}, with its derivative")
+    name = f"{what}, with its derivative"
+    if what in ("real", *REFERENCES):
+        name = f"loss of {'SASRec' if what == 'real' else what} on real examples"
     measure(
         f"{name}: {sequences} x {n} x {d} float32",
         variant,
