@@ -464,6 +464,7 @@ class Distiller:
             on_device = tuple(factor.to(self.items.device) for factor in factors)
             state.factors = state.factors._replace(parameters=on_device)
             state.step += self.steps_per_epoch
+            # the rest of an entry is what validation found
             of_steps = [name for name in entry if "@" not in name and name not in ("epoch", VALIDATION_LOSS)]
             state.losses.append({name: entry[name] for name in of_steps})
             self._end_epoch(state, ranker)

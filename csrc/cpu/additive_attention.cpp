@@ -87,17 +87,6 @@ void check_upstream(const Tensor& grad_local, const Tensor& query) {
                     " of ", grad_local.scalar_type());
 }
 
-// Both gradients from where they lie one after the other.
-template <typename T>
-std::tuple<Tensor, Tensor> split_sums(const Tensor& sums, const Tensor& key_weight, const Tensor& energy) {
-  const Tensor of_keys = key_weight.new_empty(key_weight.sizes()),
-               of_energy = energy.new_empty(energy.sizes());
-  const T* from = sums.const_data_ptr<T>();
-  std::copy_n(from, of_keys.numel(), of_keys.mutable_data_ptr<T>());
-  std::copy_n(from + of_keys.numel(), of_energy.numel(), of_energy.mutable_data_ptr<T>());
-  return {of_keys, of_energy};
-}
-
 }  // namespace
 
 Tensor additive_attention_forward(const Tensor& query,
@@ -131,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(const Ten
     AttentionInputs<T> in(query, states, key_weight, energy, lengths);
     const Tensor grad = grad_local.contiguous();
     const Tensor grad_query = query.new_empty(query.sizes()), grad_states = states.new_empty(states.sizes());
-    const Tensor sums = energy.new_empty({key_weight.numel() + energy.numel()});
+    const Tensor sums = sums_of(key_weight, energy);
     in.call.grad_local = grad.const_data_ptr<T>();
     in.call.grad_query = grad_query.mutable_data_ptr<T>();
     in.call.grad_states = grad_states.mutable_data_ptr<T>();
@@ -159,19 +148,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_double_bac
   return with_type(states, [&](auto zero) {
     using T = decltype(zero);
     AttentionInputs<T> in(query, states, key_weight, energy, lengths);
-    const auto direction = [](const OptionalTensor& given, const Tensor& like) {
-      check_direction(given, like);
-      return given.has_value() ? given->contiguous() : like.new_zeros(like.sizes());
-    };
-    const Tensor to_keys = direction(grad_grad_key_weight, key_weight);
-    const Tensor to_energy = direction(grad_grad_energy, energy);
-    check_direction(grad_grad_query, query);
-    check_direction(grad_grad_states, states);
-    const Tensor to_query = grad_grad_query.has_value() ? grad_grad_query->contiguous() : Tensor();
-    const Tensor to_states = grad_grad_states.has_value() ? grad_grad_states->contiguous() : Tensor();
+    const Tensor to_keys = direction_or_zeros(grad_grad_key_weight, key_weight);
+    const Tensor to_energy = direction_or_zeros(grad_grad_energy, energy);
+    const Tensor to_query = direction(grad_grad_query, query);
+    const Tensor to_states = direction(grad_grad_states, states);
     const Tensor grad = grad_local.contiguous(), local = query.new_empty(query.sizes());
     const Tensor grad_query = query.new_empty(query.sizes()), grad_states = states.new_empty(states.sizes());
-    const Tensor sums = energy.new_empty({key_weight.numel() + energy.numel()});
+    const Tensor sums = sums_of(key_weight, energy);
     in.call.key_weight_tangent = to_keys.const_data_ptr<T>();
     in.call.energy_tangent = to_energy.const_data_ptr<T>();
     if (to_query.defined()) in.call.query_tangent = to_query.const_data_ptr<T>();

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "panels.h"
@@ -58,11 +59,29 @@ void run_groups(
   }
 }
 
-// A direction of a derivative, where one is given, is like what it moves.
-inline void check_direction(const std::optional<Tensor>& given, const Tensor& like) {
+// A direction of a derivative, which is to be like what it moves; undefined where none is given.
+inline Tensor direction(const std::optional<Tensor>& given, const Tensor& like) {
   TORCH_CHECK_VALUE(
       !given.has_value() || (given->sizes() == like.sizes() && given->scalar_type() == like.scalar_type()),
       "expected a direction of the sizes and dtype of what it moves, ", like.sizes());
+  return given.has_value() ? given->contiguous() : Tensor();
+}
+inline Tensor direction_or_zeros(const std::optional<Tensor>& given, const Tensor& like) {
+  const Tensor made = direction(given, like);
+  return made.defined() ? made : like.new_zeros(like.sizes());
+}
+
+// Room for the sums of two tensors' gradients, one after the other, and both of them taken out of it.
+inline Tensor sums_of(const Tensor& first, const Tensor& second) {
+  return first.new_empty({first.numel() + second.numel()});
+}
+template <typename T>
+std::tuple<Tensor, Tensor> split_sums(const Tensor& sums, const Tensor& first, const Tensor& second) {
+  const Tensor of_first = first.new_empty(first.sizes()), of_second = second.new_empty(second.sizes());
+  const T* from = sums.const_data_ptr<T>();
+  std::copy_n(from, of_first.numel(), of_first.mutable_data_ptr<T>());
+  std::copy_n(from + of_first.numel(), of_second.numel(), of_second.mutable_data_ptr<T>());
+  return {of_first, of_second};
 }
 
 // The sequences by falling length, equal ones as they came, so that those of a group are of like lengths.

@@ -71,23 +71,6 @@ Tensor like_states(const Tensor& inputs, const Tensor& state_weight) {
   return inputs.new_empty({inputs.size(0), inputs.size(1), state_weight.size(1)});
 }
 
-// Both gradients from where they lie one after the other.
-template <typename T>
-std::tuple<Tensor, Tensor> split_sums(const Tensor& sums,
-                                      const Tensor& input_weight,
-                                      const Tensor& state_weight) {
-  const Tensor of_inputs = input_weight.new_empty(input_weight.sizes());
-  const Tensor of_states = state_weight.new_empty(state_weight.sizes());
-  const T* from = sums.const_data_ptr<T>();
-  std::copy_n(from, of_inputs.numel(), of_inputs.mutable_data_ptr<T>());
-  std::copy_n(from + of_inputs.numel(), of_states.numel(), of_states.mutable_data_ptr<T>());
-  return {of_inputs, of_states};
-}
-
-Tensor sums_of(const Tensor& input_weight, const Tensor& state_weight) {
-  return input_weight.new_empty({input_weight.numel() + state_weight.numel()});
-}
-
 void check_upstream(const Tensor& grad_states, const Tensor& inputs, const Tensor& state_weight) {
   TORCH_CHECK_VALUE(grad_states.dim() == 3 && grad_states.size(0) == inputs.size(0) &&
                         grad_states.size(1) == inputs.size(1) &&
@@ -153,14 +136,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_double_backward(const OptionalTen
   return with_type(inputs, [&](auto zero) {
     using T = decltype(zero);
     GruInputs<T> in(inputs, input_weight, state_weight, lengths);
-    const auto direction = [](const OptionalTensor& given, const Tensor& like) {
-      check_direction(given, like);
-      return given.has_value() ? given->contiguous() : like.new_zeros(like.sizes());
-    };
-    const Tensor to_input_weight = direction(grad_grad_input_weight, input_weight);
-    const Tensor to_state_weight = direction(grad_grad_state_weight, state_weight);
-    check_direction(grad_grad_inputs, inputs);
-    const Tensor to_inputs = grad_grad_inputs.has_value() ? grad_grad_inputs->contiguous() : Tensor();
+    const Tensor to_input_weight = direction_or_zeros(grad_grad_input_weight, input_weight);
+    const Tensor to_state_weight = direction_or_zeros(grad_grad_state_weight, state_weight);
+    const Tensor to_inputs = direction(grad_grad_inputs, inputs);
     const Tensor grad = grad_states.contiguous(), sums = sums_of(input_weight, state_weight);
     const Tensor states = like_states(inputs, state_weight);
     const Tensor grad_inputs = needs_inputs ? inputs.new_empty(inputs.sizes()) : inputs.new_empty({0});

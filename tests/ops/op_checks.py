@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -59,6 +60,78 @@ def derivatives(
     for kind, tensors in (("output", outputs), ("gradient", first), ("second order", second)):
         for index, tensor in enumerate(tensors):
             yield f"{kind} {index}", tensor.detach()
+
+
+def orders(
+    function: Callable[..., Tensor], tensors: list[Tensor], lengths: Tensor, *, needed: tuple[bool, ...] = ()
+) -> list[Tensor]:
+    """The output of a function of tensors and lengths, first-order gradients, and the gradient of a function of those.
+
+    needed: which tensors have gradients; all, if left out.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+
+    held = [not wanted for wanted in needed] or [False] * len(tensors)
+    tensors = [x.detach() if fixed else x for x, fixed in zip(tensors, held, strict=True)]
+    towards = [x for x in tensors if x.requires_grad]
+    output = function(*tensors, lengths)
+    upstream = like(output).requires_grad_()
+    first = torch.autograd.grad(output, towards, upstream, create_graph=True)
+    second = torch.autograd.grad(first, (*towards, upstream), [like(x) for x in first])
+    return [output, *first, *second]
+
+
+def assert_on_instruction_set(
+    name: str,
+    fused: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: list[Tensor],
+    lengths: Tensor,
+) -> None:
+    """The orders of a fused function on one of the machine's instruction sets are those of its reference."""
+    have = ops.build_facts()["instruction_sets"]
+    if name not in have:
+        pytest.skip(f"this machine does not run {name}")
+    expected = orders(reference, tensors, lengths)
+    try:
+        ops.library._kernels.select_instruction_set(name)
+        made = orders(fused, tensors, lengths)
+        rounded = orders(fused, [x.detach().float().requires_grad_() for x in tensors], lengths)
+    finally:
+        ops.library._kernels.select_instruction_set(have[0])
+    for a, b, c in zip(made, rounded, expected, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(b.double(), c, rtol=1e-3, atol=1e-4 * float(c.detach().abs().max()))
+
+
+def assert_as_near_to_float64(
+    fused: Callable[..., Tensor], reference: Callable[..., Tensor], tensors: list[Tensor], lengths: Tensor
+) -> None:
+    """In float32 the orders of a fused function are as near to float64 as its reference's."""
+    truth = orders(reference, tensors, lengths)
+    rounded = [x.detach().float().requires_grad_() for x in tensors]
+    for exact, near, own in zip(
+        truth, orders(reference, rounded, lengths), orders(fused, rounded, lengths), strict=True
+    ):
+        budget = 3 * (near - exact).abs().max() + 1e-5 * exact.abs().max()
+        assert (own - exact).abs().max() <= budget
+
+
+def assert_equal_on_any_threads(fused: Callable[..., Tensor], tensors: list[Tensor], lengths: Tensor) -> None:
+    """The orders of a fused function have the same bits on one thread and on two."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(orders(fused, tensors, lengths))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from torch.autograd import grad
+from op_checks import (
+    assert_as_near_to_float64,
+    assert_equal_on_any_threads,
+    assert_on_instruction_set,
+    orders,
+)
 
 from td3_fast import ops
 from td3_fast.ops import gru, gru_reference
@@ -19,22 +24,6 @@ def setting(*, batch=13, length=7, inputs=6, states=5, dtype=torch.float64, scal
     tensors = draw(batch, length, inputs), draw(3 * states, inputs), draw(3 * states, states)
     lengths = torch.randint(length + 1, (batch,), generator=generator)
     return [x.requires_grad_() for x in tensors], torch.full_like(lengths, length) if whole else lengths
-
-
-def orders(layer, tensors, lengths, *, needed=(True, True, True)):
-    """States, first-order gradients, and the gradient of a function of those."""
-    generator = torch.Generator().manual_seed(3)
-
-    def like(x):
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-
-    tensors = [x if wanted else x.detach() for x, wanted in zip(tensors, needed, strict=True)]
-    towards = [x for x in tensors if x.requires_grad]
-    states = layer(*tensors, lengths)
-    upstream = like(states).requires_grad_()
-    first = grad(states, towards, upstream, create_graph=True)
-    second = grad(first, (*towards, upstream), [like(x) for x in first])
-    return [states, *first, *second]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +60,7 @@ def test_gradients_towards_some_of_the_inputs(needed):
 @pytest.mark.parametrize("scale", [0.01, 0.7, 10.0])
 def test_float32_is_as_near_to_float64_as_the_loop_is(scale):
     tensors, lengths = setting(batch=40, length=20, inputs=32, states=64, scale=scale)
-    truth = orders(gru_reference, tensors, lengths)
-    rounded = [x.detach().float().requires_grad_() for x in tensors]
-    loop, fused = (orders(layer, rounded, lengths) for layer in (gru_reference, gru))
-    for exact, near, own in zip(truth, loop, fused, strict=True):
-        budget = 3 * (near - exact).abs().max() + 1e-5 * exact.abs().max()
-        assert (own - exact).abs().max() <= budget
+    assert_as_near_to_float64(gru, gru_reference, tensors, lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -137,35 +121,14 @@ def test_inputs_of_any_layout():
 
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(instruction_set):
-    have = ops.build_facts()["instruction_sets"]
-    if instruction_set not in have:
-        pytest.skip(f"this machine does not run {instruction_set}")
     tensors, lengths = setting(batch=40, inputs=33, states=23)
-    expected = orders(gru_reference, tensors, lengths)
-    try:
-        ops.library._kernels.select_instruction_set(instruction_set)
-        made = orders(gru, tensors, lengths)
-        single = [x.detach().float().requires_grad_() for x in tensors]
-        rounded = orders(gru, single, lengths)
-    finally:
-        ops.library._kernels.select_instruction_set(have[0])
-    for a, b, c in zip(made, rounded, expected, strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(b.double(), c, rtol=1e-3, atol=1e-4 * float(c.detach().abs().max()))
+    assert_on_instruction_set(instruction_set, gru, gru_reference, tensors, lengths)
 
 
-def test_equal_bits_on_any_number_of_threads():
-    tensors, lengths = setting(batch=300, length=20, inputs=32, states=64, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(orders(gru, tensors, lengths))
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_bits_on_any_number_of_threads(dtype):
+    tensors, lengths = setting(batch=300, length=20, inputs=32, states=64, dtype=dtype)
+    assert_equal_on_any_threads(gru, tensors, lengths)
 
 
 def test_schemas():
