@@ -118,7 +118,7 @@ class BERT4Rec(Learner):
         slots = F.pad(inputs_embeds, (0, 0, 0, 1)).unsqueeze(1).expand(-1, k, -1, -1).flatten(0, 1)
         masked = torch.arange(length + 1, device=slots.device) == behind.unsqueeze(1)
         rows = self._fill_in(slots, masked, behind, behind.unsqueeze(1), dropout)
-        return self._told(rows).view(batch, k, -1)
+        return self._told(rows).view(batch, k, inputs_embeds.shape[-1])
 
     def loss(
         self,

@@ -24,7 +24,12 @@ def look_up(items: Tensor, ids: Tensor) -> Tensor:
 
 
 def _has_kernel(items: Tensor) -> bool:
-    return has_fused("cpu") and items.dtype in (torch.float32, torch.float64)
+    # torch.compile does not take functions with a derivative of their own in forward mode
+    return (
+        has_fused("cpu")
+        and items.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _gathered(items: Tensor, ids: Tensor) -> Tensor:

@@ -46,6 +46,25 @@ def test_an_output_does_not_see_later_inputs_or_padding(name: str, layers: int) 
 
 
 @EACH
+def test_it_compiles_whole(name: str) -> None:
+    model = learner(name)
+    histories, lengths = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 0]]), torch.tensor([4, 3])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    table = model.item_embeddings
+    for a, b in zip(compiled(histories, lengths), model(histories, lengths), strict=True):
+        torch.testing.assert_close(a, b)
+        made, expected = (torch.autograd.grad(x.pow(3).sum(), table, retain_graph=True) for x in (a, b))
+        torch.testing.assert_close(made, expected)
+
+
+@EACH
+def test_without_positions_there_are_no_outputs(name: str) -> None:
+    model = learner(name)
+    nothing = torch.zeros(3, 0, dtype=torch.int64)
+    assert model.encode(embeddings(model, 3, 5), nothing).shape == (3, 0, model.item_embeddings.shape[1])
+
+
+@EACH
 def test_an_output_sees_all_inputs_up_to_its_own(name: str) -> None:
     model = learner(name)
     embeds = embeddings(model, 1, 6).requires_grad_()
