@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ class MemoryPlan:
     limits: Limits
     kept: str  # what is kept and what recomputed, in words
     moments: dict[str, int]  # the total of every moment
+    all_kept: int | None = None  # the total if nothing were recomputed, where something is and no limit asks for it
 
     @property
     def total(self) -> int:
@@ -99,10 +101,13 @@ class MemoryPlan:
     def lines(self) -> list[str]:
         """The plan in words."""
         parts = sorted(self.parts.items(), key=lambda part: -part[1])
-        return [
+        lines = [
             f"{in_words(self.total)} above the data, most of it {self.moment}; {self.kept}",
             "; ".join(f"{name} {in_words(size)}" for name, size in parts if size >= self.total / 200),
         ]
+        if self.all_kept is not None:
+            lines.append(f"nothing is recomputed, which is faster, with a limit of {in_words(self.all_kept)} or more")
+        return lines
 
 
 class _Twin(NamedTuple):
@@ -132,7 +137,8 @@ def plan_memory(
     pool: int,
     dtype: torch.dtype = torch.float32,
 ) -> MemoryPlan:
-    """The memory of a distillation from `pool` checkpoints, made to fit `config.memory_limit` where that is set.
+    """The memory of a distillation from `pool` checkpoints, made to fit `config.memory_limit` where that is set,
+    and to use it; without one, within the limits of `Limits`.
 
     Of the ways that fit, the fastest: smaller passes over real examples, then states that are recomputed, then
     probabilities that are. Takes a fraction of a second, and no memory to speak of.
@@ -148,9 +154,10 @@ def plan_memory(
         raise ValueError("there is no training example: no user has two items to train on")
     twin = _measure(split, config, learner_name, learner_config, dtype)
     planned = functools.partial(_plan, split, config, twin, learner_config["num_items"], pool, dtype)
-    plan = planned(Limits(micro_batch=config.micro_batch))
     if config.memory_limit is None:
-        return plan
+        plan = planned(Limits(micro_batch=config.micro_batch))
+        all_kept = planned(_nothing_recomputed(config))
+        return plan if plan.kept == all_kept.kept else replace(plan, all_kept=all_kept.total)
     for limits in _choices(config):
         plan = planned(limits)
         if plan.total <= config.memory_limit:
@@ -162,16 +169,20 @@ def plan_memory(
     )
 
 
+def _nothing_recomputed(config: DistillConfig) -> Limits:
+    return Limits(micro_batch=config.micro_batch, kept_states=sys.maxsize, cached_probabilities=sys.maxsize)
+
+
 def _choices(config: DistillConfig) -> Iterator[Limits]:
     """From the fastest to the smallest."""
-    usual = Limits(micro_batch=config.micro_batch)
+    most = _nothing_recomputed(config)
     least = min(SMALLEST_MICRO_BATCH, config.micro_batch)
     halvings = math.ceil(math.log2(config.micro_batch / least))
     sizes = [max(config.micro_batch >> i, least) for i in range(halvings + 1)]
     for cached, kept, size in itertools.product(
-        (usual.cached_probabilities, 0), (usual.kept_states, 0), sizes
+        (most.cached_probabilities, 0), (most.kept_states, 0), sizes
     ):
-        yield replace(usual, cached_probabilities=cached, kept_states=kept, micro_batch=size)
+        yield replace(most, cached_probabilities=cached, kept_states=kept, micro_batch=size)
 
 
 def _plan(

@@ -16,7 +16,7 @@ from td3_fast.cli_data import parse_bytes
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill_config import DistillConfig
 from td3_fast.live_bytes import LiveBytes
-from td3_fast.memory import MIB, MemoryLimitError, MemoryPlan, plan_memory
+from td3_fast.memory import MIB, MemoryLimitError, MemoryPlan, in_words, plan_memory
 
 MEASURE = Path(__file__).parents[1] / "benchmarks" / "plan_of_memory.py"
 CONFIG = DistillConfig(
@@ -103,6 +103,19 @@ def test_a_limit_is_kept_by_the_cheapest_means(split: Split) -> None:
     assert seen[-1].limits.cached_probabilities == 0
     assert seen[-1].limits.kept_states == 0
     assert seen[-1].total < 0.6 * usual.total
+
+
+def test_a_larger_limit_is_used(split: Split) -> None:
+    many = replace(CONFIG, users=200, positions=20)
+    usual = planned(split, many)
+    assert "streamed" in usual.kept
+    assert usual.all_kept is not None
+    assert in_words(usual.all_kept) in " ".join(usual.lines())
+    large = planned(split, replace(many, memory_limit=usual.all_kept))
+    assert large.total == usual.all_kept
+    assert "probabilities kept, real" in large.kept
+    assert planned(split, replace(many, memory_limit=usual.all_kept - 1)).kept != large.kept
+    assert planned(split, replace(CONFIG, item_embedding="frozen")).all_kept is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from td3_fast.unroll.mixture import (
 )
 from td3_fast.unroll.recorded import CudaGraphs, RecordedLoop, Recorder, may_be_recorded
 
-CACHED_PROBABILITIES_LIMIT = 512 * 2**20
+CACHED_PROBABILITIES_LIMIT = 2**30  # bytes
 
 
 def make_mixture(
