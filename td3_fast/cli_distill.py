@@ -30,6 +30,7 @@ from td3_fast.cli_options import (
     chosen_recipe,
     device_named,
     go_on,
+    names_in,
     print_rows,
     read_split,
     say_plan,
@@ -117,6 +118,14 @@ def distill(
     growth_limit: Annotated[
         float | None,
         typer.Option(help="Cuts a window short where the gradient has grown so many times on its way back."),
+    ] = None,
+    other_learners: Annotated[
+        str | None,
+        typer.Option(
+            "--other-learners",
+            help="Classes of learners, separated by commas, that take turns with the pretrained one's in the outer "
+            "steps, for a summary that serves them too.",
+        ),
     ] = None,
     start: Annotated[
         Literal["pool", "fresh"] | None,
@@ -266,6 +275,7 @@ def distill(
         "inner_steps": inner_steps,
         "growth_limit": growth_limit,
         "start": start,
+        "other_learners": None if other_learners is None else names_in(other_learners),
         "initial": initial,
         "selection": selection,
         "criterion": criterion,
@@ -288,6 +298,7 @@ def distill(
     if item_embedding is not None:
         changes["item_embedding"] = item_embedding
     config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+    config.check_pretrained(chosen.learner_name)
     chosen = replace(chosen, distill=config)
     if config.item_embedding == "trained" and config.start == "pool":
         chosen = replace(chosen, pretrain=replace(chosen.pretrain, pool_items=True))

@@ -236,7 +236,10 @@ class CostTable:
 
     def _key(self) -> str:
         """Of all that a step depends on besides its seed."""
-        recipe = asdict(self.recipe) | {"pretrain": self.recipe.pretrain.settings()}
+        recipe = asdict(self.recipe) | {
+            "pretrain": self.recipe.pretrain.settings(),
+            "distill": self.recipe.distill.settings(),
+        }
         settings = {"data": self.split.interactions.fingerprint, "recipe": recipe}
         if self.gpu is not None:
             settings["device"] = self.gpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,9 @@ from torch import Tensor
 from td3_fast.data import Split, shuffled
 from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.initial import summary_of_sequences, training_sequences
-from td3_fast.learners import FlatParameters
-from td3_fast.ops import (
-    derive_seed,
-    seeded_generator,
-)
+from td3_fast.learner_classes import OtherClass, PretrainedClass, to_width
+from td3_fast.objective import TeacherFeatures
+from td3_fast.ops import derive_seed, seeded_generator
 from td3_fast.parallel import ALONE, Group, Ranks, item_tables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import (
@@ -29,7 +27,7 @@ from td3_fast.summary import (
     TrainingRecipe,
     TuckerSummary,
 )
-from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker, fresh_like
+from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker
 from td3_fast.trajectory import Follower, Trajectory
 from td3_fast.unroll import (
     TENSORS_PER_STEP,
@@ -99,6 +97,7 @@ class Distiller:
         ranks: Ranks = ALONE,
     ) -> None:
         pretrained = for_item_embedding(pretrained, config)
+        config.check_pretrained(pretrained.learner_name)
         self.ranks = ranks
         self.tables = item_tables(ranks.items, split.interactions.num_items)
         _check_ranks(config, ranks)
@@ -113,7 +112,11 @@ class Distiller:
         self.seed = seed
         self.teacher = pretrained.learner(share_items=True)
         self.items = self.teacher.item_embeddings.detach()
-        self.flat = FlatParameters(self.teacher)
+        self.classes = [
+            PretrainedClass(self.teacher),
+            *(OtherClass(name, self.teacher) for name in config.other_learners),
+        ]
+        self.flat = self.classes[0].flat
         self.pool = [
             (self.flat.gather(checkpoint), checkpoint.get("item_embeddings", self.items))
             for checkpoint in pretrained.pool
@@ -123,15 +126,21 @@ class Distiller:
         self._order: tuple[int, np.ndarray] | None = None
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
-        self.follower = Follower(
-            config,
-            self.teacher,
-            self.flat,
-            split.train,
-            self.limits,
-            tables=self.tables,
-            sharing=self.sharing_examples,
-        )
+        features = TeacherFeatures(self.teacher, self.flat, tables=self.tables)
+        self.followers = [
+            Follower(
+                config,
+                each.learner,
+                each.flat,
+                split.train,
+                self.limits,
+                features=features,
+                tables=self.tables,
+                sharing=self.sharing_examples,
+            )
+            for each in self.classes
+        ]
+        self.follower = self.followers[0]
         own = len(self.sharing_trajectories.turns(config.trajectories))
         # a limit of memory is kept by one trajectory after another
         self.lanes = Lanes(
@@ -185,7 +194,7 @@ class Distiller:
         """What the recorded steps of a trajectory hold: the states of a window, and the probabilities if these are
         kept."""
         config = self.config
-        moving = self.flat.size * self.items.element_size()
+        moving = sum(each.flat.size for each in self.classes) * self.items.element_size()
         held = 0
         if config.item_embedding == "trained":
             moving += self.items.nbytes
@@ -215,7 +224,7 @@ class Distiller:
                 **self.fit_options(),
             ),
             metrics={name: value for name, value in best.items() if "@" in name},
-            settings={"seed": self.seed, "distill": asdict(self.config)},
+            settings={"seed": self.seed, "distill": self.config.settings()},
         )
 
     def best(self, state: DistillState) -> Summary:
@@ -257,6 +266,10 @@ class Distiller:
             seed=seed,
         )
 
+    def turn(self, state: DistillState, trajectory: int = 0) -> int:
+        """Which of `classes` the learner of a trajectory is of: they take turns, over trajectories and outer steps."""
+        return (state.step * self.config.trajectories + trajectory) % len(self.classes)
+
     def _start(
         self, state: DistillState, generator: torch.Generator, trajectory: int = 0
     ) -> tuple[Tensor, ...]:
@@ -268,8 +281,9 @@ class Distiller:
             return state.carried[trajectory * size : (trajectory + 1) * size]
         if self.config.start == "fresh":
             path = (state.step, trajectory) if trajectory else (state.step,)
-            fresh = fresh_like(self.teacher, seed=derive_seed(self.seed, "start", *path), share_items=True)
-            theta, items = self.flat.gather(fresh.state_dict()), self.items
+            drawn_class = self.classes[self.turn(state, trajectory)]
+            theta = drawn_class.fresh_parameters(seed=derive_seed(self.seed, "start", *path))
+            items = self.items
         else:
             theta, items = self.pool[drawn]
         return (theta, items) if self.config.item_embedding == "trained" else (theta,)
@@ -297,8 +311,10 @@ class Distiller:
             for turn, index in enumerate(self.sharing_trajectories.turns(count)):
                 with lanes.lane(turn) as lane:
                     drawn = self.draw(state, index, window=window)
-                    cotangent, loss, between = self.follower.follow(drawn, mixture.apart(), lane)
-                cotangents.append(cotangent)
+                    of_class = self.turn(state, index)
+                    own = mixture.apart() if of_class == 0 else self._for_other(of_class, mixture)
+                    cotangent, loss, between = self.followers[of_class].follow(drawn, own, lane)
+                cotangents.append(cotangent if of_class == 0 else to_width(cotangent, made.shape[-1]))
                 losses.append(loss)
                 carried.append(between)
         # not by grad_outputs, for which autograd imports symbolic algebra: 34 MiB, and a second of every run
@@ -336,6 +352,14 @@ class Distiller:
         )
         return embeddings, FixedEmbeddings(embeddings)
 
+    def _for_other(self, of_class: int, mixture: ItemMixture) -> ItemMixture:
+        """The soft embeddings, of a frozen table, as wide as the item table of that class.
+
+        Cut or filled with zeros, which is its own adjoint: cotangents come back to the first width in the same way.
+        """
+        assert mixture.whole is not None
+        return FixedEmbeddings(to_width(mixture.whole, self.classes[of_class].columns))
+
     def _over_ranks(
         self, gradients: tuple[Tensor, ...], figures: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
@@ -355,7 +379,7 @@ class Distiller:
         """`meta_gradient` by the engine of that name."""
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
         followed = [
-            self.follower.follow_with_higher(
+            self.followers[self.turn(state, index)].follow_with_higher(
                 self.draw(state, index, window=window), factors, self.form.queries_and_keys
             )
             for index in range(self.config.trajectories)
@@ -383,13 +407,15 @@ class Distiller:
         return losses
 
     def validate(self, state: DistillState, ranker: Ranker, progress: Progress = silent) -> dict[str, float]:
-        """Validation metrics of learners trained on the summary as it stands, averaged over `validation_runs`."""
+        """Validation metrics of learners trained on the summary as it stands: the mean of `validation_runs`, which the
+        classes share out, and of at least one of each class."""
         config = self.config
         epoch = state.step // self.steps_per_epoch
-        runs = []
-        for run in range(config.validation_runs):
+        by_class: list[list[dict[str, float]]] = [[] for _ in self.classes]
+        for run in range(max(config.validation_runs, len(self.classes))):
             seed = derive_seed(self.seed, "validation", run)
-            learner = fresh_like(self.teacher, seed=seed, share_items=config.item_embedding == "frozen")
+            of_class = run % len(self.classes)
+            learner = self.classes[of_class].fresh(seed=seed, share_items=config.item_embedding == "frozen")
             if config.semantics.carry_embeddings and state.validation_items is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(state.validation_items)
@@ -411,8 +437,8 @@ class Distiller:
             metrics = ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection]
             if config.criterion == "cross_entropy":
                 metrics[VALIDATION_LOSS] = ranker.cross_entropy(learner, dropout_seed=dropout_seed)
-            runs.append(metrics)
-        return self.ranks.everyone.first_of(mean_of(runs))
+            by_class[of_class].append(metrics)
+        return self.ranks.everyone.first_of(mean_of([mean_of(runs) for runs in by_class]))
 
     def fit_options(self) -> dict[str, Any]:
         """How a learner is trained on this summary, as `fit_on_summary` takes it."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from td3_fast.learners import learner_named
 from td3_fast.training import Protocol
 from td3_fast.unroll import CACHED_PROBABILITIES_LIMIT, KEPT_STATES_LIMIT, ItemEmbedding
 
@@ -87,6 +88,9 @@ class DistillConfig:
     window_kind: Window = "random"  # RaT-BPTT; "fixed": the window ends at step N; "full": all N steps
     growth_limit: float | None = None  # a window is cut short where its adjoint has grown so many times
     start: Start = "pool"  # checkpoints of pretraining; "fresh": new encoders, as the summary is used
+    other_learners: tuple[
+        str, ...
+    ] = ()  # classes that take turns with the pretrained learner's, on its item table
     initial: Initial = "noise"  # factors to start from; "sequences": of items of real users
     sharpness: float = 2.0  # of these: what an item scores on its own query, in nats
     summary_weight_decay: float = 1e-4
@@ -155,6 +159,19 @@ class DistillConfig:
             raise ValueError(
                 'carry_embeddings asks for item_embedding="trained": a frozen table has nothing to carry'
             )
+        known = tuple(learner_named(name) for name in self.other_learners)
+        if len(set(known)) < len(known):
+            raise ValueError(f"other_learners names a class twice: {', '.join(known)}")
+        object.__setattr__(self, "other_learners", known)
+        if self.other_learners and (self.item_embedding, self.start) != ("frozen", "fresh"):
+            raise ValueError(
+                'other_learners asks for item_embedding="frozen" and start="fresh": only the pretrained learner\'s own '
+                "class has checkpoints and tables to start from"
+            )
+        if self.other_learners and self.semantics.reload_learner == "epoch":
+            raise ValueError(
+                'other_learners asks for reload_learner="step": a learner cannot go on as one of another class'
+            )
         if self.item_dtype == "bfloat16" and (self.item_embedding, self.engine) != ("frozen", "native"):
             raise ValueError(
                 'item_dtype="bfloat16" asks for item_embedding="frozen" and engine="native": a table that is trained '
@@ -165,6 +182,21 @@ class DistillConfig:
             raise ValueError(
                 'memory_limit asks for engine="native": "higher" keeps what it differentiates whole'
             )
+
+    def check_pretrained(self, learner_name: str) -> None:
+        """ValueError where the class of the pretrained learner is named among the others."""
+        if learner_name in self.other_learners:
+            raise ValueError(
+                f"other_learners names {learner_name}, the class of the pretrained learner, which has its turns in any "
+                "case: leave it out"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What a distillation depends on; as it was before classes took turns, where there is one."""
+        settings = asdict(self)
+        if not self.other_learners:
+            del settings["other_learners"]
+        return settings
 
     def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
         """(warm-up steps, differentiated steps) of one outer step."""

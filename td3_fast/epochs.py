@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def kept_epochs(folder: Path, config: DistillConfig, settings: Settings) -> Kept
     metadata = load_summary(folder / SUMMARY).metadata
     then: dict[str, Any] = {} if metadata is None else dict(metadata.settings)
     plain = replace(config, semantics=config.semantics.but_for_comparing)
-    found = differences(then, {**settings, "distill": asdict(plain)})
+    found = differences(then, {**settings, "distill": plain.settings()})
     if found:
         raise RunError(
             f"the run in {folder} differs in more than how epochs are compared: {'; '.join(found[:3])}"

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from td3_fast.data import Batch, Split
 from td3_fast.distill_config import DistillConfig, Limits
-from td3_fast.learners import FlatParameters, build_learner
+from td3_fast.learner_classes import OtherClass, PretrainedClass
+from td3_fast.learners import build_learner
 from td3_fast.live_bytes import LiveBytes
-from td3_fast.objective import OuterObjective
+from td3_fast.objective import OuterObjective, TeacherFeatures
 from td3_fast.ops import EXAMPLES_AT_ONCE, SMALL_TABLE, has_next_item_gradient, kept_score_bytes
 from td3_fast.training import RANKED_AT_ONCE
 from td3_fast.unroll import (
@@ -91,7 +92,9 @@ class MemoryPlan:
     limits: Limits
     kept: str  # what is kept and what recomputed, in words
     moments: dict[str, int]  # the total of every moment
-    all_kept: int | None = None  # the total if nothing were recomputed, where something is and no limit asks for it
+    all_kept: int | None = (
+        None  # the total if nothing were recomputed, where something is and no limit asks for it
+    )
 
     @property
     def total(self) -> int:
@@ -106,7 +109,9 @@ class MemoryPlan:
             "; ".join(f"{name} {in_words(size)}" for name, size in parts if size >= self.total / 200),
         ]
         if self.all_kept is not None:
-            lines.append(f"nothing is recomputed, which is faster, with a limit of {in_words(self.all_kept)} or more")
+            lines.append(
+                f"nothing is recomputed, which is faster, with a limit of {in_words(self.all_kept)} or more"
+            )
         return lines
 
 
@@ -114,6 +119,7 @@ class _Twin(NamedTuple):
     """What passes of a learner take, the item table aside, in bytes."""
 
     width: int  # of the item table, not bytes
+    other_columns: int  # of tables of other widths, of other classes
     parameters: int
     step: int  # kept of an inner step, with a frozen table: state, gradients and graph
     adjoint: int  # beside that, while a step is taken or pulled back
@@ -179,9 +185,7 @@ def _choices(config: DistillConfig) -> Iterator[Limits]:
     least = min(SMALLEST_MICRO_BATCH, config.micro_batch)
     halvings = math.ceil(math.log2(config.micro_batch / least))
     sizes = [max(config.micro_batch >> i, least) for i in range(halvings + 1)]
-    for cached, kept, size in itertools.product(
-        (most.cached_probabilities, 0), (most.kept_states, 0), sizes
-    ):
+    for cached, kept, size in itertools.product((most.cached_probabilities, 0), (most.kept_states, 0), sizes):
         yield replace(most, cached_probabilities=cached, kept_states=kept, micro_batch=size)
 
 
@@ -229,7 +233,10 @@ def _plan(
     autograd = twin.by_autograd or (softmax and not cached)
     always = {
         # a pool of one is the best checkpoint itself; a frozen table is there once, for all
-        POOL: table + theta + (pool if pool > 1 else 0) * (moving + theta),
+        POOL: table
+        + num_items * twin.other_columns * kept_size
+        + theta
+        + (pool if pool > 1 else 0) * (moving + theta),
         TEACHER: (2 + pool) * theta,
         FACTORS: 8 * numbers * size + 4 * soft,
         OTHER: LIBRARIES + SCRATCH - (0 if autograd else OF_AUTOGRAD),
@@ -274,7 +281,8 @@ def _plan(
         else {},
         "in validation": {
             **({PROBABILITIES: 2 * probabilities} if cached else {}),
-            LEARNER: moving + theta + state,
+            # one of another class is built with a table of its own before it takes that which is there
+            LEARNER: moving + theta + state + (max(table - SCRATCH, 0) if config.other_learners else 0),
             VALIDATION: twin.adjoint + moving + embedded,
         },
         "in ranking": {
@@ -313,21 +321,49 @@ def _measure(
     of_item = learner_config["hidden"] * dtype.itemsize
     if learner_config["num_items"] * of_item > SMALL_TABLE:
         num_items = SMALL_TABLE // of_item + 1
-    teacher = build_learner(name, {**learner_config, "num_items": num_items}, seed=0).to(dtype)
-    items = teacher.item_embeddings.detach()
-    flat = FlatParameters(teacher)
-    theta = flat.gather(teacher.state_dict())
+    own = PretrainedClass(build_learner(name, {**learner_config, "num_items": num_items}, seed=0).to(dtype))
+    features = TeacherFeatures(own.learner, own.flat)
+    classes = [own, *(OtherClass(other, own.learner) for other in config.other_learners)]
+    of_each = [_measure_class(split, config, each, features) for each in classes]
+
+    def largest(line: str) -> tuple[float, float]:
+        return max(getattr(each, line)[0] for each in of_each), max(
+            getattr(each, line)[1] for each in of_each
+        )
+
+    # classes take turns, so of each figure it is the largest that counts
+    return _Twin(
+        width=max(each.width for each in of_each),
+        other_columns=sum(each.columns for each in classes if each.columns != own.columns),
+        parameters=max(each.parameters for each in of_each),
+        step=max(each.step for each in of_each),
+        adjoint=max(each.adjoint for each in of_each),
+        length=of_each[0].length,
+        by_autograd=any(each.by_autograd for each in of_each),
+        real=largest("real"),
+        ranked=largest("ranked"),
+    )
+
+
+def _measure_class(
+    split: Split, config: DistillConfig, measured: PretrainedClass, features: TeacherFeatures
+) -> _Twin:
+    learner, flat = measured.learner, measured.flat
+    items = learner.item_embeddings.detach()
+    theta = flat.gather(learner.state_dict())
     fused = flat.fused_shape(theta) is not None
     real_fused = fused and has_next_item_gradient(items, theta)
-    step, adjoint = _measure_steps(config, teacher, items, theta)
+    step, adjoint = _measure_steps(config, learner, items, theta)
     real: list[float] = []
     ranked: list[float] = []
     for count in TWIN_EXAMPLES:
         # the longest histories are the dearest
         index = np.argsort(split.train.lengths, kind="stable")[-count:]
-        objective = OuterObjective(config, teacher, flat, split.train, index, seed=0, micro_batch=count)
+        objective = OuterObjective(
+            config, learner, flat, split.train, index, features=features, seed=0, micro_batch=count
+        )
         ((_, part),) = objective.parts
-        short = Batch(part.histories % num_items, part.lengths, part.targets % num_items)
+        short = Batch(part.histories % len(items), part.lengths, part.targets % len(items))
         objective.parts = [
             (0, short),
             (1, short),
@@ -336,9 +372,9 @@ def _measure(
             objective.gradient(flat, (theta,), items)
         real.append(live.peak)
         with LiveBytes() as live, torch.no_grad():
-            teacher(short.histories, short.lengths)
+            learner(short.histories, short.lengths)
         ranked.append(live.peak)
-    length = min(int(split.train.lengths.max(initial=1)), teacher.max_len)
+    length = min(int(split.train.lengths.max(initial=1)), learner.max_len)
     real_line = _line(TWIN_EXAMPLES, real)
     if real_fused:
         # embeddings and what comes back for them, of the examples that the op has at once
@@ -346,6 +382,7 @@ def _measure(
         real_line = (real_line[0] + within, real_line[1])
     return _Twin(
         width=items.shape[1],
+        other_columns=0,
         parameters=theta.nbytes,
         step=step,
         adjoint=adjoint,
@@ -356,9 +393,9 @@ def _measure(
     )
 
 
-def _measure_steps(config: DistillConfig, teacher: Any, items: Tensor, theta: Tensor) -> tuple[int, int]:
+def _measure_steps(config: DistillConfig, learner: Any, items: Tensor, theta: Tensor) -> tuple[int, int]:
     loop = InnerLoop(
-        learner=teacher,
+        learner=learner,
         num_users=config.users,
         num_positions=config.positions,
         batch_size=config.users_per_step,

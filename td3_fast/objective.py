@@ -25,10 +25,35 @@ from td3_fast.unroll import beside
 EXAMPLES_IN_A_CALL = 2**15  # at most, where a GPU looks the items up as it encodes
 
 
+class TeacherFeatures:
+    """What the pretrained learner makes of real examples, which the outputs of others are aligned with."""
+
+    def __init__(self, teacher: Learner, flat: FlatParameters, *, tables: ItemTables = WHOLE) -> None:
+        self._flat = flat
+        self._parameters = flat.gather(teacher.state_dict())
+        self._items = teacher.item_embeddings.detach()
+        self._tables = tables
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, *, dropout: DropoutStream | None = None) -> Tensor:
+        """(batch, d), after the last item of each history."""
+        shape = self._flat.fused_shape(self._parameters)
+        if shape is not None and self._tables is WHOLE and self._items.dtype == self._parameters.dtype:
+            return encode_histories(
+                self._parameters, self._items, batch.histories, batch.lengths, shape, dropout=dropout
+            )
+        known = self._tables.look_up(batch.histories, self._items)
+        positions = (batch.lengths - 1).unsqueeze(1)
+        return self._flat.encode(self._parameters, known, positions, dropout=dropout).squeeze(1)
+
+
 class OuterObjective:
     """Cross-entropy of the next item plus alignment of features, on one batch of real examples.
 
     Of a group of processes each takes its share of the micro-batches: losses and gradients add up to those of all.
+
+    learner: of the class that is judged, with a frozen table its own; features: of the pretrained learner, which may be
+    of another class and a column wider or narrower, for a bias of items: the columns that both have are aligned.
 
     there: the same examples where the item table is, if they are to be cut there, with the same results up to rounding;
     not where dropout is drawn for them, whose masks depend on the width of micro-batches.
@@ -37,11 +62,12 @@ class OuterObjective:
     def __init__(
         self,
         config: DistillConfig,
-        teacher: Learner,
+        learner: Learner,
         flat: FlatParameters,
         examples: Examples,
         index: np.ndarray,
         *,
+        features: TeacherFeatures,
         seed: int,
         micro_batch: int,
         tables: ItemTables = WHOLE,
@@ -50,17 +76,16 @@ class OuterObjective:
     ) -> None:
         self._config = config
         self._tables = tables
-        self._flat = flat
-        self._teacher_parameters = flat.gather(teacher.state_dict())
-        self._teacher_items = teacher.item_embeddings.detach()
+        self._teacher_features = features
         self._count = len(index)
         sharing = sharing or Group()
         size = micro_batch
+        theta, items = flat.gather(learner.state_dict()), learner.item_embeddings.detach()
         fused = (
-            flat.fused_shape(self._teacher_parameters) is not None
+            flat.fused_shape(theta) is not None
             and tables is WHOLE
             and config.engine == "native"
-            and has_next_item_gradient(self._teacher_items, self._teacher_parameters)
+            and has_next_item_gradient(items, theta)
         )
         # no tensor of their embeddings is made then; smaller parts were asked for where memory is short
         if there is not None and fused and config.item_embedding == "frozen" and size >= config.micro_batch:
@@ -72,9 +97,9 @@ class OuterObjective:
         own = list(enumerate(rows))[sharing.rank :: sharing.size]
         if there is None:
             by_length = index[np.argsort(examples.lengths[index], kind="stable")]
-            self.parts = [(i, cut_batch(examples, by_length[part], teacher.max_len)) for i, part in own]
+            self.parts = [(i, cut_batch(examples, by_length[part], learner.max_len)) for i, part in own]
         else:
-            order = there.shortest_first(beside(torch.from_numpy(index), self._teacher_items))
+            order = there.shortest_first(beside(torch.from_numpy(index), items))
             whole = there.cut(order)
             self.parts = [(i, Batch(*(tensor[part] for tensor in whole))) for i, part in own]
         self._seed = seed
@@ -94,7 +119,9 @@ class OuterObjective:
             aligned = hidden.new_zeros(())
             features = self._features(i, batch)
             if features is not None:
-                aligned = F.mse_loss(hidden, features) * (share * self._config.alignment)
+                both = min(hidden.shape[1], features.shape[1])
+                aligned = F.mse_loss(hidden[:, :both], features[:, :both])
+                aligned = aligned * (share * self._config.alignment)
             yield fit, aligned
 
     @staticmethod
@@ -104,21 +131,12 @@ class OuterObjective:
     def _outer_dropout(self, i: int) -> DropoutStream | None:
         return self._dropout(self._config.semantics.outer_dropout, "outer", i)
 
-    @torch.no_grad()
     def _features(self, i: int, batch: Batch) -> Tensor | None:
         """What the teacher makes of a micro-batch, if that is asked for: (batch, d)."""
         if not self._config.alignment:
             return None
         dropout = self._dropout(self._config.semantics.alignment_dropout, "teacher", i)
-        shape = self._flat.fused_shape(self._teacher_parameters)
-        items = self._teacher_items
-        if shape is not None and self._tables is WHOLE and items.dtype == self._teacher_parameters.dtype:
-            return encode_histories(
-                self._teacher_parameters, items, batch.histories, batch.lengths, shape, dropout=dropout
-            )
-        known = self._tables.look_up(batch.histories, items)
-        positions = (batch.lengths - 1).unsqueeze(1)
-        return self._flat.encode(self._teacher_parameters, known, positions, dropout=dropout).squeeze(1)
+        return self._teacher_features(batch, dropout=dropout)
 
     def _gradients(
         self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor
@@ -132,13 +150,18 @@ class OuterObjective:
             for i, cut in self.parts:
                 part = self._on(table.device, cut)
                 share = len(part.targets) / self._count
+                features = self._features(i, part)
+                if features is not None:
+                    features = features[
+                        :, : table.shape[1]
+                    ].contiguous()  # a teacher's bias of items has no match here
                 made = next_item_gradient(
                     theta,
                     table,
                     *part,
                     shape,
                     dropout=self._outer_dropout(i),
-                    features=self._features(i, part),
+                    features=features,
                     alignment=self._config.alignment,
                     trained=trained,
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ class Run:
                     f"{self.pretrained_from} was pretrained on other data than {self.source}, or under other "
                     "filters: leave --pretrained out, or name one for these data"
                 )
-        return {"seed": self.seed, "distill": asdict(self.recipe.distill), "pretrained": dict(made_with)}
+        return {"seed": self.seed, "distill": self.recipe.distill.settings(), "pretrained": dict(made_with)}
 
     def _claim(self, resume: bool, overwrite: bool) -> Checkpoint | None:
         self.folder.mkdir(parents=True, exist_ok=True)

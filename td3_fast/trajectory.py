@@ -14,7 +14,7 @@ from torch import Tensor
 from td3_fast.data import Examples, ExamplesOnDevice
 from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.learners import FlatParameters, Learner
-from td3_fast.objective import OuterObjective
+from td3_fast.objective import OuterObjective, TeacherFeatures
 from td3_fast.ops import derive_seed
 from td3_fast.parallel import WHOLE, Group, ItemTables
 from td3_fast.unroll import (
@@ -43,28 +43,31 @@ class Trajectory:
 
 
 class Follower:
-    """Follows trajectories: the inner loop, the outer loss, and the way back through the differentiated steps.
+    """Follows trajectories of one class of learners: the inner loop, the outer loss, and the way back through the
+    differentiated steps.
 
-    teacher: the pretrained learner, whose encoder `flat` has as one vector and whose item table is the learners' where
-    theirs is frozen; train: the real examples; limits: what memory allows; sharing: processes among which the real
-    examples of a trajectory are dealt out.
+    learner: of that class, whose encoder `flat` has as one vector and whose item table is the learners' where theirs is
+    frozen; features: of the pretrained learner; train: the real examples; limits: what memory allows; sharing:
+    processes among which the real examples of a trajectory are dealt out.
     """
 
     def __init__(
         self,
         config: DistillConfig,
-        teacher: Learner,
+        learner: Learner,
         flat: FlatParameters,
         train: Examples,
         limits: Limits,
         *,
+        features: TeacherFeatures,
         tables: ItemTables = WHOLE,
         sharing: Group | None = None,
     ) -> None:
         self.config = config
-        self.teacher = teacher
+        self.learner = learner
         self.flat = flat
-        self.items = teacher.item_embeddings.detach()
+        self.features = features
+        self.items = learner.item_embeddings.detach()
         self.train = train
         self.limits = limits
         self.tables = tables
@@ -78,13 +81,13 @@ class Follower:
         # where the host would be waited for; masks are drawn alike on every device, for the widths that it cuts
         self.train_there: ExamplesOnDevice | None = None
         if device.type != "cpu" and not config.semantics.masks_real_examples:
-            self.train_there = ExamplesOnDevice(train, teacher.max_len, device)
+            self.train_there = ExamplesOnDevice(train, learner.max_len, device)
 
     def inner_loop(self, trajectory: Trajectory) -> InnerLoop:
         """The inner problem of a trajectory."""
         config = self.config
         return InnerLoop(
-            learner=self.teacher,
+            learner=self.learner,
             num_users=config.users,
             num_positions=config.positions,
             batch_size=config.users_per_step,
@@ -102,10 +105,11 @@ class Follower:
         """The real examples that judge a trajectory's learner; this process's share of them."""
         return OuterObjective(
             self.config,
-            self.teacher,
+            self.learner,
             self.flat,
             self.train,
             trajectory.examples,
+            features=self.features,
             seed=derive_seed(trajectory.seed, "real"),
             micro_batch=self.limits.micro_batch,
             tables=self.tables,
@@ -178,7 +182,7 @@ class Follower:
         queries_and_keys: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """The gradient of a trajectory by the engine "higher", of the factors, and its losses."""
-        learner = copy.deepcopy(self.teacher)
+        learner = copy.deepcopy(self.learner)
         self.flat.write(learner, *trajectory.start)
         objective = self.objective(trajectory)
         parts: list[float] = [0.0, 0.0]

@@ -144,6 +144,19 @@ def test_the_memory_of_a_distillation_is_told_and_limited(
     assert "\n" not in words
 
 
+def test_other_learners_take_turns(finished: Path, data: Path, tmp_path: Path, undrawn: None) -> None:
+    given = ("--pretrained", finished / "pretrained.safetensors")
+    words = (*TINY, *given, "--start", "fresh", "--item-embedding", "frozen", "--other-learners")
+    result = run("distill", data, *words, "gru4rec,BERT4Rec", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    summary = TuckerSummary.load(tmp_path / "summary.safetensors")
+    assert summary.metadata is not None
+    assert summary.metadata.training.learner == "SASRec"
+    assert summary.metadata.settings["distill"]["other_learners"] == ["GRU4Rec", "BERT4Rec"]
+    refused = refusal("distill", data, *words, "SASRec", "--out", tmp_path / "other")
+    assert "leave it out" in refused
+
+
 def test_the_summary_is_self_contained(finished: Path, data: Path) -> None:
     summary = TuckerSummary.load(finished / "summary.safetensors")
     assert summary.size == "6x6"

@@ -28,7 +28,7 @@ LAYERS = (
     {"distill", "pretrain", "evaluate"},
     {"trajectory"},
     {"objective"},
-    {"distill_config"},
+    {"distill_config", "learner_classes"},
     {"training", "export", "initial"},
     {"unroll", "sampled_softmax", "ensemble"},
     {"summary"},

@@ -19,7 +19,7 @@ def objectives(**changes: object) -> tuple[list[OuterObjective], list[tuple[Tens
     assert follower.train_there is None  # on the CPU
     learner = tuple(1.1 * p for p in trajectory.start)  # another than the teacher
     made, results = [], []
-    for there in (None, ExamplesOnDevice(follower.train, follower.teacher.max_len, follower.items.device)):
+    for there in (None, ExamplesOnDevice(follower.train, follower.learner.max_len, follower.items.device)):
         follower.train_there = there
         made.append(follower.objective(trajectory))
         fit, aligned, gradients = made[-1].gradient(follower.flat, learner, follower.items)
