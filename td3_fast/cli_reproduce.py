@@ -18,6 +18,7 @@ from td3_fast.cli_options import (
     Threads,
     device_named,
     go_on,
+    names_in,
     read_split,
     set_threads,
     watching,
@@ -69,6 +70,13 @@ def reproduce(
     improved: Annotated[
         bool, typer.Option("--improved", help="Beyond the paper, as that option of distill.")
     ] = False,
+    other_learners: Annotated[
+        str | None,
+        typer.Option(
+            "--other-learners",
+            help="Of table 4, beside --improved: classes that take turns in the distillation, as that option of distill.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each distillation; by recipe.")] = None,
     seed: Seed = 0,
     max_epochs: MaxEpochs = None,
@@ -107,13 +115,21 @@ def reproduce(
         raise ValueError("table 5 measures one step at a time: leave --processes out")
     if table == "all" and size is not None:
         raise ValueError("--size is of one table: name that, or leave --size out")
+    if other_learners is not None and (table != "4" or not improved):
+        raise ValueError("--other-learners is of table 4, beside --improved: add these, or leave it out")
     if size is not None:
         size = "{}x{}".format(*parse_size(size))
     known = recipe_named(dataset)
     chosen = _all_of(dataset) if table == "all" else (table,)
     cells = {one: _cells(one, dataset, size, together=table == "all") for one in chosen}
     recipe_of = partial(
-        recipe_for, known, semantics=semantics, improved=improved, epochs=epochs, max_epochs=max_epochs
+        recipe_for,
+        known,
+        semantics=semantics,
+        improved=improved,
+        other_learners=() if other_learners is None else names_in(other_learners),
+        epochs=epochs,
+        max_epochs=max_epochs,
     )
     # tables that share a pretrained learner need all that any of them needs
     recipe_of = partial(recipe_of, pool_items=any(recipe_of(one).pretrain.pool_items for one in chosen))
@@ -220,6 +236,7 @@ def recipe_for(
     improved: bool,
     epochs: int | None,
     max_epochs: int | None,
+    other_learners: tuple[str, ...] = (),
     pool_items: bool = False,
 ) -> Recipe:
     """The recipe of a table; size: of its summaries, which decides on what is improved."""
@@ -231,6 +248,8 @@ def recipe_for(
     else:
         recipe = recipe.improved() if improved else recipe
         recipe = replace(recipe, distill=with_semantics(recipe.distill, semantics))
+        recipe = replace(recipe, distill=replace(recipe.distill, other_learners=other_learners))
+        recipe.distill.check_pretrained(recipe.learner_name)
         pool_items |= recipe.distill.item_embedding == "trained" and recipe.distill.start == "pool"
     if epochs is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, epochs=epochs))

@@ -124,10 +124,10 @@ class SearchRun:
         write_json(self.folder / RESULTS, results)
 
     def _key(self, source: Source) -> str:
-        """Of all that a trial depends on; one on the full data does not on how the summary is trained on."""
+        """Of all that a trial depends on; one on the full data does not on the summary, nor on how that is trained on."""
         identity = self._identity()
         if source == "full":
-            del identity["fit_options"], identity["start"]
+            del identity["summary"], identity["fit_options"], identity["start"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def _identity(self) -> dict[str, Any]:

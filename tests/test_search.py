@@ -318,6 +318,21 @@ def test_trials_of_other_settings_do_not_count(files: tuple[Path, Path], tmp_pat
     assert len(read_json_lines(tmp_path / "search" / "trials.jsonl")) == 4
 
 
+def test_trials_on_the_full_data_serve_other_summaries_of_them(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    summary, data = files
+    other = TuckerSummary.load(summary)
+    other.core.detach().mul_(2)
+    other.save(tmp_path / "other.safetensors")
+    for number, path in enumerate((summary, tmp_path / "other.safetensors"), start=1):
+        words = ("search", path, data, *SMALL, "--full", "--max-epochs", "1", "--out", tmp_path / "search")
+        assert run(*words).exit_code == 0
+        trials = read_json_lines(tmp_path / "search" / "trials.jsonl")
+        sources = [trial["source"] for trial in trials]
+        assert (sources.count("summary"), sources.count("full")) == (2 * number, 2)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -104,6 +104,26 @@ VARIANTS: dict[str, tuple[bool, int | None, dict[str, Any]]] = {
     "items, bare product": (True, None, {"normalize": "none"}),
     "items, frozen, bare product": (True, None, {"normalize": "none", "item_embedding": "frozen"}),
     "items, bias of items": (True, None, {"name": "BERT4Rec"}),
+    "three trajectories, of three classes": (
+        False,
+        None,
+        {
+            "trajectories": 3,
+            "other_learners": ("BERT4Rec", "NARM"),
+            "item_embedding": "frozen",
+            "start": "fresh",
+        },
+    ),
+    "items, three trajectories of two classes": (
+        True,
+        None,
+        {
+            "trajectories": 3,
+            "other_learners": ("BERT4Rec",),
+            "item_embedding": "frozen",
+            "start": "fresh",
+        },
+    ),
 }
 
 
