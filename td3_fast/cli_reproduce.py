@@ -74,7 +74,7 @@ def reproduce(
         str | None,
         typer.Option(
             "--other-learners",
-            help="Of table 4, beside --improved: classes that take turns in the distillation, as that option of distill.",
+            help="Of table 4, beside --improved: classes that take turns in distilling, as of distill.",
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each distillation; by recipe.")] = None,

@@ -124,7 +124,7 @@ class SearchRun:
         write_json(self.folder / RESULTS, results)
 
     def _key(self, source: Source) -> str:
-        """Of all that a trial depends on; one on the full data does not on the summary, nor on how that is trained on."""
+        """Of all that a trial depends on; one on the full data does not on the summary and how that is trained on."""
         identity = self._identity()
         if source == "full":
             del identity["summary"], identity["fit_options"], identity["start"]
