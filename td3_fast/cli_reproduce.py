@@ -47,11 +47,19 @@ def reproduce(
     ],
     data: Data,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder; results/table-TABLE-DATASET if left out.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="The folder; results/table-TABLE-DATASET if left out, with the recipe where it is named.",
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="The name of its recipe, where the name of DATA does not say which."),
+        typer.Option("--dataset", help="The data set's name, where the name of DATA does not say which."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="A name from `td3-fast recipes`; the data set's if left out."),
     ] = None,
     size: Annotated[
         str | None,
@@ -119,9 +127,9 @@ def reproduce(
         raise ValueError("--other-learners is of table 4, beside --improved: add these, or leave it out")
     if size is not None:
         size = "{}x{}".format(*parse_size(size))
-    known = recipe_named(dataset)
+    known = recipe_named(recipe or dataset)
     chosen = _all_of(dataset) if table == "all" else (table,)
-    cells = {one: _cells(one, dataset, size, together=table == "all") for one in chosen}
+    cells = {one: _cells(one, dataset, known, size, together=table == "all") for one in chosen}
     recipe_of = partial(
         recipe_for,
         known,
@@ -138,7 +146,10 @@ def reproduce(
         "min_user_interactions": known.min_user_interactions,
     }
     filters = {name: minimum for name, minimum in minima.items() if minimum}
-    folder = Path("results") / f"table-{table}-{dataset}" if out is None else out
+    if out is None:
+        folder = Path("results") / "-".join(["table", table, dataset, *([] if recipe is None else [recipe])])
+    else:
+        folder = out
     split = read_split(data, format=format, columns=columns, **filters)
     common: dict[str, Any] = {
         "split": split,
@@ -208,21 +219,20 @@ def _all_of(dataset: str) -> tuple[str, ...]:
     return tuple(table for table in ALL if table in made)
 
 
-def _cells(table: str, dataset: str, size: str | None, *, together: bool) -> Sequence[Cell]:
+def _cells(table: str, dataset: str, recipe: Recipe, size: str | None, *, together: bool) -> Sequence[Cell]:
     """The cells of a table of qualities; `together` with the other tables, in one folder."""
     from td3_fast.faults import fault_cells
     from td3_fast.paper import cells_of, cross_cells, published_size
-    from td3_fast.recipes import recipe_named
 
     if table not in OF_ONE_SIZE:
         return cells_of(table, dataset, size)
     if table == "5":
         return []
-    config = recipe_named(dataset).distill
+    config = recipe.distill
     own = f"{config.users}x{config.positions}"
     if table == "faults":
         # where the recipe is the paper's method, the other tables have its summaries
-        same = together and recipe_named(dataset).as_published() == recipe_named(dataset)
+        same = together and recipe.as_published() == recipe
         return fault_cells(dataset, size or own, same_run_as="TD3" if same else None)
     return cross_cells(dataset, size or published_size(dataset) or own)
 

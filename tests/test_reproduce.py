@@ -294,6 +294,7 @@ def test_another_table_is_not_written_over(
         (["all", "synthetic", "--semantics", "authors"], "together are of the paper's method"),
         (["all", "synthetic", "--size", "6x6"], "leave --size out"),
         (["4", "unheard-of"], "unknown recipe"),
+        (["4", "synthetic", "--recipe", "unheard-of"], "unknown recipe"),
         (["4", "synthetic", "--other-learners", "NARM"], "is of table 4, beside --improved"),
         (["4", "synthetic", "--improved", "--other-learners", "SASRec"], "leave it out"),
     ],
@@ -304,9 +305,18 @@ def test_the_command_refuses_in_one_sentence(words: list[str], refusal: str, tmp
     assert refusal in result.stderr
 
 
-@pytest.mark.parametrize("more", ["", "--improved --other-learners NARM,gru4rec,BERT4Rec"])
-def test_the_command_prints_the_share_of_the_full_data(split: Split, tmp_path: Path, more: str) -> None:
-    data = tmp_path / "synthetic.inter"
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("synthetic", ""),
+        ("log", "--recipe synthetic"),
+        ("synthetic", "--improved --other-learners NARM,gru4rec,BERT4Rec"),
+    ],
+)
+def test_the_command_prints_the_share_of_the_full_data(
+    split: Split, tmp_path: Path, name: str, more: str
+) -> None:
+    data = tmp_path / f"{name}.inter"
     write_interactions(split.interactions, data)
     options = f"--size 6x6 --seeds 2 --epochs 1 --max-epochs 1 {more}"
     words = ["reproduce", "4", str(data), *options.split()]
@@ -317,7 +327,7 @@ def test_the_command_prints_the_share_of_the_full_data(split: Split, tmp_path: P
     assert "on Epinions: SASRec 101.5 %" in result.stdout
     metadata = load_summary(tmp_path / "cells" / "TD3-6x6-0" / "summary.safetensors").metadata
     assert metadata is not None
-    assert ("other_learners" in metadata.settings["distill"]) == bool(more)
+    assert ("other_learners" in metadata.settings["distill"]) == ("--other-learners" in more)
 
 
 def test_all_tables_stand_on_one_page_and_share_their_summaries(
