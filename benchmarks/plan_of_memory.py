@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--size", default="50x50")
     parser.add_argument("--item-embedding", default="trained", choices=["trained", "frozen"])
     parser.add_argument("--learner", default="SASRec")
+    parser.add_argument("--other-learners", default="", help="names, separated by commas; they start fresh")
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--users", type=int, default=300, help="of the log")
     parser.add_argument("--users-per-step", type=int, default=25)
@@ -68,6 +69,8 @@ def main() -> None:
         batch_size=given.batch_size,
         window=given.window,
         inner_steps=given.warm_up + given.window,
+        other_learners=tuple(filter(None, given.other_learners.split(","))),
+        start="fresh" if given.other_learners else "pool",
         memory_limit=None if given.memory_limit is None else given.memory_limit * MIB,
     )
     before = forget_peak()

@@ -314,7 +314,7 @@ class Distiller:
                     of_class = self.turn(state, index)
                     own = mixture.apart() if of_class == 0 else self._for_other(of_class, mixture)
                     cotangent, loss, between = self.followers[of_class].follow(drawn, own, lane)
-                cotangents.append(cotangent if of_class == 0 else to_width(cotangent, made.shape[-1]))
+                    cotangents.append(cotangent if of_class == 0 else to_width(cotangent, made.shape[-1]))
                 losses.append(loss)
                 carried.append(between)
         # not by grad_outputs, for which autograd imports symbolic algebra: 34 MiB, and a second of every run

@@ -15,11 +15,8 @@ KEPT_SIZES = ("num_items", "max_len", "hidden")  # of the pretrained learner, in
 
 def to_width(embeddings: Tensor, columns: int) -> Tensor:
     """(..., d) as (..., columns): cut at the end, or filled with zeros."""
-    return (
-        embeddings
-        if embeddings.shape[-1] == columns
-        else F.pad(embeddings, (0, columns - embeddings.shape[-1]))
-    )
+    missing = columns - embeddings.shape[-1]
+    return F.pad(embeddings, (0, missing)) if missing else embeddings
 
 
 class PretrainedClass:
@@ -63,7 +60,7 @@ class OtherClass(PretrainedClass):
         columns = learner.item_embeddings.shape[1]
         # what the pretrained learner's table has beyond the width is no embedding
         known = table if table.shape[1] == columns else to_width(table[:, : sizes["hidden"]], columns)
-        learner.item_embeddings = nn.Parameter(known, requires_grad=False)
+        learner.item_embeddings = nn.Parameter(known.contiguous(), requires_grad=False)
         super().__init__(learner)
 
     def _built(self, name: str, *, seed: int, **sizes: int) -> Learner:

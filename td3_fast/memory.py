@@ -43,6 +43,7 @@ TWIN_EXAMPLES = (32, 96)  # passes over so many tell what an example takes
 # glibc gives blocks up to a size that it learns back to its heap, and some of that stays between others; as measured
 LARGEST_BLOCK_OF_HEAP = 32 * MIB
 LOST_IN_HEAP = 0.25
+LOST_BESIDE_TABLES = 0.32  # where tables are among what comes and goes
 SCRATCH = 16 * MIB  # of a kernel, at most
 LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
 OF_AUTOGRAD = 32 * MIB  # of these, what autograd imports when it is first given a cotangent
@@ -301,7 +302,7 @@ def _plan(
     blocks |= {PROBABILITIES: probabilities, TEACHER: table}
     for parts in moments.values():
         small = sum(n for name, n in parts.items() if blocks.get(name, 0) < LARGEST_BLOCK_OF_HEAP)
-        parts[HEAP] = int(LOST_IN_HEAP * small)
+        parts[HEAP] = int((LOST_BESIDE_TABLES if trained else LOST_IN_HEAP) * small)
     totals = {moment: sum(always.values()) + sum(parts.values()) for moment, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     parts = {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -41,16 +42,21 @@ inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType type) {
   return tensor;
 }
 
-// Uninitialised memory, aligned to 64 bytes and seen by PyTorch's memory statistics.
+// So many bytes, uninitialised, aligned to 64 bytes and seen by PyTorch's memory statistics. Those of at most
+// a few MiB come from blocks that this thread keeps for its next pass.
+std::shared_ptr<void> scratch_block(int64_t bytes);
+
+// Uninitialised memory for as long as a pass takes.
 template <typename T>
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(int64_t size) : tensor_(fresh({size}, kType<T>)), data_(tensor_.mutable_data_ptr<T>()) {}
+  explicit Scratch(int64_t size)
+      : block_(scratch_block(size * static_cast<int64_t>(sizeof(T)))), data_(static_cast<T*>(block_.get())) {}
   T* data() const { return data_; }
 
  private:
-  at::Tensor tensor_;
+  std::shared_ptr<void> block_;
   T* data_ = nullptr;
 };
 
