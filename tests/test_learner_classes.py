@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_unroll import small_distiller
+from test_unroll import check_against_higher, small_distiller
 
 from td3_fast.distill import mean_of
 from td3_fast.distill_config import DistillConfig, with_semantics
@@ -25,17 +25,11 @@ def others_than(name: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("number", range(len(LEARNERS)))
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_meta_gradient_of_each_turn_equals_that_of_higher(name: str, number: int) -> None:
-    options = {"name": name, "other_learners": others_than(name), **ALL_OTHERS}
-    native, state = small_distiller(**options)
-    oracle, _ = small_distiller(**options, engine="higher")
-    state.step = number
-    assert type(native.followers[native.turn(state)].learner).__name__ == (name, *others_than(name))[number]
-    ours, losses = native.meta_gradient(state, window=(3, 5))
-    theirs, oracle_losses = oracle.meta_gradient(state, window=(3, 5))
-    assert losses["loss"] == pytest.approx(oracle_losses["loss"], rel=1e-10)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.linalg.vector_norm(a - b) <= 1e-9 * torch.linalg.vector_norm(b)
-        assert torch.linalg.vector_norm(b) > 0
+    distiller = check_against_higher(step=number, name=name, other_learners=others_than(name), **ALL_OTHERS)
+    assert [follower.learner for follower in distiller.followers] == [
+        each.learner for each in distiller.classes
+    ]
+    assert distiller.classes[number].name == (name, *others_than(name))[number]
 
 
 def test_trajectories_of_a_step_are_of_one_class_after_another() -> None:
@@ -46,9 +40,7 @@ def test_trajectories_of_a_step_are_of_one_class_after_another() -> None:
         state.step = step
         turns.append([native.turn(state, trajectory) for trajectory in range(2)])
     assert turns == [[0, 1], [2, 0], [1, 2]]
-    oracle, _ = small_distiller(**options, engine="higher")
-    for a, b in zip(*(d.meta_gradient(state, window=(3, 5))[0] for d in (native, oracle)), strict=True):
-        assert torch.linalg.vector_norm(a - b) <= 1e-9 * torch.linalg.vector_norm(b)
+    check_against_higher(step=2, **options)
 
 
 def test_an_outer_step_of_the_pretrained_class_is_what_it_is_alone() -> None:
