@@ -57,10 +57,11 @@ class BERT4Rec(Learner):
     LayerNorm, and a bias per item.
 
     An output is that of a learned mask embedding put behind the inputs it may see, so several outputs of one sequence
-    are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`.
+    are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`, counted back from
+    the last that is seen, as where histories are padded in front. So the next item's mask stands at the first of them
+    behind a history of any length, and at none that the sequences it was trained on are too short to have.
 
-    On the CPU everything up to the last block is `transformer_encoder`, differentiable twice; elsewhere, and under
-    `torch.func`, the modules.
+    On the CPU the blocks are `transformer_encoder`, differentiable twice; elsewhere, and under `torch.func`, modules.
 
     The bias of an item is one more column of the item table, which faces a constant 1 in the outputs: a table of
     (num_items, hidden + 1), frozen or trained as a whole. Inputs ignore that column.
@@ -196,13 +197,15 @@ class BERT4Rec(Learner):
         real: Tensor | None = None,  # (batch, k) bool, all where there is none: the others are not read
     ) -> Tensor:  # (batch, k, hidden), what the blocks make of them
         length = slots.shape[1]
+        back = (last.unsqueeze(1) - torch.arange(length, device=last.device)).clamp(min=0)
         embeds = torch.where(masked.unsqueeze(-1), self.mask_embedding, slots[..., :-1])
+        embeds = embeds + look_up(self.position_embeddings, back)
         shape = self._blocks_shape()
         if has_transformer_encoder(shape, embeds):
             wanted = asked if real is None else asked.masked_fill(~real, -1)
             positions = torch.cat([wanted, last.unsqueeze(1)], dim=1)
             return transformer_encoder(self._blocks_vector(), embeds, positions, shape, dropout=dropout)
-        hidden = self.norm(embeds + self.position_embeddings[:length])
+        hidden = self.norm(embeds)
         if dropout is not None:
             hidden = dropout(hidden, self.config.hidden_dropout)
         seen = causal_bias(last.unsqueeze(1), length, hidden.dtype)  # (batch, 1, length)
@@ -231,8 +234,8 @@ class BERT4Rec(Learner):
         )
 
     def _blocks_vector(self) -> Tensor:
-        """The parameters of embeddings and blocks as `transformer_encoder` takes them."""
-        tensors: list[Tensor] = [self.position_embeddings, self.norm.weight, self.norm.bias]
+        """The parameters of the blocks as `transformer_encoder` takes them: no positions, which its inputs have."""
+        tensors: list[Tensor] = [torch.zeros_like(self.position_embeddings), self.norm.weight, self.norm.bias]
         for block in self.blocks:
             assert isinstance(block, Block)
             tensors += block.tensors()

@@ -33,7 +33,8 @@ def test_matches_the_encoder_layers_of_torch(layers: int, heads: int) -> None:
     embeds = F.pad(model.item_embeddings[histories][..., :-1], (0, 0, 0, 1))
     rows = torch.arange(2)
     embeds[rows, lengths] = model.mask_embedding
-    hidden = model.norm(embeds + model.position_embeddings[:5])
+    back = torch.tensor([[4, 3, 2, 1, 0], [2, 1, 0, 0, 0]])
+    hidden = model.norm(embeds + model.position_embeddings[back])
     for block in model.blocks:
         reference = torch.nn.TransformerEncoderLayer(
             8, heads, 12, 0.0, F.gelu, 1e-12, batch_first=True, dtype=torch.float64
@@ -54,6 +55,15 @@ def test_matches_the_encoder_layers_of_torch(layers: int, heads: int) -> None:
     actual = model(histories, lengths)
     torch.testing.assert_close(actual[:, :-1], expected)
     assert (actual[:, -1] == 1).all()
+
+
+def test_a_mask_stands_at_the_same_position_behind_histories_of_all_lengths() -> None:
+    model = without_dropout()
+    before = model(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]))
+    with torch.no_grad():
+        model.position_embeddings[3:, 0] += 1.0  # what stands three or more before the mask
+    after = model(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]))
+    assert ((after - before).abs().amax(-1) > 1e-3).tolist() == [True, False]
 
 
 def test_the_bias_of_an_item_adds_to_its_score_alone() -> None:
