@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.ensemble import Ensemble
+from td3_fast.heap import HeapTrimmer
 from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.metrics import metrics_from_ranks
 from td3_fast.ops import DropoutStream, derive_seed
@@ -301,6 +302,7 @@ def fit_examples(
         state = FitState(optimiser=initial_state(start), best=tuple(t.clone() for t in start))
     take_step = FitStep(learner, train, config, ensemble=ensemble)
     num_batches = -(-len(train) // config.batch_size)
+    trim = HeapTrimmer()
     while state.epoch < config.max_epochs and state.epoch - state.best_epoch < config.patience:
         order = shuffled(len(train), seed=derive_seed(seed, "order", state.epoch))
         for batch_index in range(state.batch, num_batches):
@@ -312,6 +314,7 @@ def fit_examples(
             state.optimiser, loss = take_step(state.optimiser, batch, dropout=dropout, seed=negatives_seed)
             state.loss_sum += loss * len(index)
             state.batch = batch_index + 1
+            trim()
             if state.batch < num_batches:
                 mean = state.loss_sum / (state.batch * config.batch_size)
                 done = state.epoch * num_batches + state.batch
