@@ -16,7 +16,7 @@ from torch import Tensor
 from td3_fast.artefact import ArtefactError, from_json, read_artefact, write_artefact
 from td3_fast.distill import DistillState
 from td3_fast.ensemble import Member
-from td3_fast.learners import LEARNERS, Learner, build_learner, learner_named
+from td3_fast.learners import LEARNERS, Learner, as_written, build_learner, learner_named
 from td3_fast.pretrain import PretrainState
 from td3_fast.training import FitState, Pretrained
 from td3_fast.unroll import AdamState
@@ -178,7 +178,7 @@ def load_pretrained(
         here = {} if items is None else {"num_items": len(tensors["best.item_embeddings"])}
         pretrained = Pretrained(
             learner_name=contents.learner_name,
-            learner_config={**contents.learner_config, **here},
+            learner_config={**as_written(contents.learner_name, contents.learner_config), **here},
             best=_take_named(tensors, "best"),
             pool=[_take_named(tensors, f"pool.{index}") for index in range(contents.pool)],
             history=list(contents.history),
@@ -203,12 +203,11 @@ def describe_pretrained(path: str | os.PathLike[str]) -> PretrainedDescription:
     try:
         contents: _PretrainedDocument = from_json(_PretrainedDocument, document, "metadata")
         _, config = LEARNERS[learner_named(contents.learner_name)]
-        config(**contents.learner_config)
+        sizes = as_written(contents.learner_name, contents.learner_config)
+        config(**sizes)
     except (ValueError, TypeError) as error:  # a config with another version's fields
         raise CheckpointError(f"{path} is not a valid pretrained learner, {error}: make it anew") from error
-    return PretrainedDescription(
-        contents.learner_name, contents.learner_config, contents.pool, contents.settings
-    )
+    return PretrainedDescription(contents.learner_name, sizes, contents.pool, contents.settings)
 
 
 def load_item_factors(path: str | os.PathLike[str]) -> Tensor:
@@ -248,7 +247,8 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[Learner, tuple[str, ...]
     tensors, document = _read(path, kind=LEARNER_KIND)
     try:
         contents: _LearnerDocument = from_json(_LearnerDocument, document, "metadata")
-        learner = build_learner(contents.learner_name, contents.learner_config, seed=0)
+        sizes = as_written(contents.learner_name, contents.learner_config)
+        learner = build_learner(contents.learner_name, sizes, seed=0)
         learner.load_state_dict(tensors)
     except (ValueError, RuntimeError, TypeError) as error:  # load_state_dict, a config without such a field
         reason = str(error).partition("\n")[0]

@@ -143,7 +143,10 @@ def distill(
         typer.Option(help="Validation figure that chooses the best epoch."),
     ] = None,
     validation_runs: Annotated[
-        int | None, typer.Option(min=1, help="Learners trained and averaged for that choice.")
+        int | None,
+        typer.Option(
+            min=1, help="Learners trained and averaged for that choice, one of each class at least."
+        ),
     ] = None,
     no_alignment: Annotated[bool, typer.Option("--no-alignment", help="No feature space alignment.")] = False,
     no_augmentation: Annotated[
@@ -264,8 +267,9 @@ def distill(
             )
         check_taught(LEARNERS[chosen.learner_name][0])
         chosen = replace(chosen, pretrain=replace(chosen.pretrain, ensemble=ensemble))
+    others = None if other_learners is None else names_in(other_learners)
     if improved:
-        chosen = chosen.improved(inner_steps=inner_steps, batch_size=batch_size)
+        chosen = chosen.improved(inner_steps=inner_steps, batch_size=batch_size, other_learners=others or ())
     changes: dict[str, Any] = {
         "item_dtype": item_dtype,
         "epochs": epochs,
@@ -275,7 +279,7 @@ def distill(
         "inner_steps": inner_steps,
         "growth_limit": growth_limit,
         "start": start,
-        "other_learners": None if other_learners is None else names_in(other_learners),
+        "other_learners": others,
         "initial": initial,
         "selection": selection,
         "criterion": criterion,

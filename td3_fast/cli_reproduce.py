@@ -256,9 +256,8 @@ def recipe_for(
     if table == "faults":
         recipe = recipe.as_published()
     else:
-        recipe = recipe.improved() if improved else recipe
+        recipe = recipe.improved(other_learners=other_learners) if improved else recipe
         recipe = replace(recipe, distill=with_semantics(recipe.distill, semantics))
-        recipe = replace(recipe, distill=replace(recipe.distill, other_learners=other_learners))
         recipe.distill.check_pretrained(recipe.learner_name)
         pool_items |= recipe.distill.item_embedding == "trained" and recipe.distill.start == "pool"
     if epochs is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from td3_fast.data import Split, shuffled
+from td3_fast.data import ExamplesOnDevice, Split, shuffled
 from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.initial import summary_of_sequences, training_sequences
 from td3_fast.learner_classes import OtherClass, PretrainedClass, to_width
@@ -127,6 +127,10 @@ class Distiller:
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
         features = TeacherFeatures(self.teacher, self.flat, tables=self.tables)
+        # masks are drawn alike on every device, for the widths that the host cuts
+        train_there = None
+        if self.items.device.type != "cpu" and not config.semantics.masks_real_examples:
+            train_there = ExamplesOnDevice(split.train, self.teacher.max_len, self.items.device)
         self.followers = [
             Follower(
                 config,
@@ -137,6 +141,7 @@ class Distiller:
                 features=features,
                 tables=self.tables,
                 sharing=self.sharing_examples,
+                train_there=train_there,
             )
             for each in self.classes
         ]
@@ -187,7 +192,7 @@ class Distiller:
             learner_name=pretrained.learner_name,
             learner_config=pretrained.learner_config,
             pool=len(pretrained.pool),
-            dtype=self.items.dtype,
+            dtype=pretrained.dtype,
         ).limits
 
     def _bytes_of_lane(self) -> int:
@@ -412,7 +417,8 @@ class Distiller:
         config = self.config
         epoch = state.step // self.steps_per_epoch
         by_class: list[list[dict[str, float]]] = [[] for _ in self.classes]
-        for run in range(max(config.validation_runs, len(self.classes))):
+        runs = max(config.validation_runs, len(self.classes))
+        for run in range(runs):
             seed = derive_seed(self.seed, "validation", run)
             of_class = run % len(self.classes)
             learner = self.classes[of_class].fresh(seed=seed, share_items=config.item_embedding == "frozen")
@@ -430,7 +436,7 @@ class Distiller:
             if config.semantics.carry_embeddings:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:
-                ranker.redraw_negatives(epoch * config.validation_runs + run)
+                ranker.redraw_negatives(epoch * runs + run)
             dropout_seed = (
                 derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
             )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.learners import FlatParameters, Learner, build_learner, learner_named
+from td3_fast.learners import FlatParameters, Learner, build_learner
 from td3_fast.training import fresh_like
 
 KEPT_SIZES = ("num_items", "max_len", "hidden")  # of the pretrained learner, in a learner of another class
@@ -55,26 +56,28 @@ class OtherClass(PretrainedClass):
         sizes = pretrained.hyperparameters()
         self._sizes: dict[str, Any] = {size: sizes[size] for size in KEPT_SIZES}
         self._like = next(p for n, p in pretrained.named_parameters() if n != "item_embeddings")
-        learner = self._built(learner_named(name), seed=0)
+        learner = self._around_no_items(name, seed=0)
         table = pretrained.item_embeddings.detach()
         columns = learner.item_embeddings.shape[1]
         # what the pretrained learner's table has beyond the width is no embedding
         known = table if table.shape[1] == columns else to_width(table[:, : sizes["hidden"]], columns)
-        learner.item_embeddings = nn.Parameter(known.contiguous(), requires_grad=False)
-        super().__init__(learner)
+        super().__init__(self._with_items(learner, known.contiguous(), trained=False))
 
-    def _built(self, name: str, *, seed: int, **sizes: int) -> Learner:
-        return build_learner(name, {**self._sizes, **sizes}, seed=seed).to(
+    def _around_no_items(self, name: str, *, seed: int) -> Learner:
+        """A learner whose table has one row: what is drawn does not depend on how many of the items are here."""
+        return build_learner(name, {**self._sizes, "num_items": 1}, seed=seed).to(
             self._like.device, self._like.dtype
         )
 
-    def fresh(self, *, seed: int, share_items: bool) -> Learner:
-        learner = self._built(self.name, seed=seed)
-        table = self.learner.item_embeddings
-        learner.item_embeddings = nn.Parameter(
-            table.detach() if share_items else table.detach().clone(), requires_grad=not share_items
-        )
+    def _with_items(self, learner: Any, table: Tensor, *, trained: bool) -> Learner:
+        learner.config = replace(learner.config, num_items=self._sizes["num_items"])
+        learner.item_embeddings = nn.Parameter(table, requires_grad=trained)
         return learner
 
+    def fresh(self, *, seed: int, share_items: bool) -> Learner:
+        table = self.learner.item_embeddings.detach()
+        learner = self._around_no_items(self.name, seed=seed)
+        return self._with_items(learner, table if share_items else table.clone(), trained=not share_items)
+
     def fresh_parameters(self, *, seed: int) -> Tensor:
-        return self.flat.gather(self._built(self.name, seed=seed, num_items=1).state_dict())
+        return self.flat.gather(self._around_no_items(self.name, seed=seed).state_dict())

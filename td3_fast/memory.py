@@ -282,8 +282,7 @@ def _plan(
         else {},
         "in validation": {
             **({PROBABILITIES: 2 * probabilities} if cached else {}),
-            # one of another class is built with a table of its own before it takes that which is there
-            LEARNER: moving + theta + state + (max(table - SCRATCH, 0) if config.other_learners else 0),
+            LEARNER: moving + theta + state,
             VALIDATION: twin.adjoint + moving + embedded,
         },
         "in ranking": {

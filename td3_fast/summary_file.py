@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from td3_fast.artefact import (
     tensor_sha256,
     write_artefact,
 )
+from td3_fast.learners import as_written
 
 ITEM_FACTORS_KIND = "td3_fast.ItemFactors"
 FORMAT_VERSION = 1
@@ -206,6 +207,9 @@ def read_summary(
         ids = _decode_ids(*(tensors.pop(name) for name in ID_TENSORS))
         table = tensors["item_factors"]
         _check_ids(ids, len(table) if table.ndim else 0)
+        training = contents.training
+        sizes = as_written(training.learner, training.learner_config)
+        training = replace(training, learner_config=sizes)
     except ArtefactError as error:
         raise SummaryError(str(error)) from error
     except ValueError as error:
@@ -213,7 +217,7 @@ def read_summary(
     metadata = SummaryMetadata(
         item_ids=ids,
         preprocessing=contents.preprocessing,
-        training=contents.training,
+        training=training,
         metrics=contents.metrics,
         settings=contents.settings,
         versions=contents.versions,

@@ -347,6 +347,11 @@ class Pretrained:
     history: list[dict[str, float]]
     best_epoch: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of all but the item table, which may be kept in fewer digits."""
+        return next(value.dtype for name, value in self.best.items() if name != "item_embeddings")
+
     def learner(self, *, share_items: bool = False) -> Learner:
         """The best checkpoint as a learner.
 

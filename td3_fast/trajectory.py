@@ -48,7 +48,8 @@ class Follower:
 
     learner: of that class, whose encoder `flat` has as one vector and whose item table is the learners' where theirs is
     frozen; features: of the pretrained learner; train: the real examples; limits: what memory allows; sharing:
-    processes among which the real examples of a trajectory are dealt out.
+    processes among which the real examples of a trajectory are dealt out; train_there: the examples on the learner's
+    device, where the host would be waited for.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Follower:
         features: TeacherFeatures,
         tables: ItemTables = WHOLE,
         sharing: Group | None = None,
+        train_there: ExamplesOnDevice | None = None,
     ) -> None:
         self.config = config
         self.learner = learner
@@ -76,12 +78,10 @@ class Follower:
         device = self.items.device
         self.recorder: Callable[[], Recorder] | None = None
         if device.type == "cuda":
-            self.recorder = functools.partial(CudaGraphs, device, use="outer step")
+            use = f"outer step of {type(learner).__name__}"
+            self.recorder = functools.partial(CudaGraphs, device, use=use)
         self.recorded: dict[int, RecordedLoop] = {}  # by lane
-        # where the host would be waited for; masks are drawn alike on every device, for the widths that it cuts
-        self.train_there: ExamplesOnDevice | None = None
-        if device.type != "cpu" and not config.semantics.masks_real_examples:
-            self.train_there = ExamplesOnDevice(train, learner.max_len, device)
+        self.train_there = train_there
 
     def inner_loop(self, trajectory: Trajectory) -> InnerLoop:
         """The inner problem of a trajectory."""

@@ -395,6 +395,13 @@ def test_improvements_lower_the_rate_where_real_batches_are_small() -> None:
         assert improved.distill.summary_lr == pytest.approx(share * recipe.distill.summary_lr)
 
 
+def test_improvements_take_smaller_steps_where_classes_take_turns() -> None:
+    recipe = RECIPES["ml-100k"]
+    together = recipe.improved(other_learners=("GRU4Rec", "narm")).distill
+    assert together.other_learners == ("GRU4Rec", "NARM")
+    assert together.summary_lr == pytest.approx(recipe.improved().distill.summary_lr / 3)
+
+
 def test_improvements_are_in_what_is_run(data: Path, tmp_path: Path, undrawn: None) -> None:
     result = run("distill", data, *TINY, "--improved", "--validation-runs", "1", "--out", tmp_path)
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_unroll import check_against_higher, small_distiller
 
-from td3_fast.distill import mean_of
+from td3_fast.distill import VALIDATION_LOSS, mean_of
 from td3_fast.distill_config import DistillConfig, with_semantics
 from td3_fast.learner_classes import OtherClass, to_width
 from td3_fast.learners import LEARNERS, build_learner
@@ -54,22 +54,24 @@ def test_validation_is_the_mean_of_the_classes() -> None:
     distiller, state = small_distiller(
         **ALL_OTHERS, other_learners=others_than("SASRec"), validation_runs=5, criterion="cross_entropy"
     )
-    runs: list[str] = []
+    runs: list[tuple[str, float]] = []
     ranker = distiller._ranker()
-    whole = ranker.metrics
+    whole = ranker.cross_entropy
 
-    def noted(learner: torch.nn.Module, **options: Any) -> Any:
-        runs.append(type(learner).__name__)
-        return whole(learner, **options)
+    def noted(learner: torch.nn.Module, **options: Any) -> float:
+        runs.append((type(learner).__name__, whole(learner, **options)))
+        return runs[-1][1]
 
-    ranker.metrics = noted  # type: ignore[method-assign]
+    ranker.cross_entropy = noted  # type: ignore[method-assign]
     metrics = distiller.validate(state, ranker)
-    assert runs == ["SASRec", *others_than("SASRec"), "SASRec"]
-    distiller.config = replace(distiller.config, validation_runs=4)
-    four = distiller.validate(state, ranker)
-    assert len(runs) == 9
-    # the second learner of the first class has an eighth of the mean
-    assert metrics["HR@10"] != four["HR@10"] or metrics["MRR@10"] != four["MRR@10"]
+    names, (first, *of_others, second) = zip(*runs, strict=True)
+    assert names == ("SASRec", *others_than("SASRec"), "SASRec")
+    assert first != second
+    assert metrics[VALIDATION_LOSS] == pytest.approx(((first + second) / 2 + sum(of_others)) / 4)
+    distiller.config = replace(distiller.config, validation_runs=1)
+    runs.clear()
+    distiller.validate(state, ranker)
+    assert [name for name, _ in runs] == ["SASRec", *others_than("SASRec")]
 
 
 def test_learners_of_another_class_share_the_items_and_nothing_else() -> None:
@@ -87,6 +89,11 @@ def test_learners_of_another_class_share_the_items_and_nothing_else() -> None:
     assert not torch.equal(one.position_embeddings, another.position_embeddings)
     assert of.fresh_parameters(seed=1).shape == (of.flat.size,)
     assert not torch.equal(of.fresh_parameters(seed=1), of.fresh_parameters(seed=2))
+    # nor does what is drawn depend on how many of the items are here
+    fewer = build_learner("SASRec", {"num_items": 5, "max_len": 7, "hidden": 8, "heads": 2}, seed=1)
+    part = OtherClass("BERT4Rec", fewer).fresh(seed=1, share_items=True)
+    assert torch.equal(part.position_embeddings, one.position_embeddings)
+    assert torch.equal(part.mask_embedding, one.mask_embedding)
     apart = of.fresh(seed=1, share_items=False)
     assert apart.item_embeddings.data_ptr() != one.item_embeddings.data_ptr()
     narrower = OtherClass("SASRec", one)

@@ -60,8 +60,10 @@ def test_tensors_are_followed_from_birth_to_death() -> None:
         "--item-embedding frozen --pool 3",
         # what a window keeps, with what kernels need for a moment in between
         "--item-embedding frozen --learner BERT4Rec --window 60 --batch-size 256 --users 50",
+        "--item-embedding frozen --other-learners BERT4Rec,GRU4Rec,NARM --items 150000 --hidden 64 --size 10x20 "
+        "--users-per-step 5 --batch-size 256 --window 10 --warm-up 0 --users 50 --steps 4",
     ],
-    ids=["trained", "frozen", "a long window"],
+    ids=["trained", "frozen", "a long window", "four classes"],
 )
 def test_the_plan_is_within_15_percent_of_the_peak(case: str) -> None:
     command = [sys.executable, str(MEASURE), *case.split(), "--json"]
@@ -133,6 +135,12 @@ def test_too_small_a_limit_names_part_and_remedy(
 ) -> None:
     with pytest.raises(MemoryLimitError, match=words):
         planned(split, replace(CONFIG, memory_limit=40 * MIB, **changes), pool=pool)
+
+
+def test_a_limit_goes_with_a_table_of_16_bits() -> None:
+    half, state = small_distiller(item_embedding="frozen", item_dtype="bfloat16", memory_limit=2**40)
+    assert half.items.dtype == torch.bfloat16
+    half.meta_gradient(state, window=(3, 5))
 
 
 def test_a_distillation_obeys_its_plan() -> None:

@@ -1,4 +1,6 @@
 // Blocks of scratch that a thread keeps from one pass to the next.
+#include <ATen/Context.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -63,7 +65,8 @@ Blocks& blocks() {
 
 std::shared_ptr<void> scratch_block(int64_t bytes) {
   if (bytes == 0) return nullptr;
-  const bool kept = Blocks::serves(bytes);
+  // Where PyTorch is to fill what is not initialised, every block is a new one, so that tests see what is not.
+  const bool kept = Blocks::serves(bytes) && !at::globalContext().deterministicAlgorithms();
   at::Tensor block = kept ? blocks().take(bytes) : fresh({bytes}, at::kByte);
   void* data = block.mutable_data_ptr();
   return {data, [block, kept](void*) {

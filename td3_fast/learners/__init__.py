@@ -30,6 +30,13 @@ def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> L
     return learner_class(config_class(**hyperparameters), seed=seed)
 
 
+def as_written(name: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """The `hyperparameters()` that a file has of a learner, with those that the revision it is from had no name for."""
+    if learner_named(name) == "BERT4Rec":
+        return {"positions_from": "first", **hyperparameters}
+    return hyperparameters
+
+
 __all__ = [
     "LEARNERS",
     "NARM",
@@ -43,6 +50,7 @@ __all__ = [
     "NARMConfig",
     "SASRec",
     "SASRecConfig",
+    "as_written",
     "build_learner",
     "learner_named",
     "predicts_next_item",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from td3_fast.ops import (
     transformer_encoder,
 )
 
+PositionsFrom = Literal["last", "first"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BERT4RecConfig:
@@ -43,6 +45,7 @@ class BERT4RecConfig:
     attention_dropout: float = 0.2
     mask_ratio: float = 0.2  # of the items of a cloze
     cloze_share: float = 0.5  # of the real examples; of the others only the next item is masked
+    positions_from: PositionsFrom = "last"  # item that is seen, back; or "first", as in the published program
 
     def __post_init__(self) -> None:
         check_sizes(self, "num_items", "max_len", "hidden", "inner", "heads", "layers")
@@ -50,6 +53,10 @@ class BERT4RecConfig:
         check_rates(self, "hidden_dropout", "attention_dropout", "mask_ratio")
         if not 0 <= self.cloze_share <= 1:
             raise ValueError(f"BERT4RecConfig.cloze_share must lie in [0, 1], got {self.cloze_share}")
+        if self.positions_from not in get_args(PositionsFrom):
+            raise ValueError(
+                f'BERT4RecConfig.positions_from must be "last" or "first", got {self.positions_from!r}'
+            )
 
 
 class BERT4Rec(Learner):
@@ -57,9 +64,9 @@ class BERT4Rec(Learner):
     LayerNorm, and a bias per item.
 
     An output is that of a learned mask embedding put behind the inputs it may see, so several outputs of one sequence
-    are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`, counted back from
-    the last that is seen, as where histories are padded in front. So the next item's mask stands at the first of them
-    behind a history of any length, and at none that the sequences it was trained on are too short to have.
+    are as many passes, each over its own prefix. The mask takes a position: there are `max_len + 1`. They are counted
+    back from the last one that is seen, as where histories are padded in front: so the next item's mask stands at the
+    same position behind histories of all lengths, also those longer than the sequences that it was trained on.
 
     On the CPU the blocks are `transformer_encoder`, differentiable twice; elsewhere, and under `torch.func`, modules.
 
@@ -197,9 +204,11 @@ class BERT4Rec(Learner):
         real: Tensor | None = None,  # (batch, k) bool, all where there is none: the others are not read
     ) -> Tensor:  # (batch, k, hidden), what the blocks make of them
         length = slots.shape[1]
-        back = (last.unsqueeze(1) - torch.arange(length, device=last.device)).clamp(min=0)
+        places = torch.arange(length, device=last.device)
+        if self.config.positions_from == "last":
+            places = (last.unsqueeze(1) - places).clamp(min=0)
         embeds = torch.where(masked.unsqueeze(-1), self.mask_embedding, slots[..., :-1])
-        embeds = embeds + look_up(self.position_embeddings, back)
+        embeds = embeds + look_up(self.position_embeddings, places)
         shape = self._blocks_shape()
         if has_transformer_encoder(shape, embeds):
             wanted = asked if real is None else asked.masked_fill(~real, -1)

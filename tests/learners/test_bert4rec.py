@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from td3_fast.learners import BERT4Rec, BERT4RecConfig, FlatParameters
+from td3_fast.learners import BERT4Rec, BERT4RecConfig, FlatParameters, as_written
 from td3_fast.ops import DropoutStream, has_fused, item_cross_entropy
 
 SIZES = {"num_items": 20, "max_len": 6, "hidden": 8, "inner": 12}
 
 
-def learner(**changes: float) -> BERT4Rec:
+def learner(**changes: Any) -> BERT4Rec:
     model = BERT4Rec(BERT4RecConfig(**{**SIZES, **changes}), seed=0).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -21,7 +22,7 @@ def learner(**changes: float) -> BERT4Rec:
     return model
 
 
-def without_dropout(**changes: float) -> BERT4Rec:
+def without_dropout(**changes: Any) -> BERT4Rec:
     return learner(hidden_dropout=0.0, attention_dropout=0.0, **changes)
 
 
@@ -57,13 +58,37 @@ def test_matches_the_encoder_layers_of_torch(layers: int, heads: int) -> None:
     assert (actual[:, -1] == 1).all()
 
 
-def test_a_mask_stands_at_the_same_position_behind_histories_of_all_lengths() -> None:
-    model = without_dropout()
-    before = model(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]))
+def changed_by(model: BERT4Rec, position: int) -> list[bool]:
+    """Whether the outputs behind four items and behind two change with the embedding of a position."""
+    batch = (torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]))
+    before = model(*batch)
     with torch.no_grad():
-        model.position_embeddings[3:, 0] += 1.0  # what stands three or more before the mask
-    after = model(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([4, 2]))
-    assert ((after - before).abs().amax(-1) > 1e-3).tolist() == [True, False]
+        model.position_embeddings[position, 0] += 1.0
+    return ((model(*batch) - before).abs().amax(-1) > 1e-9).tolist()
+
+
+def test_positions_are_counted_back_from_the_mask() -> None:
+    assert changed_by(without_dropout(), 0) == [True, True]
+    assert changed_by(without_dropout(), 3) == [True, False]
+    assert changed_by(without_dropout(), 5) == [False, False]
+
+
+def test_or_from_the_first_item() -> None:
+    model = without_dropout(positions_from="first")
+    back = without_dropout()
+    with torch.no_grad():
+        back.position_embeddings[:5].copy_(model.position_embeddings[:5].flip(0))
+    batch = (torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]))
+    torch.testing.assert_close(model(*batch), back(*batch))
+    assert changed_by(model, 3) == [True, False]
+
+
+def test_files_without_the_field_count_from_the_first_item() -> None:
+    sizes = learner().hyperparameters()
+    assert as_written("bert4rec", sizes) == sizes
+    del sizes["positions_from"]
+    assert as_written("BERT4Rec", sizes)["positions_from"] == "first"
+    assert as_written("SASRec", sizes) == sizes
 
 
 def test_the_bias_of_an_item_adds_to_its_score_alone() -> None:
@@ -154,9 +179,11 @@ def after_a_step(flat: FlatParameters, batch: Batch, theta: Tensor, items: Tenso
 
 @FUSED
 @pytest.mark.parametrize("value", [loss_of, outputs, after_a_step])
-@pytest.mark.parametrize("changes", [{}, {"layers": 1, "heads": 1}, {"cloze_share": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"layers": 1, "heads": 1}, {"cloze_share": 1.0}, {"positions_from": "first"}], ids=str
+)
 def test_the_fused_blocks_are_the_modules_at_every_order(
-    value: Callable[..., Tensor], changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    value: Callable[..., Tensor], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = learner(**changes)
     flat, batch = FlatParameters(model), batch_of(40)
@@ -204,5 +231,7 @@ def test_longer_histories_than_it_has_positions_for_are_refused() -> None:
         learner().encode(torch.zeros(1, 7, 9, dtype=torch.float64), torch.tensor([[6]]))
     with pytest.raises(ValueError, match=r"cloze_share must lie in \[0, 1\]"):
         BERT4RecConfig(**SIZES, cloze_share=1.5)
+    with pytest.raises(ValueError, match='positions_from must be "last" or "first"'):
+        BERT4RecConfig(**SIZES, positions_from="end")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="multiple of heads"):
         BERT4RecConfig(**SIZES, heads=3)

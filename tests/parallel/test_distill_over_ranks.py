@@ -208,12 +208,20 @@ def whole_run(group: Group | None, item_shards: int, changes: dict[str, Any]) ->
     }
 
 
-@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"item_embedding": "frozen"},
+        {"item_embedding": "trained"},
+        {"item_embedding": "frozen", "start": "fresh", "other_learners": ("BERT4Rec", "NARM")},
+    ],
+    ids=["frozen", "trained", "three classes"],
+)
 @pytest.mark.parametrize("split_items", [False, True], ids=["examples", "items"])
 def test_a_whole_distillation_is_that_of_one_process(
-    item_embedding: str, split_items: bool, processes: Any
+    changes: dict[str, Any], split_items: bool, processes: Any
 ) -> None:
-    changes = {"item_embedding": item_embedding, "selection": "full"}
+    changes = {"selection": "full", **changes}
     expected = whole_run(None, 1, changes)
     shards = processes.size if split_items else 1
     results = processes(whole_run, shards, changes)
