@@ -59,7 +59,7 @@ def reproduce(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="A name from `td3-fast recipes`; the data set's if left out."),
+        typer.Option("--recipe", help="A name from `td3-fast recipes`, its filters of the log included; the data set's if left out."),
     ] = None,
     size: Annotated[
         str | None,
