@@ -59,7 +59,9 @@ def reproduce(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", help="A name from `td3-fast recipes`, its filters of the log included; the data set's if left out."),
+        typer.Option(
+            "--recipe", help="Of `td3-fast recipes`, with its filters of the log; the data set's if left out."
+        ),
     ] = None,
     size: Annotated[
         str | None,
