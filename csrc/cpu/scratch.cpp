@@ -65,7 +65,8 @@ Blocks& blocks() {
 
 std::shared_ptr<void> scratch_block(int64_t bytes) {
   if (bytes == 0) return nullptr;
-  // Where PyTorch is to fill what is not initialised, every block is a new one, so that tests see what is not.
+  // Where PyTorch is to fill what is not initialised, every block is a new one, so that tests see what is
+  // not.
   const bool kept = Blocks::serves(bytes) && !at::globalContext().deterministicAlgorithms();
   at::Tensor block = kept ? blocks().take(bytes) : fresh({bytes}, at::kByte);
   void* data = block.mutable_data_ptr();
