@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.ensemble import Ensemble
 from td3_fast.heap import HeapTrimmer
-from td3_fast.learners import FlatParameters, Learner, build_learner
+from td3_fast.learners import FlatParameters, Learner, all_hyperparameters, build_learner
 from td3_fast.metrics import metrics_from_ranks
 from td3_fast.ops import DropoutStream, derive_seed
 from td3_fast.parallel import WHOLE, ItemTables
@@ -346,6 +346,10 @@ class Pretrained:
     pool: list[dict[str, Tensor]]
     history: list[dict[str, float]]
     best_epoch: int
+
+    def __post_init__(self) -> None:
+        # defaults may become others, and a file has to say what its learner is
+        self.learner_config = all_hyperparameters(self.learner_name, self.learner_config)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -28,7 +28,7 @@ from td3_fast.checkpoint import (
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import DistillState, distill
 from td3_fast.distill_config import SEMANTICS, DistillConfig, with_semantics
-from td3_fast.learners import SASRec, SASRecConfig
+from td3_fast.learners import SASRec, SASRecConfig, build_learner
 from td3_fast.pretrain import PretrainConfig, PretrainState, pretrain
 from td3_fast.training import FitConfig, FitState, Pretrained
 from td3_fast.unroll import initial_state
@@ -148,10 +148,27 @@ def test_only_the_rows_asked_for_come_back(pretrained: Pretrained, tmp_path: Pat
 
 
 def test_a_learner_of_unknown_fields_is_not_described(pretrained: Pretrained, tmp_path: Path) -> None:
-    config = {**pretrained.learner_config, "unheard_of": 1}
-    save_pretrained(tmp_path / "p", replace(pretrained, learner_config=config), SETTINGS)
+    later = replace(pretrained)
+    later.learner_config = {**pretrained.learner_config, "unheard_of": 1}
+    save_pretrained(tmp_path / "p", later, SETTINGS)
     with pytest.raises(CheckpointError, match=r"unheard_of.*make it anew"):
         describe_pretrained(tmp_path / "p")
+
+
+def test_a_bert4rec_from_before_its_positions_had_a_name_is_what_it_was(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    path = tmp_path / "p"
+    sizes = {"num_items": 9, "max_len": 5, "hidden": 8, "heads": 1}
+    learner = build_learner("BERT4Rec", sizes, seed=0)
+    states = {name: value.detach() for name, value in learner.state_dict().items()}
+    own = replace(pretrained, learner_name="BERT4Rec", learner_config=sizes, best=states, pool=[states])
+    save_pretrained(path, own, {})
+    assert load_pretrained(path)[0].learner_config["positions_from"] == "last"
+    del own.learner_config["positions_from"]
+    save_pretrained(path, own, {})
+    assert load_pretrained(path)[0].learner_config["positions_from"] == "first"
+    assert describe_pretrained(path).learner_config["positions_from"] == "first"
 
 
 def test_a_pool_that_is_the_best_checkpoint_comes_back(pretrained: Pretrained, tmp_path: Path) -> None:
@@ -209,7 +226,9 @@ def test_a_learner_whose_tensors_do_not_fit_is_refused(pretrained: Pretrained, t
     save_pretrained(tmp_path / "p", replace(pretrained, learner_config=config), {})
     with pytest.raises(CheckpointError, match="not a valid pretrained learner"):
         load_pretrained(tmp_path / "p")
-    save_pretrained(tmp_path / "p", replace(pretrained, learner_name="Oracle"), {})
+    unknown = replace(pretrained)
+    unknown.learner_name = "Oracle"
+    save_pretrained(tmp_path / "p", unknown, {})
     with pytest.raises(CheckpointError, match="unknown learner 'Oracle'"):
         load_pretrained(tmp_path / "p")
 

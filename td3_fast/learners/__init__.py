@@ -1,5 +1,6 @@
 """Sequential recommenders that can be trained on real data, on a summary, and inside a differentiated window."""
 
+from dataclasses import asdict
 from typing import Any
 
 from td3_fast.learners.base import CrossEntropy, FlatParameters, Learner, predicts_next_item
@@ -30,9 +31,15 @@ def build_learner(name: str, hyperparameters: dict[str, Any], *, seed: int) -> L
     return learner_class(config_class(**hyperparameters), seed=seed)
 
 
+def all_hyperparameters(name: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """The same with the defaults of those that are left out."""
+    _, config_class = LEARNERS[learner_named(name)]
+    return asdict(config_class(**hyperparameters))
+
+
 def as_written(name: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
     """The `hyperparameters()` that a file has of a learner, with those that the revision it is from had no name for."""
-    if learner_named(name) == "BERT4Rec":
+    if name.lower() == "bert4rec":
         return {"positions_from": "first", **hyperparameters}
     return hyperparameters
 
@@ -50,6 +57,7 @@ __all__ = [
     "NARMConfig",
     "SASRec",
     "SASRecConfig",
+    "all_hyperparameters",
     "as_written",
     "build_learner",
     "learner_named",

@@ -89,6 +89,7 @@ def test_files_without_the_field_count_from_the_first_item() -> None:
     del sizes["positions_from"]
     assert as_written("BERT4Rec", sizes)["positions_from"] == "first"
     assert as_written("SASRec", sizes) == sizes
+    assert as_written("a class of one's own", sizes) == sizes
 
 
 def test_the_bias_of_an_item_adds_to_its_score_alone() -> None:
@@ -232,6 +233,6 @@ def test_longer_histories_than_it_has_positions_for_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cloze_share must lie in \[0, 1\]"):
         BERT4RecConfig(**SIZES, cloze_share=1.5)
     with pytest.raises(ValueError, match='positions_from must be "last" or "first"'):
-        BERT4RecConfig(**SIZES, positions_from="end")  # type: ignore[arg-type]
+        learner(positions_from="end")
     with pytest.raises(ValueError, match="multiple of heads"):
         BERT4RecConfig(**SIZES, heads=3)
