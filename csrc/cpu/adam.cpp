@@ -25,7 +25,7 @@ void for_elements(const Tensor& like,
     const AdamRates<T> of_type = rounded_rates<T>(rates[0], rates[1], rates[2], rates[3], step);
     // cut by the number of elements alone: same bits on any number of threads
     const int64_t tasks = ceil_div(like.numel(), kElementsPerTask);
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    over_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * kElementsPerTask;
         run(zero, of_type, first, std::min(kElementsPerTask, like.numel() - first));

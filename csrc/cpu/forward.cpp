@@ -62,7 +62,7 @@ void forward(const Tensor& queries,  // (rows, rank)
   T* logsumexp_out = logsumexp.mutable_data_ptr<T>();
   T* remainder_out = remainder.mutable_data_ptr<T>();
   T* embedding_out = width > 0 ? embedding.mutable_data_ptr<T>() : nullptr;
-  at::parallel_for(0, plan.panels, kPanelsPerTask, [&](int64_t begin, int64_t end) {
+  over_ranges(plan.panels, kPanelsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       alignas(64) T peak[P], factor[P], total[P] = {};
       std::copy_n(maxima.at(0, panel), P, peak);

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "subnormals.h"
 #include "tile.h"
 
 namespace td3_fast::cpu {
@@ -174,11 +175,21 @@ inline int64_t num_workers(int64_t tasks, int64_t work) {
                              std::min<int64_t>(std::max<int64_t>(tasks, 1), at::get_num_threads()));
 }
 
+// run(begin, end) for ranges that cover `count`, of `grain` or more, on PyTorch's threads. All that kernels do
+// for long is done in here.
+template <typename Run>
+void over_ranges(int64_t count, int64_t grain, const Run& run) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const SubnormalsAsZero here;
+    run(begin, end);
+  });
+}
+
 // work(task, worker) for every task, each worker taking the next one that is left.
 template <typename Work>
 void run_tasks(int64_t tasks, int64_t workers, const Work& work) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  over_ranges(workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task = next++; task < tasks; task = next++) work(task, worker);
     }

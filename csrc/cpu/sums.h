@@ -88,7 +88,7 @@ class ChunkSums {
 
   void write(const at::Tensor& out) const {  // (rows, columns)
     T* rows_out = out.mutable_data_ptr<T>();
-    at::parallel_for(0, panels_, kPanelsPerTask, [&](int64_t begin, int64_t end) {
+    over_ranges(panels_, kPanelsPerTask, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const T* sum = total(panel);
         T* to = rows_out + panel * kPanel<T> * columns_;

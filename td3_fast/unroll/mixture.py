@@ -197,11 +197,14 @@ class CachedMixture(_Constants):
             weighted = (cotangents @ tables.T).mul_(rows)
             # the softmax's derivative, with the row sums taken out after the product with the keys
             shares = self._tables.total(weighted.sum(-1, keepdim=True))
-            gradient = self._tables.total(weighted @ self._keys - shares * (rows @ self._keys))
+            gradient = self._tables.total(
+                mix_items(weighted, self._keys) - shares * mix_items(rows, self._keys)
+            )
             self._gradient.index_add_(0, index, gradient.unflatten(0, (len(users), -1)))
             if self._queries is not None and self._of_keys is not None:
                 queries = self._queries[index].flatten(0, 1)
-                self._of_keys += weighted.T @ queries - rows.T @ (shares * queries)
+                self._of_keys += mix_items_transposed(weighted, queries)
+                self._of_keys -= mix_items_transposed(rows, shares * queries)
         self._noted_bytes = 0
 
     def gradient(self) -> Tensor:

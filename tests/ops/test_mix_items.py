@@ -55,6 +55,30 @@ def test_equal_bits_on_any_number_of_threads() -> None:
 
 
 @pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_subnormals_count_for_nothing_and_stay_what_they_are_elsewhere(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(130, 300, generator=generator, dtype=dtype)
+    probabilities[:, ::3] = tiny / 8
+    items, cotangent = (torch.randn(rows, 32, generator=generator, dtype=dtype) for rows in (300, 130))
+    normal = torch.where(probabilities < tiny, 0, probabilities)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            # the sums of all but the columns of subnormals have the same bits, and these are below what is normal
+            assert torch.equal(mix_items(probabilities, items), mix_items(normal, items))
+            of_items = mix_items_transposed(probabilities, cotangent)
+            assert torch.equal(of_items[1::3], mix_items_transposed(normal, cotangent)[1::3])
+            assert bool((of_items[::3].abs() < 130 * tiny).all())
+            half = torch.full((100_000,), tiny, dtype=dtype) / 2
+            assert bool((half > 0).all()), "the caller's treatment of subnormals is not left as it was found"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
 def test_schemas_and_refusals() -> None:
     probabilities, items = torch.rand(4, 6), torch.randn(6, 3)
     torch.library.opcheck(torch.ops.td3_fast.mix_items.default, (probabilities, items))
