@@ -2,12 +2,13 @@
 
     python benchmarks/larger_catalogue.py SUMMARY DATA --more 290
 
-The 100 negatives of a user are drawn from the items that he has not met. Where the rarest are missing from a data set they
-are harder than those of the whole one, for rare items are seldom put before a target. Printed, in percent: the metrics
-with the negatives as `td3-fast evaluate` draws them; their expectation over all draws, from the full ranks (of 100 drawn
-out of C items of which k are before the target, a hypergeometric number is); the same with `--more` items of which each
-stands before a target as often as one of the rarest `--more` that there are; and with items that never do. The items of
-which there are none here are rarer than the rarest of these, so the truth lies between the last two.
+The 100 negatives of a user are drawn from the items that he has not met. Where the rarest are missing from a data set
+they are harder than those of the whole one, for rare items are seldom put before a target. Printed, in percent: the
+metrics with the negatives as `td3-fast evaluate` draws them; their expectation over all draws, from the full ranks
+(of 100 drawn out of C items of which k are before the target, a hypergeometric number is); the same with `--more`
+items of which each stands before a target as often as one of the rarest `--more` that there are; and with items that
+never do. The items of which there are none here are rarer than the rarest of these, so the truth lies between the
+last two.
 """
 
 from __future__ import annotations

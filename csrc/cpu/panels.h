@@ -175,8 +175,8 @@ inline int64_t num_workers(int64_t tasks, int64_t work) {
                              std::min<int64_t>(std::max<int64_t>(tasks, 1), at::get_num_threads()));
 }
 
-// run(begin, end) for ranges that cover `count`, of `grain` or more, on PyTorch's threads. All that kernels do
-// for long is done in here.
+// run(begin, end) for ranges that cover `count`, of `grain` or more, on PyTorch's threads. All that kernels
+// do for long is done in here.
 template <typename Run>
 void over_ranges(int64_t count, int64_t grain, const Run& run) {
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {

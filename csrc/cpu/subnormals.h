@@ -7,9 +7,9 @@
 
 namespace td3_fast::cpu {
 
-// While this lives, this thread takes them for zero, as operands and as results. They are what a sharp summary
-// has many of: probabilities of items that a position all but rules out, and their products. Elsewhere than on
-// x86 it does nothing: other processors lose nothing on them.
+// While this lives, this thread takes them for zero, as operands and as results. They are what a sharp
+// summary has many of: probabilities of items that a position all but rules out, and their products.
+// Elsewhere than on x86 it does nothing: other processors lose nothing on them.
 class SubnormalsAsZero {
  public:
   SubnormalsAsZero(const SubnormalsAsZero&) = delete;
