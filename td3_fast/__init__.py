@@ -1,7 +1,8 @@
 """Dataset distillation for sequential recommendation by Tucker decomposition, fast.
 
-The functions `distill`, `evaluate`, `pretrain` and `search` bear the names of the modules they live in and stand before
-them: what else those modules hold is imported from them by name, as in `from td3_fast.distill import Distiller`.
+The functions `distill`, `evaluate`, `pretrain`, `search` and `tune` bear the names of the modules they live in and
+stand before them: what else those modules hold is imported from them by name, as in
+`from td3_fast.distill import Distiller`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from td3_fast.search import Candidate, SearchConfig, search
     from td3_fast.summary import FarziSummary, SummaryError, TuckerSummary, load_summary
     from td3_fast.training import FitConfig, Pretrained
+    from td3_fast.tune import TuneConfig, tune
     from td3_fast.unroll import fit_on_summary
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "SearchConfig",
     "SummaryError",
     "TuckerSummary",
+    "TuneConfig",
     "data",
     "distill",
     "evaluate",
@@ -72,6 +75,7 @@ __all__ = [
     "recipe_named",
     "search",
     "teacher_of",
+    "tune",
 ]
 
 _NAMES = {
@@ -95,6 +99,7 @@ _NAMES = {
     "search": ("Candidate", "SearchConfig", "search"),
     "summary": ("FarziSummary", "SummaryError", "TuckerSummary", "load_summary"),
     "training": ("FitConfig", "Pretrained"),
+    "tune": ("TuneConfig", "tune"),
     "unroll": ("fit_on_summary",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

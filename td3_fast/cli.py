@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -40,6 +40,7 @@ from td3_fast.cli_options import (
     print_rows,
     read_split,
     say_plan,
+    say_tuned,
     set_threads,
     watching,
 )
@@ -83,6 +84,12 @@ def evaluate(
     learner: Annotated[
         str | None, typer.Option("--learner", help="The learner's class; the summary's own if left out.")
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Choose learner rate, steps and so on by the validation part, for the row summary."
+        ),
+    ] = False,
     seeds: Seeds = 3,
     rows: Rows = None,
     seed: Seed = 0,
@@ -108,6 +115,7 @@ def evaluate(
     from td3_fast.learners import learner_named
     from td3_fast.run_folder import RESULTS
     from td3_fast.summary import load_summary
+    from td3_fast.tune import TuneConfig
 
     loaded = load_summary(summary).to(device_named(device))
     split = read_split(data, format=format, columns=columns, **filters_of(loaded))
@@ -129,8 +137,11 @@ def evaluate(
             seeds=seeds,
             learner=learner,
             max_epochs=max_epochs,
+            tune=TuneConfig() if tune else None,
             watcher=watcher,
         )
+        if tune and loaded.metadata is not None:
+            say_tuned(run.tried(), loaded.metadata.training.fit_options())
         scored = run.evaluate(overwrite=overwrite)
     print_rows(scored)
     say(f"\nwritten: {folder / RESULTS}")
@@ -198,6 +209,12 @@ def fit(
         int | None, typer.Option(min=1, help="Training steps; as distilled for if left out.")
     ] = None,
     test: Annotated[str | None, typer.Option("--test", help="DATA to score the learner on.")] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            "--tune", help="DATA by whose validation part learner rate, steps and so on are chosen."
+        ),
+    ] = None,
     seed: Seed = 0,
     format: Format = None,
     columns: Columns = None,
@@ -206,6 +223,8 @@ def fit(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a learner on SUMMARY: no interaction data are needed."""
+    if tune is not None and steps is not None:
+        raise ValueError("--tune chooses the number of steps: leave --steps out, or --tune")
     set_threads(threads)
     from td3_fast.checkpoint import save_learner
     from td3_fast.evaluate import teacher_of
@@ -217,7 +236,14 @@ def fit(
     made = teacher_of(loaded, name=learner, seed=seed)
     begun = time.perf_counter()
     with watching("nothing is written") as watcher:
-        more = {} if steps is None else {"steps": steps}
+        more: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if tune is not None and loaded.metadata is not None:
+            from td3_fast.tune import tune as find
+
+            split = read_split(tune, format=format, columns=columns, **filters_of(loaded))
+            tried = find(loaded, split, learner=learner, seed=seed, progress=watcher.interruptible)
+            say_tuned(tried, loaded.metadata.training.fit_options())
+            more = tried[0].options
         losses = loaded.fit(made, seed=seed, progress=watcher.interruptible, **more)
     took = time.perf_counter() - begun
     say(

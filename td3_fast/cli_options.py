@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from td3_fast.recipes import Recipe
     from td3_fast.run_folder import Watcher
     from td3_fast.summary import Summary
+    from td3_fast.tune import Tried
 
 FILTERS = ("min_item_interactions", "min_user_interactions", "filter_passes", "repeats")
 DEFAULT_RECIPE = "ml-100k"
@@ -249,6 +250,24 @@ def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
         + (f", {config.item_dtype}" if config.item_embedding == "frozen" else "")
     )
     say(f"into      {folder}, by the recipe {recipe.name}")
+
+
+def say_tuned(tried: Sequence[Tried], own: Mapping[str, Any]) -> None:
+    """Say how learners are trained on a summary after a choice on validation data; own: the summary's own options."""
+    chosen = tried[0].options
+    steps, middle = chosen["steps"], chosen["middle_positions"]
+    with_dropout = "with dropout" if chosen["dropout"] else "without dropout"
+    targets = f"{1 + middle * chosen['augmentation']} targets of each user"
+    say(f"tuned: learner rate {chosen['learning_rate']:g}, {steps} steps, {targets}, {with_dropout}")
+
+    def figure(entry: Tried) -> str:
+        figures = entry.metrics["NDCG@10"]
+        return f"{100 * figures['mean']:.2f} ± {100 * figures['sd']:.2f} %"
+
+    beside = next(
+        (f", the summary's own options {figure(entry)}" for entry in tried if entry.options == own), ""
+    )
+    say(f"       validation NDCG@10 (uni100) of {tried[0].learners} learners {figure(tried[0])}{beside}")
 
 
 def print_rows(rows: list[Row]) -> None:

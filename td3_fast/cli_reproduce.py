@@ -87,6 +87,12 @@ def reproduce(
             help="Of table 4, beside --improved: classes that take turns in distilling, as of distill.",
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Of table 4: training on the summary is tuned for each class, as by evaluate."
+        ),
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each distillation; by recipe.")] = None,
     seed: Seed = 0,
     max_epochs: MaxEpochs = None,
@@ -116,6 +122,7 @@ def reproduce(
     where = device_named(device)
     from td3_fast.recipes import parse_size, recipe_named
     from td3_fast.table_files import PAGE, TABLE
+    from td3_fast.tune import TuneConfig
 
     dataset = Path(data).name.split(".")[0] if dataset is None else dataset
     if table in ("faults", "all") and (improved or semantics != "paper"):
@@ -127,6 +134,8 @@ def reproduce(
         raise ValueError("--size is of one table: name that, or leave --size out")
     if other_learners is not None and (table != "4" or not improved):
         raise ValueError("--other-learners is of table 4, beside --improved: add these, or leave it out")
+    if tune and table != "4":
+        raise ValueError("--tune is of table 4: name that, or leave it out")
     if size is not None:
         size = "{}x{}".format(*parse_size(size))
     known = recipe_named(recipe or dataset)
@@ -162,6 +171,8 @@ def reproduce(
         "seed": seed,
         "device": where,
     }
+    if tune:
+        common["tune"] = TuneConfig()
     say(f"{split.interactions!r}; into {folder}")
     report = _Report(folder, dataset) if table == "all" else None
     places = dict.fromkeys(chosen, folder)
@@ -272,7 +283,12 @@ def recipe_for(
 def _work(cells: Sequence[Cell], own: dict[str, Any], watcher: Watcher, **more: Any) -> Reproduction:
     from td3_fast.reproduce import Reproduction
 
-    return Reproduction(cells=cells, notes=_notes(cells[0]), watcher=watcher, **own, **more)
+    notes = _notes(cells[0])
+    if "tune" in own:
+        notes.append(
+            "Learner rate, steps, targets and dropout on the summary were chosen on the validation part."
+        )
+    return Reproduction(cells=cells, notes=notes, watcher=watcher, **own, **more)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from td3_fast.learners import Learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.report import JsonLines, read_results, write_results
-from td3_fast.run_folder import RESULTS, RUNS, RunError, Watcher, draw, environment
+from td3_fast.run_folder import RESULTS, RUNS, TUNING, RunError, Watcher, draw, environment
 from td3_fast.summary import Summary
 from td3_fast.training import FitConfig, Pretrained, Ranker
+from td3_fast.tune import Tried, TuneConfig, tune
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,7 @@ class EvaluateRun:
     max_epochs: int | None = None  # instead of that of `fit`
     learner: str | None = None  # None: what the summary was distilled for
     pretrained: Pretrained | None = None  # None: the summary says how it is used
+    tune: TuneConfig | None = None  # None: learners train on the summary as it was distilled for
     watcher: Watcher = field(default_factory=Watcher)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,49 @@ class EvaluateRun:
             ddof=semantics.ddof,
         )
         check_data(self.summary, self.split, self.source)
+        self._tried: list[Tried] | None = None
+
+    def tried(self) -> list[Tried]:
+        """The ways to train on the summary that `tune` compares, the best first; the folder keeps finished trials.
+
+        Raises:
+            ValueError: there is no `tune`, or the summary has no metadata.
+            Stopped: the watcher asked for it.
+        """
+        if self.tune is None:
+            raise ValueError("nothing is to be tuned: give `tune`")
+        if self._tried is not None:
+            return self._tried
+        if self.summary.metadata is None:
+            raise ValueError("the summary does not say how it is used: set `summary.metadata`")
+        settings = self.tune.settings(self.summary.metadata.training.fit_options())
+        identity = self._identity()
+        common = {name: identity[name] for name in ("summary", "data", "seed")} | self._other_learner()
+        keys = [_hash({**common, "options": options, "protocol": self.tune.protocol}) for options in settings]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with JsonLines(self.folder / TUNING) as trials:
+            known: dict[tuple[int, int], Scores] = {
+                (keys.index(entry["settings"]), entry["run"]): entry["scores"]
+                for entry in trials.entries
+                if entry.get("settings") in keys
+            }
+
+            def keep(trial: tuple[int, int], scores: Scores) -> None:
+                number, run = trial
+                options = {"options": settings[number]}
+                trials.write({"settings": keys[number], **options, "run": run, "scores": scores})
+
+            self._tried = tune(
+                self.summary,
+                self.split,
+                learner=self.learner,
+                config=self.tune,
+                seed=self.seed,
+                known=known,
+                on_trial=keep,
+                progress=self.watcher.interruptible,
+            )
+        return self._tried
 
     def evaluate(self, *, overwrite: bool = False) -> list[Row]:
         """The rows, also written into the folder's results, and drawn.
@@ -100,22 +145,27 @@ class EvaluateRun:
 
     def rows_now(self) -> list[Row]:
         """The rows, with runs that the folder's earlier evaluations have finished taken from there."""
-        key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:16]
+        fit_options: dict[str, Any] | None = None if self.pretrained is None else {}
+        key = key_of_summary = _hash(self._identity())
+        if self.tune is not None and "summary" in self.rows:
+            fit_options = self.tried()[0].options
+            key_of_summary = _hash({**self._identity(), "fit_options": fit_options})
         with JsonLines(self.folder / RUNS) as runs:
             known: dict[tuple[str, int], Scores] = {
                 (entry["row"], entry["run"]): entry["scores"]
                 for entry in runs.entries
-                if entry.get("settings") == key
+                if entry.get("settings") == (key_of_summary if entry["row"] == "summary" else key)
             }
 
             def keep(row: str, run: int, scores: Scores) -> None:
-                runs.write({"settings": key, "row": row, "run": run, "scores": scores})
+                settings = key_of_summary if row == "summary" else key
+                runs.write({"settings": settings, "row": row, "run": run, "scores": scores})
 
             return evaluate(
                 self.summary,
                 self.split,
                 self.teacher,
-                fit_options=None if self.pretrained is None else {},
+                fit_options=fit_options,
                 config=self.config,
                 seed=self.seed,
                 known=known,
@@ -132,7 +182,17 @@ class EvaluateRun:
             "seeds": self.config.seeds,
             "ddof": self.config.ddof,
             **self._identity(),
+            **self._tuned(),
             "environment": environment(self.summary.item_factors.device),
+        }
+
+    def _tuned(self) -> dict[str, Any]:
+        """How learners were trained on the summary, where that was chosen, and what it was chosen from."""
+        if self._tried is None or self.tune is None:
+            return {}
+        return {
+            "fit_options": self._tried[0].options,
+            "tune": {"config": asdict(self.tune), "tried": [asdict(tried) for tried in self._tried]},
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -157,6 +217,10 @@ class EvaluateRun:
             return {}
         name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
         return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fit_config_of(summary: Summary) -> FitConfig:

@@ -22,6 +22,7 @@ from td3_fast.run_folder import PRETRAINED, SUMMARY, Watcher
 from td3_fast.side_by_side import Ahead, Step
 from td3_fast.summary import load_summary
 from td3_fast.table_files import check_place, write_table
+from td3_fast.tune import TuneConfig
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,7 @@ class Reproduction:
     distillations: int = 1  # from the seeds `seed`, `seed + 1` and so on
     seeds: int = 3  # learners of each summary; of a row without one, in all
     seed: int = 0
+    tune: TuneConfig | None = None  # how learners train on a summary is chosen; None: as it was distilled for
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that computes
     notes: Sequence[str] = ()  # sentences below the tables of the page
     watcher: Watcher = field(default_factory=Watcher)
@@ -134,12 +136,12 @@ class Reproduction:
             Step(
                 label=label,
                 folder=distilled,
-                work=partial(_distill, run, self.seeds, other),
+                work=partial(_distill, run, self.seeds, other, self.tune),
                 after=other or learner,
             ),
         ]
         if folder != distilled:
-            work = partial(_evaluate, run, folder, cell.learner, self.seeds)
+            work = partial(_evaluate, run, folder, cell.learner, self.seeds, self.tune)
             steps.append(Step(label=label, folder=folder, work=work, after=distilled))
         return steps
 
@@ -189,21 +191,30 @@ def _pretrain(options: Options, watcher: Watcher) -> None:
     _run(options, watcher).pretrained()
 
 
-def _distill(options: Options, seeds: int, same_epochs_as: Path | None, watcher: Watcher) -> list[Row]:
+def _distill(
+    options: Options, seeds: int, same_epochs_as: Path | None, tune: TuneConfig | None, watcher: Watcher
+) -> list[Row]:
     run = _run(options, watcher, evaluation_seeds=seeds, keep_epochs=True, same_epochs_as=same_epochs_as)
     rows = run.distill(resume=True)
     # a finished run may have fewer learners than are asked for now, and results of other seeds or rows; its runs are
     # kept beside them
-    evaluation = _evaluation(options, options["folder"], None, seeds, watcher)
+    evaluation = _evaluation(options, options["folder"], None, seeds, tune, watcher)
     return evaluation.rows_now() if all(row.learners == seeds for row in rows) else evaluation.evaluate()
 
 
-def _evaluate(options: Options, folder: Path, learner: str, seeds: int, watcher: Watcher) -> list[Row]:
-    return _evaluation(options, folder, learner, seeds, watcher).evaluate()
+def _evaluate(
+    options: Options, folder: Path, learner: str, seeds: int, tune: TuneConfig | None, watcher: Watcher
+) -> list[Row]:
+    return _evaluation(options, folder, learner, seeds, tune, watcher).evaluate()
 
 
 def _evaluation(
-    options: Options, folder: Path, learner: str | None, seeds: int, watcher: Watcher
+    options: Options,
+    folder: Path,
+    learner: str | None,
+    seeds: int,
+    tune: TuneConfig | None,
+    watcher: Watcher,
 ) -> EvaluateRun:
     """The summary and the control, of the learner that it is distilled for or of another."""
     _set_device(options)
@@ -216,5 +227,6 @@ def _evaluation(
         rows=("summary", CONTROL),
         seeds=seeds,
         learner=learner,
+        tune=tune,
         watcher=watcher,
     )

@@ -20,6 +20,7 @@ LOG = "log.jsonl"
 REPORT = "report.png"
 CHECKPOINT = "checkpoint.safetensors"
 RUNS = "evaluation.jsonl"  # finished runs of evaluations
+TUNING = "tuning.jsonl"
 EPOCHS = "epochs.safetensors"  # the summary's factors after each epoch, where they are kept
 
 
@@ -48,7 +49,7 @@ class Watcher:
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool) -> list[str]:
     """The files of a run in `folder`; RunError where there are some and nobody said what to do with them."""
-    names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS, EPOCHS)
+    names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS, TUNING, EPOCHS)
     present = [name for name in names if (folder / name).exists()]
     if present and not resume and not overwrite:
         raise RunError(

@@ -26,10 +26,11 @@ STAGES = {
     "distill": ("distilling", "outer steps"),
     "evaluate": ("evaluating", "runs"),
     "search": ("searching", "runs"),
+    "tune": ("choosing how to train", "runs"),
     "export": ("choosing items", "positions"),
 }
 # stages that others run inside of; "done" ends them all
-AROUND = ("evaluate", "distill", "search", "done")
+AROUND = ("evaluate", "distill", "search", "tune", "done")
 FIGURES = {
     "loss": "loss",
     "cross_entropy": "cross-entropy",

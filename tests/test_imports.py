@@ -23,7 +23,7 @@ LAYERS = (
     {"evaluate_run", "epochs"},
     {"run_folder", "terminal", "reproduce_page"},
     {"checkpoint", "report"},
-    {"faults", "figures", "recipes", "search"},
+    {"faults", "figures", "recipes", "search", "tune"},
     {"memory"},
     {"distill", "pretrain", "evaluate"},
     {"trajectory"},

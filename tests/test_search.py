@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from td3_fast.cli import app
-from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
+from td3_fast.data import Split, write_interactions
 from td3_fast.evaluate import teacher_of, untrained_learner
-from td3_fast.learners import LEARNERS, SASRec, SASRecConfig
+from td3_fast.learners import LEARNERS
 from td3_fast.ops import derive_seed
 from td3_fast.report import read_json_lines
 from td3_fast.search import (
@@ -28,7 +28,7 @@ from td3_fast.search import (
     kendall_tau,
     search,
 )
-from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
+from td3_fast.summary import Preprocessing, SummaryMetadata, TuckerSummary
 from td3_fast.training import FitConfig, Ranker
 
 FEW = [
@@ -37,34 +37,6 @@ FEW = [
     Candidate(learner="GRU4Rec", hyperparameters={"inner": 6}),
 ]
 CONFIG = SearchConfig(seeds=2, full_seeds=1, fit=FitConfig(max_epochs=2, batch_size=64))
-
-
-@pytest.fixture(scope="module")
-def split() -> Split:
-    return leave_one_out(generate_interactions(num_users=40, num_items=130, mean_length=8, seed=4))
-
-
-@pytest.fixture(scope="module")
-def summary(split: Split) -> TuckerSummary:
-    log = split.interactions
-    learner = SASRec(SASRecConfig(num_items=log.num_items, max_len=6, hidden=8, inner=8), seed=0)
-    positions = learner.position_embeddings.detach()
-    made = TuckerSummary.initialise(
-        users=5, positions=6, user_rank=2, position_rank=2, item_factors=learner.item_embeddings.detach(), seed=0
-    )  # fmt: skip
-    made = TuckerSummary(
-        made.core.detach(), made.user_factors.detach(), made.position_factors.detach(), made.item_factors,
-        position_embeddings=positions,
-    )  # fmt: skip
-    made.metadata = SummaryMetadata(
-        item_ids=tuple(log.item_ids.tolist()),
-        preprocessing=Preprocessing(data=log.name, filters={}, fingerprint=log.fingerprint),
-        training=TrainingRecipe(
-            learner="SASRec", learner_config=learner.hyperparameters(), learning_rate=0.01, steps=4, batch_size=3,
-            item_embedding="trained",
-        ),
-    )  # fmt: skip
-    return made
 
 
 def test_candidates_that_differ_in_dropout_alone_are_told_apart(summary: TuckerSummary, split: Split) -> None:
