@@ -11,7 +11,7 @@ import torch
 
 from td3_fast.data import Examples, Split, every_prefix
 from td3_fast.export import HardConfig, hard_interactions
-from td3_fast.learners import Learner, build_learner, learner_named
+from td3_fast.learners import Learner, all_hyperparameters, build_learner, learner_named
 from td3_fast.metrics import mean_and_sd, recovery
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -179,6 +179,14 @@ def untrained_learner(
     seed: int = 0,
 ) -> Learner:
     """The same learner, of any width, with nothing of the tables that a summary carries: all is drawn from `seed`."""
+    name, config = described_learner(summary, name=name, hyperparameters=hyperparameters)
+    return build_learner(name, config, seed=seed).to(summary.item_factors.device)
+
+
+def described_learner(
+    summary: Summary, *, name: str | None = None, hyperparameters: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The class of that learner and all of its hyperparameters."""
     recipe = _metadata(summary).training
     name = recipe.learner if name is None else learner_named(name)
     changes = dict(hyperparameters or {})
@@ -187,7 +195,7 @@ def untrained_learner(
             raise ValueError(f"{fixed} comes from the summary: leave it out of the hyperparameters")
     own = name == recipe.learner
     config = {k: v for k, v in recipe.learner_config.items() if own or k in SET_BY_SUMMARY} | changes
-    return build_learner(name, config, seed=seed).to(summary.item_factors.device)
+    return name, all_hyperparameters(name, config)
 
 
 def _principal_axes(table: torch.Tensor, width: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from td3_fast.artefact import tensors_sha256
 from td3_fast.data import Split
+from td3_fast.evaluate import described_learner
 from td3_fast.evaluate_run import check_data
 from td3_fast.files import write_json
 from td3_fast.report import JsonLines, versions
@@ -73,17 +74,18 @@ class SearchRun:
             raise RunError(
                 f"{path} is of something else than a search: choose another folder, or --overwrite"
             )
-        keys = {source: self._key(source) for source in ("summary", "full")}
+        sources: tuple[Source, ...] = ("summary", "full")
+        keys = {(c.name, source): self._key(c, source) for c in self.candidates for source in sources}
         with JsonLines(self.folder / TRIALS) as lines:
             trials: dict[TrialKey, Trial] = {
                 (entry["candidate"], entry["source"], entry["run"]): Trial(entry["scores"], entry["seconds"])
                 for entry in lines.entries
-                if entry.get("settings") == keys[entry["source"]]
+                if entry.get("settings") == keys.get((entry["candidate"], entry["source"]))
             }
 
             def keep(where: TrialKey, trial: Trial) -> None:
                 name, source, run = where
-                entry = {"settings": keys[source], "candidate": name, "source": source, "run": run}
+                entry = {"settings": keys[name, source], "candidate": name, "source": source, "run": run}
                 lines.write({**entry, "scores": trial.scores, "seconds": round(trial.seconds, 3)})
                 trials[where] = trial
                 self._write(trials)
@@ -123,9 +125,12 @@ class SearchRun:
         }
         write_json(self.folder / RESULTS, results)
 
-    def _key(self, source: Source) -> str:
+    def _key(self, candidate: Candidate, source: Source) -> str:
         """Of all that a trial depends on; one on the full data does not on the summary and how that is trained on."""
-        identity = self._identity()
+        learner, hyperparameters = described_learner(
+            self.summary, name=candidate.learner, hyperparameters=candidate.hyperparameters
+        )
+        identity = {**self._identity(), "learner": learner, "learner_config": hyperparameters}
         if source == "full":
             del identity["summary"], identity["fit_options"], identity["start"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -138,8 +143,6 @@ class SearchRun:
             "summary": tensors_sha256(self.summary.state_dict()),
             "data": self.split.interactions.fingerprint,
             "seed": self.seed,
-            "learner": metadata.training.learner,
-            "learner_config": metadata.training.learner_config,
             "fit_options": metadata.training.fit_options() | self.config.fit_changes(),
             "start": self.config.start,
             "fit": asdict(self.config.fit),

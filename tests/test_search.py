@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,24 @@ def test_trials_of_other_settings_do_not_count(files: tuple[Path, Path], tmp_pat
     assert len(read_json_lines(tmp_path / "search" / "trials.jsonl")) == 2
     assert run(*words, "--seed", "1").exit_code == 0
     assert len(read_json_lines(tmp_path / "search" / "trials.jsonl")) == 4
+
+
+def test_trials_of_other_defaults_do_not_count(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("search", *files, *SMALL, "--full", "--max-epochs", "1", "--out", tmp_path / "search")
+    assert run(*words).exit_code == 0
+    before = len(read_json_lines(tmp_path / "search" / "trials.jsonl"))
+    assert run(*words).exit_code == 0
+    assert len(read_json_lines(tmp_path / "search" / "trials.jsonl")) == before
+    everything = sys.modules["td3_fast.evaluate"].all_hyperparameters
+    monkeypatch.setattr(
+        sys.modules["td3_fast.evaluate"],
+        "all_hyperparameters",
+        lambda name, given: everything(name, {**given, "inner": 5}),
+    )
+    assert run(*words).exit_code == 0
+    assert len(read_json_lines(tmp_path / "search" / "trials.jsonl")) == 2 * before
 
 
 def test_trials_on_the_full_data_serve_other_summaries_of_them(
