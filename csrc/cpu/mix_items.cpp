@@ -28,7 +28,7 @@ void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
 }
 
 // Where sums of a panel of columns are taken: in place where its vectors end with the rows of the result,
-// else in scratch.
+// else in scratch, as of the last panel alone can be.
 template <typename T>
 struct Sums {
   T *result, *at;  // where they belong, and where they are taken
@@ -96,14 +96,18 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   T* to = sums_of_items.mutable_data_ptr<T>();
   run_tasks(chunks.count, workers, [&](int64_t chunk, int64_t worker) {
     const int64_t first = chunks.begin(chunk), count = chunks.begin(chunk + 1) - first;
-    for (int64_t column = 0; column < d; column += W) {
-      const Sums<T> sums(to + first * d, count, d, column, scratch.data() + worker * scratch_size);
-      for (int64_t row = 0; row < rows; row += kDepth) {
+    const auto sums_of = [&](int64_t column) {
+      return Sums<T>(to + first * d, count, d, column, scratch.data() + worker * scratch_size);
+    };
+    for (int64_t row = 0; row < rows; row += kDepth) {
+      // all panels while these rows' probabilities are at hand
+      for (int64_t column = 0; column < d; column += W) {
+        const Sums<T> sums = sums_of(column);
         t.wide_product(from + row * n + first, n, Walk::kColumns, count, std::min(kDepth, rows - row),
                        packed.data() + column * rows + row * W, sums.at, sums.stride, sums.lanes, row > 0);
       }
-      sums.write();
     }
+    for (int64_t column = 0; column < d; column += W) sums_of(column).write();
   });
   return sums_of_items;
 }
