@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from td3_fast.checks import check_choices, check_not_negative, check_positive, check_sizes
 from td3_fast.learners import learner_named
 from td3_fast.training import Protocol
 from td3_fast.unroll import CACHED_PROBABILITIES_LIMIT, KEPT_STATES_LIMIT, ItemEmbedding
@@ -130,9 +131,11 @@ class DistillConfig:
             "trajectories",
             "middle_positions",
         )
-        for name in (*counts, *more):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DistillConfig.{name} must be at least 1, got {getattr(self, name)}")
+        check_choices(self)
+        check_choices(self.semantics)
+        check_sizes(self, *counts, *more)
+        check_positive(self, "summary_lr", "learner_lr", "sharpness", "max_norm")
+        check_not_negative(self, "summary_weight_decay", "learner_weight_decay", "alignment")
         if self.initial == "sequences" and self.summary == "farzi":
             raise ValueError('a Farzi summary starts from noise: use initial="noise"')
         if self.growth_limit is not None and not self.growth_limit > 1:
@@ -146,8 +149,6 @@ class DistillConfig:
                 'reload_learner="epoch", as in the released program, asks for engine="native": "higher" reloads the '
                 "learner at every outer step"
             )
-        if not self.sharpness > 0:
-            raise ValueError(f"DistillConfig.sharpness must be above 0, got {self.sharpness}")
         if self.positions < 2:
             raise ValueError(f"a summary needs at least 2 positions to predict one, got {self.positions}")
         if self.window > self.inner_steps and self.window_kind != "full":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from td3_fast.checks import check_sizes
 from td3_fast.data import Split
 from td3_fast.ensemble import Ensemble, Member, check_share, check_taught
 from td3_fast.learners import FlatParameters, Learner, build_learner
@@ -37,8 +38,7 @@ class PretrainConfig:
     ensemble_share: float = 0.5  # of the targets
 
     def __post_init__(self) -> None:
-        if self.ensemble < 0:
-            raise ValueError(f"PretrainConfig.ensemble must be at least 0, got {self.ensemble}")
+        check_sizes(self, "ensemble", least=0)
         check_share(self.ensemble_share)
         if self.ensemble and self.fit.loss == "sampled":
             raise ValueError(

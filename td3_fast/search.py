@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from td3_fast.checks import check_choices
 from td3_fast.data import Split
 from td3_fast.evaluate import Scores, teacher_of, untrained_learner
 from td3_fast.learners import LEARNERS, Learner, learner_named
@@ -56,6 +57,7 @@ class SearchConfig:
             raise ValueError(f"a search needs at least 1 seed, got {self.seeds} and {self.full_seeds}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"SearchConfig.steps must be at least 1, got {self.steps}")
+        check_choices(self)
 
     def fit_changes(self) -> dict[str, Any]:
         """What is different from training on the summary as it was distilled for."""

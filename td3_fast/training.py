@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from td3_fast.checks import check_choices, check_not_negative, check_positive, check_sizes
 from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.ensemble import Ensemble
 from td3_fast.heap import HeapTrimmer
@@ -20,7 +21,7 @@ from td3_fast.metrics import metrics_from_ranks
 from td3_fast.ops import DropoutStream, derive_seed
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
-from td3_fast.sampled_softmax import PROPOSALS, Negatives, NegativeSampler, Proposal, sampled_cross_entropy
+from td3_fast.sampled_softmax import Negatives, NegativeSampler, Proposal, sampled_cross_entropy
 from td3_fast.unroll import AdamConfig, AdamState, adam_step_, initial_state, lazy_adam_step_
 
 Protocol = Literal["full", "uni100"]
@@ -170,14 +171,10 @@ class FitConfig:
     optimiser: Literal["adam", "lazy-adam"] = "adam"
 
     def __post_init__(self) -> None:
-        if self.loss not in ("full", "sampled"):
-            raise ValueError(f'FitConfig.loss must be "full" or "sampled", got {self.loss!r}')
-        if self.optimiser not in ("adam", "lazy-adam"):
-            raise ValueError(f'FitConfig.optimiser must be "adam" or "lazy-adam", got {self.optimiser!r}')
-        if self.proposal not in PROPOSALS:
-            raise ValueError(
-                f"FitConfig.proposal must be one of {', '.join(PROPOSALS)}, got {self.proposal!r}"
-            )
+        check_choices(self)
+        check_sizes(self, "batch_size", "max_epochs", "patience", "num_sampled")
+        check_positive(self, "learning_rate")
+        check_not_negative(self, "weight_decay")
         if self.optimiser == "lazy-adam" and self.loss == "full":
             raise ValueError(
                 'FitConfig.optimiser="lazy-adam" needs loss="sampled": the full softmax has a gradient for every item'

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from td3_fast.checks import check_choices
 from td3_fast.data import Split
 from td3_fast.evaluate import Scores, teacher_of
 from td3_fast.metrics import mean_and_sd
@@ -45,6 +46,7 @@ class TuneConfig:
         for name in ("rates", "lengths", "dropouts", "middle_positions"):
             if not getattr(self, name):
                 raise ValueError(f"TuneConfig.{name} is empty: name at least one to try")
+        check_choices(self)
         if self.finalists < 1 or self.seeds < 1:
             raise ValueError(
                 f"tuning needs at least 1 finalist and 1 seed, got {self.finalists} and {self.seeds}"

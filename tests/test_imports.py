@@ -37,7 +37,7 @@ LAYERS = (
     {"summary_file", "distilled_data"},
     {"parallel"},
     {"artefact", "metrics", "learners", "data", "significance"},
-    {"progress", "files", "heap", "live_bytes", "ops", "paper"},
+    {"checks", "progress", "files", "heap", "live_bytes", "ops", "paper"},
 )
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
 # a method of a lower layer that hands over to a higher one, imported when it is called

@@ -153,10 +153,13 @@ def test_training_on_a_sampled_loss_learns(split: Split) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "half"}, '"full" or "sampled"'),
-        ({"optimiser": "sgd"}, '"adam" or "lazy-adam"'),
+        ({"loss": "half"}, "FitConfig.loss must be one of 'full', 'sampled', got 'half'"),
+        ({"optimiser": "sgd"}, "'adam', 'lazy-adam'"),
         ({"optimiser": "lazy-adam"}, 'needs loss="sampled"'),
-        ({"proposal": "uniform"}, "unigram, log-uniform"),
+        ({"proposal": "uniform"}, "'unigram', 'log-uniform'"),
+        ({"selection": "test"}, "'full', 'uni100'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be finite and above 0"),
     ],
 )
 def test_bad_choices_are_refused(changes: dict[str, Any], message: str) -> None:

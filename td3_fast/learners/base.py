@@ -240,24 +240,6 @@ class FlatParameters:
         return self._shell
 
 
-def check_sizes(config: Any, *names: str) -> None:
-    """ValueError unless the named fields of a configuration are at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}"
-            )
-
-
-def check_rates(config: Any, *names: str) -> None:
-    """ValueError unless the named fields of a configuration lie in [0, 1)."""
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(
-                f"{type(config).__name__}.{name} must lie in [0, 1), got {getattr(config, name)}"
-            )
-
-
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     """Fill in place with N(0, std²)."""
     _fill(tensor, lambda drawn: drawn.normal_(0.0, std, generator=generator))

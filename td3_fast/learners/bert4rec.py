@@ -9,14 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from td3_fast.learners.base import (
-    CrossEntropy,
-    Learner,
-    causal_bias,
-    check_rates,
-    check_sizes,
-    normal_,
-)
+from td3_fast.checks import check_rates, check_sizes
+from td3_fast.learners.base import CrossEntropy, Learner, causal_bias, normal_
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
 from td3_fast.ops import (
     DropoutStream,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from td3_fast.learners.base import Learner, check_rates, check_sizes, normal_, xavier_std, xavier_uniform_
+from td3_fast.checks import check_rates, check_sizes
+from td3_fast.learners.base import Learner, normal_, xavier_std, xavier_uniform_
 from td3_fast.learners.recurrent import GRU, recurrent_states
 from td3_fast.ops import DropoutStream, additive_attention, seeded_generator
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from td3_fast.learners.base import Learner, causal_bias, check_length, check_rates, check_sizes, normal_
+from td3_fast.checks import check_rates, check_sizes
+from td3_fast.learners.base import Learner, causal_bias, check_length, normal_
 from td3_fast.learners.transformer import INITIAL_STD, LAYER_NORM_EPS, Block, check_heads, reset_layers
 from td3_fast.ops import DropoutStream, EncoderShape, seeded_generator
 

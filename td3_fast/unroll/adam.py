@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from td3_fast.checks import check_not_negative
 from td3_fast.ops import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 
 ELEMENTS_AT_ONCE = 2**20  # of an item table
@@ -24,6 +25,9 @@ class AdamConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "learning_rate", "weight_decay", "eps")
 
 
 class AdamState(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,25 @@ def make_mixture(
     return kept(queries, keys, tables, learned_keys=learned_keys)
 
 
+def _check(learner: Learner, steps: int, batch_size: int, item_embedding: str) -> None:
+    if item_embedding not in get_args(ItemEmbedding):
+        known = ", ".join(map(repr, get_args(ItemEmbedding)))
+        raise ValueError(f"item_embedding must be one of {known}, got {item_embedding!r}")
+    if steps < 0 or batch_size < 1:
+        raise ValueError(
+            f"training takes at least 0 steps of at least 1 user, got {steps} steps of {batch_size} users"
+        )
+    still = [name for name, parameter in learner.named_parameters() if not parameter.requires_grad]
+    if "item_embeddings" in still and item_embedding == "trained":
+        raise ValueError(
+            'the item table has requires_grad=False and would be trained: give item_embedding="frozen"'
+        )
+    if set(still) - {"item_embeddings"}:
+        raise ValueError(
+            f"{still[-1]} has requires_grad=False and would be trained: all of an encoder is, set requires_grad=True"
+        )
+
+
 @torch.no_grad()
 def fit_on_summary(
     learner: Learner,
@@ -67,7 +88,12 @@ def fit_on_summary(
     which no learner can change; `cached_limit` is that of `make_mixture`. Same seed, same result. tables: where the
     item tables of both, if they are split over processes, have their other rows. record: how the step is recorded to
     be replayed, as `RecordedLoop` takes it; None: as a CUDA graph on a GPU, on the CPU not at all.
+
+    Raises:
+        ValueError: an option is none of those that there are, or a parameter that would be trained has
+            `requires_grad=False`: only the item table can be left as it is, by `item_embedding`.
     """
+    _check(learner, steps, batch_size, item_embedding)
     items = learner.item_embeddings.detach()
     loop = InnerLoop(
         learner=learner,
