@@ -223,6 +223,8 @@ def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"data      {log.name}: {log.num_users:,} users, {log.num_items - 1:,} items, "
         f"{log.num_interactions:,} interactions"
     )
+    if not log.timed:
+        say("          no times were found: sequences are in the order of the file (--columns timestamp=NAME)")
     say(f"          {examples:,} training examples, {len(split.validation):,} users validated and tested")
     say(
         f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "
@@ -254,6 +256,8 @@ def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
 
 def say_tuned(tried: Sequence[Tried], own: Mapping[str, Any]) -> None:
     """Say how learners are trained on a summary after a choice on validation data; own: the summary's own options."""
+    from td3_fast.report import in_percent
+
     chosen = tried[0].options
     steps, middle = chosen["steps"], chosen["middle_positions"]
     with_dropout = "with dropout" if chosen["dropout"] else "without dropout"
@@ -261,8 +265,7 @@ def say_tuned(tried: Sequence[Tried], own: Mapping[str, Any]) -> None:
     say(f"tuned: learner rate {chosen['learning_rate']:g}, {steps} steps, {targets}, {with_dropout}")
 
     def figure(entry: Tried) -> str:
-        figures = entry.metrics["NDCG@10"]
-        return f"{100 * figures['mean']:.2f} ± {100 * figures['sd']:.2f} %"
+        return f"{in_percent(entry.metrics['NDCG@10'], runs=entry.learners)} %"
 
     beside = next(
         (f", the summary's own options {figure(entry)}" for entry in tried if entry.options == own), ""

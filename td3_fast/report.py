@@ -132,7 +132,7 @@ def _table(protocol: str, rows: Sequence[Row]) -> Table:
     if recovered:
         table.add_column("recovery", justify="right", no_wrap=True)
     for row in rows:
-        cells = [f"{100 * row.metrics[m]['mean']:.2f} ± {100 * row.metrics[m]['sd']:.2f}" for m in METRICS]
+        cells = [in_percent(row.metrics[metric], runs=row.learners) for metric in METRICS]
         if recovered:
             cells.append(" / ".join(_percent(row.recovery.get(metric)) for metric in METRICS))
         table.add_row(row.name, *cells, style="bold" if row.name == "summary" else None)
@@ -140,6 +140,12 @@ def _table(protocol: str, rows: Sequence[Row]) -> Table:
         table.caption = "in %; recovery of HR / NDCG / MRR: 0 is the zero-step control, 100 full data"
         table.caption_justify = "left"
     return table
+
+
+def in_percent(figures: Mapping[str, float], *, runs: int) -> str:
+    """ "12.34 ± 0.56" of a {"mean", "sd"} of fractions; the mean alone where one run says nothing of a spread."""
+    mean = f"{100 * figures['mean']:.2f}"
+    return mean if runs == 1 else f"{mean} ± {100 * figures['sd']:.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -17,7 +17,7 @@ from td3_fast.data import Split
 from td3_fast.evaluate import described_learner
 from td3_fast.evaluate_run import check_data
 from td3_fast.files import write_json
-from td3_fast.report import JsonLines, versions
+from td3_fast.report import JsonLines, in_percent, versions
 from td3_fast.run_folder import RESULTS, RunError, Watcher, environment
 from td3_fast.search import (
     Candidate,
@@ -167,15 +167,14 @@ def search_table(found: Sequence[Standing], config: SearchConfig) -> Table:
         table.add_column("on full data", justify="right", no_wrap=True)
         table.add_column("seconds", justify="right")
     for place, standing in enumerate(found, start=1):
-        cells = [_percent(standing.summary, config), f"{standing.summary_seconds:.1f}"]
+        cells = [_percent(standing.summary, config, config.seeds), f"{standing.summary_seconds:.1f}"]
         if full and standing.full is None:
             cells += ["", ""]
         elif standing.full is not None:
-            cells += [_percent(standing.full, config), f"{standing.full_seconds:.1f}"]
+            cells += [_percent(standing.full, config, config.full_seeds), f"{standing.full_seconds:.1f}"]
         table.add_row(str(place), standing.candidate.name, *cells, style="bold" if place == 1 else None)
     return table
 
 
-def _percent(means: Any, config: SearchConfig) -> str:
-    figure = means[config.protocol][config.metric]
-    return f"{100 * figure['mean']:.2f} ± {100 * figure['sd']:.2f}"
+def _percent(means: Any, config: SearchConfig, runs: int) -> str:
+    return in_percent(means[config.protocol][config.metric], runs=runs)

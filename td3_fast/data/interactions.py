@@ -43,6 +43,7 @@ class Interactions:
     item_ids: NDArray[np.str_]  # (num_items,), item_ids[0] == "[PAD]"
     user_ids: NDArray[np.str_]  # (users,)
     name: str
+    timed: bool = True  # False: in the order of the file, which had no times
 
     def __post_init__(self) -> None:
         if (
@@ -92,7 +93,7 @@ class Interactions:
     def __repr__(self) -> str:
         return (
             f"Interactions({self.name!r}, {self.num_users:,} users, {self.num_items - 1:,} items, "
-            f"{self.num_interactions:,} interactions)"
+            f"{self.num_interactions:,} interactions{'' if self.timed else ', no times: in the order of the file'})"
         )
 
 
@@ -325,4 +326,5 @@ def assemble(log: RawLog, kept: NDArray[np.int64], name: str) -> Interactions:
         item_ids=np.array([PADDING, *item_ids], dtype=np.str_),
         user_ids=np.array(user_ids, dtype=np.str_),
         name=name,
+        timed=log.times is not None,
     )

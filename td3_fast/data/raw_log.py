@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,11 @@ NOUNS = {"user": "a user", "item": "an item"}
 _MAX_ID = 256  # characters; ids are kept in arrays as wide as the longest
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+    r"(?:[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,9})?)?(?:Z|[+-][0-9]{2}:[0-9]{2})?)?"
+)
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 
 
@@ -82,6 +88,33 @@ class IdColumn:
         return EncodedIds(np.array(self.codes, dtype=np.int32), list(self.numbers))
 
 
+class TimeColumn:
+    """Times that come one by one: all of them numbers, or all of them dates."""
+
+    def __init__(self) -> None:
+        self.dates: bool | None = None  # None: nothing came yet
+        self.values: list[int | float] = []
+
+    def append(self, text: str) -> tuple[str, str] | None:
+        """Add a time, or say what was expected and found instead of one."""
+        value = parse_number(text)
+        dated = value is None
+        if dated:
+            value = parse_date(text)
+        if value is None:
+            return "a finite number or a date such as 2024-05-31 20:15:00 as timestamp", show(text)
+        if self.dates is not None and dated != self.dates:
+            return f"a {'date' if self.dates else 'number'} as timestamp, as in the lines before", show(text)
+        self.dates = dated
+        self.values.append(value)
+        return None
+
+    def taken(self) -> NDArray[Any]:
+        """What came since the last call."""
+        values, self.values = self.values, []
+        return np.array(values)
+
+
 def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:
     """Join blocks and number ids by first appearance. `first_row` is the line to blame where no row is."""
     user_numbers: dict[str, int] = {}
@@ -133,6 +166,21 @@ def parse_number(text: str) -> int | float | None:
         return None
     value = float(text)
     return value if math.isfinite(value) else None
+
+
+def parse_date(text: str) -> float | None:
+    """Seconds since 1970 of a date or a moment as ISO 8601 writes it, in UTC where it names no zone; or None."""
+    if not _DATE.fullmatch(text):
+        return None
+    whole, dot, rest = text.replace("Z", "+00:00").partition(".")
+    digits = re.match("[0-9]*", rest)
+    fraction = digits.group() if digits else ""
+    try:
+        moment = datetime.fromisoformat(whole + rest[len(fraction) :])
+    except ValueError:
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    return (moment - _EPOCH).total_seconds() + float("0" + dot + fraction if fraction else 0)
 
 
 def show(text: str) -> str:

@@ -22,6 +22,7 @@ from td3_fast.data.raw_log import (
     IdColumn,
     RawLog,
     Rows,
+    TimeColumn,
     collect,
     id_fault,
     parse_number,
@@ -31,7 +32,7 @@ from td3_fast.data.text_table import Block, Layout, decode, parse_blocks, read_b
 
 FORMATS = {
     "inter": "RecBole: tab-separated, header such as user_id:token, item_id:token, timestamp:float",
-    "csv": "comma-separated with a header (MovieLens ratings.csv, Amazon 2023)",
+    "csv": "separated by commas or semicolons, with a header (MovieLens ratings.csv, Amazon 2023)",
     "tsv": "tab-separated with a header",
     "u.data": "MovieLens 100K: tab-separated user, item, rating, timestamp; no header",
     "ratings.dat": "MovieLens 1M, 10M: user::item::rating::timestamp; no header",
@@ -60,12 +61,13 @@ _HEADERLESS = {
     "csv-user-item": (",", _USER_ITEM),
     "csv-item-user": (",", ("item", "user", "rating", "timestamp")),
 }
-# usual names, the preferred first; where a file has several of a row, the first wins
+# usual names, in any case and with or without "_", "-" and blanks; of several in a file the first of a row wins
 _USUAL_NAMES = {
-    "user": ("user_id", "userId", "user", "reviewerID", "UserID"),
-    "item": ("item_id", "movieId", "item", "parent_asin", "asin", "MovieID"),
-    "timestamp": ("timestamp", "unixReviewTime", "Timestamp", "time"),
+    "user": ("user_id", "user", "reviewerID", "uid", "customer_id"),
+    "item": ("item_id", "movieId", "item", "parent_asin", "asin", "iid", "product_id"),
+    "timestamp": ("timestamp", "unixReviewTime", "time"),
 }
+_DATES = ("datetime", "date", "ts", "event_time", "created_at")  # where columns have no types
 _TYPED_NAME = re.compile(r"(.+):(token|token_seq|float|float_seq)")
 _ASIN = re.compile(r"B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
 
@@ -115,13 +117,16 @@ def _read_text(stream: BinaryIO, path: Path, format: str | None, columns: Column
         places = _find_columns(names, columns, source)
         first_row = 1
     else:
-        separator = "," if format == "csv" else "\t"
+        separator = "\t"
+        if format == "csv":
+            separator = ";" if line.count(";") > line.count(",") else ","
         fields = split_line(line, separator, source, 1)
         if format == "inter":
             names = tuple(_untyped(text, column, source) for text, column in fields)
         else:
             names = tuple(field.text for field in fields)
-        places = _find_columns(names, columns, source, [field.column for field in fields])
+        starts = [field.column for field in fields]
+        places = _find_columns(names, columns, source, starts, usual_dates=format != "inter")
         if format == "inter":
             for role, place in zip(Places._fields, places, strict=True):
                 kind = "float" if role == "timestamp" else "token"
@@ -135,9 +140,17 @@ def _read_text(stream: BinaryIO, path: Path, format: str | None, columns: Column
 
 
 def _find_columns(
-    names: Sequence[str], columns: Columns | None, source: str, starts: Sequence[int] | None = None
+    names: Sequence[str],
+    columns: Columns | None,
+    source: str,
+    starts: Sequence[int] | None = None,
+    *,
+    usual_dates: bool = True,
 ) -> Places:
-    """Which of the columns `names` is which; `starts` says where in line 1 they are, when not by number."""
+    """Which of the columns `names` is which; `starts` says where in line 1 they are, when not by number.
+
+    usual_dates: a column with a usual name of dates is that of the times.
+    """
     for place, repeated in enumerate(names):
         if repeated and repeated in names[:place]:
             start = starts[place] if starts else place + 1
@@ -154,7 +167,8 @@ def _find_columns(
             if name is not None and name not in names:
                 raise DataError(source, 1, 1, f"a column {show(name)} for the {role}", f"the columns {found}")
         else:
-            name = next((usual for usual in _USUAL_NAMES[role] if usual in names), None)
+            usual = _USUAL_NAMES[role] + (_DATES if role == "timestamp" and usual_dates else ())
+            name = _usual_name(usual, names)
         if name is None and role != "timestamp":
             expected = f"a column for the {role} ({', '.join(_USUAL_NAMES[role])}, or what `columns` says)"
             raise DataError(source, 1, 1, expected, f"the columns {found}")
@@ -162,6 +176,19 @@ def _find_columns(
     if places["user"] == places["item"]:
         raise ValueError(f"columns gives {names[places['user']]!r} to both the user and the item")
     return Places(**places)
+
+
+def _usual_name(usual: Sequence[str], names: Sequence[str]) -> str | None:
+    """Which of the columns `names` has one of the usual names, the preferred first."""
+
+    def plain(name: str) -> str:
+        return re.sub("[-_ ]", "", name).lower()
+
+    # as it stands in the list before any other writing of it, and of these the first column
+    written = {plain(name): name for name in reversed(names)}
+    return next(
+        (name if name in names else written[plain(name)] for name in usual if plain(name) in written), None
+    )
 
 
 def _format_of_name(name: str) -> str | None:
@@ -184,9 +211,11 @@ def _guess_format(name: str, line: str, source: str) -> str:
             if any(_TYPED_NAME.fullmatch(field) for field in fields):
                 return "inter"
             return "u.data" if len(fields) == 4 and parse_number(fields[3]) is not None else "tsv"
-        if "," not in line:
+        if "," not in line and ";" not in line:
             raise DataError(source, 1, 1, f"a line of one of the formats {', '.join(FORMATS)}", show(line))
     fields = line.split(",")
+    if line.count(";") > line.count(","):
+        return "csv"
     if len(fields) != 4 or parse_number(fields[3]) is None:
         return "csv"
     item_first, user_first = (_ASIN.fullmatch(field) is not None for field in fields[:2])
@@ -356,6 +385,6 @@ def _frame_times(column: pd.Series, place: int, source: str, first_row: int) -> 
         values = column.to_numpy(dtype=np.float64)
         check(np.isfinite(values))
         return values
-    numbers = [parse_number(str(value)) for value in column.tolist()]
-    check(np.array([number is not None for number in numbers]))
-    return np.array(numbers)
+    times = TimeColumn()
+    check(np.array([times.append(str(value)) is None for value in column.tolist()]))
+    return times.taken()

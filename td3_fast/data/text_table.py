@@ -18,12 +18,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from td3_fast.data.raw_log import DataError, EncodedIds, IdColumn, Rows, id_fault, parse_number, show
+from td3_fast.data.raw_log import DataError, EncodedIds, IdColumn, Rows, TimeColumn, id_fault, show
 
 _BLOCK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _WIDEST = 64  # bytes of a field that the array operations take
+QUOTING = (",", ";")  # separators of fields that may stand in quotes
+SEPARATORS = {",": "a comma", ";": "a semicolon"}
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _FLOAT_BYTES = np.zeros(256, dtype=bool)
 _FLOAT_BYTES[list(b"0123456789+-.eE\0")] = True
@@ -56,7 +58,7 @@ class Layout:
 
     @property
     def expectation(self) -> str:
-        by = {"\t": "tabs", ",": "commas"}.get(self.separator, repr(self.separator))
+        by = {"\t": "tabs", ",": "commas", ";": "semicolons"}.get(self.separator, repr(self.separator))
         return f"{len(self.names)} fields separated by {by} ({', '.join(self.names)})"
 
 
@@ -119,11 +121,11 @@ def decode(line: bytes, source: str, number: int) -> str:
 
 
 def split_line(text: str, separator: str, source: str, number: int) -> list[Field]:
-    """The fields of a line. Between commas they may stand in double quotes, with "" for one."""
+    """The fields of a line. Between commas or semicolons they may stand in double quotes, with "" for one."""
     fields = []
     if separator == "::" and ":::" in text:  # which of them separate?
         raise DataError(source, number, text.index(":::") + 1, "'::' between fields", show(":::"))
-    if separator != "," or '"' not in text:
+    if separator not in QUOTING or '"' not in text:
         column = 1
         for field in text.split(separator):
             fields.append(Field(field, column))
@@ -139,7 +141,7 @@ def split_line(text: str, separator: str, source: str, number: int) -> list[Fiel
                 )
             field, end = match[1].replace('""', '"'), match.end()
             if end < len(text) and text[end] != separator:
-                expected = "a comma or the end of the line after a closing quote"
+                expected = f"{SEPARATORS[separator]} or the end of the line after a closing quote"
                 raise DataError(source, number, end + 1, expected, show(text[end:]))
         else:
             end = text.find(separator, start)
@@ -160,18 +162,21 @@ def parse_blocks(blocks: Iterable[Block], layout: Layout) -> Iterator[Rows]:
     Raises:
         DataError: the first malformed line.
     """
-    blank = None
+    blank, times = None, TimeColumn()
     for block in blocks:
-        rows = None if blank else _parse_whole(block, layout)
+        rows = None if blank or times.dates else _parse_whole(block, layout)
         if rows is None:
-            rows, blank = _parse_lines(block, layout, blank)
+            rows, blank = _parse_lines(block, layout, times, blank)
+        else:
+            times.dates = False
         yield rows
 
 
-def _parse_lines(block: Block, layout: Layout, blank: int | None) -> tuple[Rows, int | None]:
+def _parse_lines(
+    block: Block, layout: Layout, times: TimeColumn, blank: int | None
+) -> tuple[Rows, int | None]:
     """Parse line by line. Blank lines may stand at the end of the file only: `blank` is the first pending."""
     columns = ((IdColumn("user"), layout.user), (IdColumn("item"), layout.item))
-    times: list[int | float] = []
     source, wanted = layout.source, len(layout.names)
     for number, line in enumerate(block.lines[:-1].split(b"\n"), block.first_line):
         if not line:
@@ -189,14 +194,10 @@ def _parse_lines(block: Block, layout: Layout, blank: int | None) -> tuple[Rows,
                 raise DataError(source, number, fields[place].column, *fault)
         if layout.timestamp is not None:
             field = fields[layout.timestamp]
-            value = parse_number(field.text)
-            if value is None:
-                raise DataError(
-                    source, number, field.column, "a finite number as timestamp", show(field.text)
-                )
-            times.append(value)
+            if fault := times.append(field.text):
+                raise DataError(source, number, field.column, *fault)
     users, items = (ids.encoded() for ids, _ in columns)
-    return Rows(users, items, None if layout.timestamp is None else np.array(times)), blank
+    return Rows(users, items, None if layout.timestamp is None else times.taken()), blank
 
 
 def _parse_whole(block: Block, layout: Layout) -> Rows | None:
@@ -204,8 +205,8 @@ def _parse_whole(block: Block, layout: Layout) -> Rows | None:
     text, separator = block.lines, layout.separator.encode()
     if b"\0" in text:
         return None
-    if separator == b"," and b'"' in text:
-        if not _only_whole_fields_quoted(text):
+    if layout.separator in QUOTING and b'"' in text:
+        if not _only_whole_fields_quoted(text, separator):
             return None
         text = text.replace(b'"', b"")
     if len(separator) > 1:
@@ -241,10 +242,10 @@ def _parse_whole(block: Block, layout: Layout) -> Rows | None:
     return None if times is None else Rows(users, items, times)
 
 
-def _only_whole_fields_quoted(text: bytes) -> bool:
-    """Whether quotes stand in pairs around whole fields that hold none of `",` and line feed."""
+def _only_whole_fields_quoted(text: bytes, separator: bytes) -> bool:
+    """Whether quotes stand in pairs around whole fields that hold no quote, separator or line feed."""
     data = np.frombuffer(b"\n" + text, dtype=np.uint8)
-    ends = np.flatnonzero((data == ord(",")) | (data == ord("\n")))
+    ends = np.flatnonzero((data == separator[0]) | (data == ord("\n")))
     quotes = np.flatnonzero(data == ord('"'))
     if len(quotes) % 2:
         return False

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from td3_fast.data import DataError, load_interactions, text_table
+from td3_fast.data.raw_log import TimeColumn
 
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
@@ -146,9 +147,47 @@ def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
     assert as_lists(write(tmp_path, "u.data", lines)) == expected
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "UserID,ItemID,Rating,Date\na,y,5,2020-05-02\na,x,3,2020-05-01 23:59:59.5\nb,x,1,2020-05-01T10:00Z\n",
+        "user id;item-id;event_time\na;y;2020-05-01T00:30:00+00:00\na;x;2020-05-01T02:00:00+02:00\nb;x;2021-01-01\n",
+        'customer_id;"product_id";ts\na;"y";20\n"a";x;10\nb;x;5\n',
+    ],
+)
+def test_names_separators_and_dates_as_they_are_found(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, "log.csv", text)
+    assert as_lists(path) == {"a": ["x", "y"], "b": ["x"]}
+    assert load_interactions(path).timed
+
+
+def test_a_preferred_name_is_taken_before_its_other_writings(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "log.csv", "USERID,user_id,item,date,time\n1,a,y,2020-01-01,2\n1,a,x,2020-01-02,1\n"
+    )
+    assert as_lists(path) == {"a": ["x", "y"]}
+
+
+def test_a_log_without_times_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, "log.csv", "user,item,when\na,y,2\na,x,1\n")
+    assert as_lists(path) == {"a": ["y", "x"]}
+    assert "no times: in the order of the file" in repr(load_interactions(path))
+    assert "no times" not in repr(load_interactions(path, columns={"timestamp": "when"}))
+
+
+def test_dates_keep_their_order_to_the_microsecond_and_from_block_to_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("td3_fast.data.text_table._BLOCK_BYTES", 64)
+    lines = [f"a,i{n},2020-01-01T00:00:00.{n:06d}\n" for n in (5, 3, 4, 1, 2, 0)]
+    path = write(tmp_path, "log.csv", "user,item,time\n" + "".join(lines))
+    assert as_lists(path) == {"a": [f"i{n}" for n in range(6)]}
+
+
 NEEDED_FIELDS = "4 fields separated by tabs (user_id, item_id, rating, timestamp)"
 COMMAS = "3 fields separated by commas (user, item, time)"
-TIME = "a finite number as timestamp"
+TIME = "a finite number or a date such as 2024-05-31 20:15:00 as timestamp"
+NUMBER = "a finite number as timestamp"
 MALFORMED = [
     # (id, file name, content, line, column, expected, found)
     ("empty file", "a.inter", "", 1, 1, "at least one interaction", "an empty file"),
@@ -187,11 +226,11 @@ MALFORMED = [
     (
         "no user column",
         "a.inter",
-        "uid:token\titem_id:token\n1\t2\n",
+        "who:token\titem_id:token\n1\t2\n",
         1,
         1,
         "a column for the user",
-        "'uid', 'item_id'",
+        "'who', 'item_id'",
     ),
     (
         "no item column",
@@ -243,7 +282,27 @@ MALFORMED = [
     ("time with underscore", "a.inter", INTER + "1\t2\t3\t1_000\n", 2, 7, TIME, "'1_000'"),
     ("time in hexadecimal", "a.inter", INTER + "1\t2\t3\t0x1F\n", 2, 7, TIME, "'0x1F'"),
     ("time in Arabic digits", "a.inter", INTER + "1\t2\t3\t\u0661\u0662\n", 2, 7, TIME, "'\u0661\u0662'"),
-    ("date as time", "a.csv", "user,item,time\n1,2,2020-01-01\n", 2, 5, TIME, "'2020-01-01'"),
+    ("no such date", "a.csv", "user,item,time\n1,2,2020-13-01\n", 2, 5, TIME, "'2020-13-01'"),
+    ("date of another kind", "a.csv", "user,item,time\n1,2,1.2.2020\n", 2, 5, TIME, "'1.2.2020'"),
+    (
+        "number after dates",
+        "a.csv",
+        "user,item,date\n1,2,2020-01-01\n1,3,2021\n",
+        3,
+        5,
+        "a date as timestamp, as in the lines before",
+        "'2021'",
+    ),
+    (
+        "date after numbers",
+        "a.csv",
+        "user;item;time\n1;2;7\n1;3;2020-01-01\n",
+        3,
+        5,
+        "a number as timestamp, as in the lines before",
+        "'2020-01-01'",
+    ),
+    ("quote in semicolons", "a.csv", 'user;item\n1;"2\n', 2, 3, "a closing quote", "'\"2'"),
     ("header inside", "u.data", "1\t2\t3\t4\nuser\titem\trating\ttimestamp\n", 2, 18, TIME, "'timestamp'"),
     ("empty user", "a.inter", INTER + "\t2\t3\t4\n", 2, 1, "a user id", "nothing"),
     ("empty item", "a.inter", INTER + "1\t\t3\t4\n", 2, 3, "an item id", "nothing"),
@@ -412,10 +471,10 @@ MALFORMED += [
             "without control",
             r"'\ud800'",
         ),
-        ("time as text", '{"user_id": "1", "asin": "2", "timestamp": "3"}', 31, TIME, "'\"3\"'"),
-        ("NaN time", '{"user_id": "1", "asin": "2", "timestamp": NaN}', 31, TIME, "'NaN'"),
-        ("infinite time", '{"user_id": "1", "asin": "2", "timestamp": 1e999}', 31, TIME, "'Infinity'"),
-        ("true as time", '{"user_id": "1", "asin": "2", "timestamp": true}', 31, TIME, "'true'"),
+        ("time as text", '{"user_id": "1", "asin": "2", "timestamp": "3"}', 31, NUMBER, "'\"3\"'"),
+        ("NaN time", '{"user_id": "1", "asin": "2", "timestamp": NaN}', 31, NUMBER, "'NaN'"),
+        ("infinite time", '{"user_id": "1", "asin": "2", "timestamp": 1e999}', 31, NUMBER, "'Infinity'"),
+        ("true as time", '{"user_id": "1", "asin": "2", "timestamp": true}', 31, NUMBER, "'true'"),
         ("endless nesting", "[" * 100_000, 1, "a JSON object", "a fault: "),
         ("blank line", "\n" + REVIEW.strip(), 1, "a JSON object", "an empty line"),
     ]
@@ -483,7 +542,7 @@ def test_damaged_gzip_is_refused(tmp_path: Path, place: str) -> None:
         load_interactions(path)
 
 
-@pytest.mark.parametrize("separator", ["\t", ",", "::"])
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "::"])
 def test_whole_blocks_and_lines_are_parsed_alike(separator: str) -> None:
     """The array operations take only what the line-by-line parser takes, and make the same of it."""
     layout = text_table.Layout(
@@ -528,7 +587,7 @@ def test_whole_blocks_and_lines_are_parsed_alike(separator: str) -> None:
         if whole is None:
             continue
         taken += 1
-        lines, blank = text_table._parse_lines(block, layout, None)
+        lines, blank = text_table._parse_lines(block, layout, TimeColumn(), None)
         assert blank is None
         for a, b in zip(whole[:2], lines[:2], strict=True):
             assert a.distinct == b.distinct
