@@ -224,7 +224,9 @@ def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
         f"{log.num_interactions:,} interactions"
     )
     if not log.timed:
-        say("          no times were found: sequences are in the order of the file (--columns timestamp=NAME)")
+        say(
+            "          no times were found: sequences are in the order of the file (--columns timestamp=NAME)"
+        )
     say(f"          {examples:,} training examples, {len(split.validation):,} users validated and tested")
     say(
         f"pretrain  {recipe.learner_name}, {recipe.learner['hidden']} wide, histories of {recipe.learner['max_len']}; "

@@ -120,7 +120,7 @@ def reproduce(
     """
     set_threads(threads)
     where = device_named(device)
-    from td3_fast.recipes import parse_size, recipe_named
+    from td3_fast.recipes import RECIPES, parse_size, recipe_named
     from td3_fast.table_files import PAGE, TABLE
     from td3_fast.tune import TuneConfig
 
@@ -138,6 +138,11 @@ def reproduce(
         raise ValueError("--tune is of table 4: name that, or leave it out")
     if size is not None:
         size = "{}x{}".format(*parse_size(size))
+    if recipe is None and dataset not in RECIPES:
+        raise ValueError(
+            f"no recipe is named {dataset!r}, as DATA is: say by --dataset whose data these are, or name a --recipe, "
+            f"of {', '.join(RECIPES)}"
+        )
     known = recipe_named(recipe or dataset)
     chosen = _all_of(dataset) if table == "all" else (table,)
     cells = {one: _cells(one, dataset, known, size, together=table == "all") for one in chosen}

@@ -15,6 +15,7 @@ import torch
 
 from td3_fast.data import Split
 from td3_fast.evaluate import teacher_of
+from td3_fast.files import make_folder
 from td3_fast.learners import build_learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
@@ -184,7 +185,7 @@ class CostTable:
             RunError: a file to be written is there and is of something else.
             Stopped: the watcher asked for it; what is done is kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         check_place(self.folder, table=TABLE, dataset=self.dataset)
         key = self._key()
         costs: list[Cost] = []

@@ -12,6 +12,7 @@ from td3_fast.artefact import from_json, tensors_sha256
 from td3_fast.data import Split
 from td3_fast.distill_config import Semantics
 from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teacher_of
+from td3_fast.files import make_folder
 from td3_fast.learners import Learner
 from td3_fast.metrics import mean_and_sd
 from td3_fast.ops import derive_seed
@@ -89,7 +90,7 @@ class EvaluateRun:
         identity = self._identity()
         common = {name: identity[name] for name in ("summary", "data", "seed")} | self._other_learner()
         keys = [_hash({**common, "options": options, "protocol": self.tune.protocol}) for options in settings]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with JsonLines(self.folder / TUNING) as trials:
             known: dict[tuple[int, int], Scores] = {
                 (keys.index(entry["settings"]), entry["run"]): entry["scores"]
@@ -121,7 +122,7 @@ class EvaluateRun:
             RunError: the folder holds results of something else, unless `overwrite`.
             Stopped: the watcher asked for it; finished runs are kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self.folder / RESULTS
         distillation = None
         if path.exists():

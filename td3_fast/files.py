@@ -37,6 +37,21 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     sync_folder(target.parent)
 
 
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """The folder and those that it lies in, where they are not there yet.
+
+    Raises:
+        NotADirectoryError: there is a file of that name, or of one that it would lie in.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        taken = next(
+            (place for place in (Path(folder), *Path(folder).parents) if place.is_file()), Path(folder)
+        )
+        raise NotADirectoryError(f"{taken} is a file: name a folder for the results") from error
+
+
 def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Flush the names in `folder` to the disk, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):

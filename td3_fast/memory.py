@@ -131,7 +131,9 @@ class _Twin(NamedTuple):
 
 
 def in_words(size: float) -> str:
-    """Bytes as "812 MiB" or "3.4 GiB"."""
+    """Bytes as "12 KiB", "812 MiB" or "3.4 GiB"."""
+    if size < MIB:
+        return f"{size / 2**10:,.0f} KiB"
     return f"{size / MIB:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
@@ -165,14 +167,17 @@ def plan_memory(
         plan = planned(Limits(micro_batch=config.micro_batch))
         all_kept = planned(_nothing_recomputed(config))
         return plan if plan.kept == all_kept.kept else replace(plan, all_kept=all_kept.total)
+    tried = []
     for limits in _choices(config):
         plan = planned(limits)
         if plan.total <= config.memory_limit:
             return plan
-    part = max(plan.parts, key=lambda name: plan.parts[name])
+        tried.append(plan)
+    least = min(tried, key=lambda plan: plan.total)
+    part = max(least.parts, key=lambda name: least.parts[name])
     raise MemoryLimitError(
         f"a memory limit of {in_words(config.memory_limit)} is too small: the least that works is "
-        f"{in_words(plan.total)}, of which {part} takes {in_words(plan.parts[part])}; {REMEDIES[part]}"
+        f"{in_words(least.total)}, {in_words(least.parts[part])} of it for {part}; {REMEDIES[part]}"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from td3_fast.checks import check_sizes
 from td3_fast.data import Split
 from td3_fast.ensemble import Ensemble, Member, check_share, check_taught
-from td3_fast.learners import FlatParameters, Learner, build_learner
+from td3_fast.learners import LEARNERS, FlatParameters, Learner, build_learner
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.training import FitConfig, FitState, Pretrained, Ranker, fit_examples
@@ -92,6 +92,17 @@ def pretrain(
         ValueError: there is nothing to train on or to validate with, or an ensemble is asked for and `learner` is
             trained on more than the next item.
     """
+    name = type(learner).__name__
+    if LEARNERS.get(name, (None,))[0] is not type(learner):
+        raise ValueError(
+            f"{name} is no learner that can be built again from a file: call td3_fast.register_learner({name}, its "
+            "configuration class) first"
+        )
+    if learner.hyperparameters()["num_items"] != split.interactions.num_items:
+        raise ValueError(
+            f"the learner is over {learner.hyperparameters()['num_items']} items, padding included, and the data have "
+            f"{split.interactions.num_items}: build it with num_items={split.interactions.num_items}"
+        )
     if config.ensemble:
         check_taught(type(learner))
     flat = FlatParameters(learner)

@@ -14,6 +14,7 @@ from td3_fast.data import Split
 from td3_fast.evaluate import Row
 from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.figures import CONTROL, FIELDS, Figure, Made, figures_of
+from td3_fast.files import make_folder
 from td3_fast.paper import Cell
 from td3_fast.recipes import Recipe
 from td3_fast.reproduce_page import Section, document, section
@@ -86,7 +87,7 @@ class Reproduction:
         """Raises:
         RunError: the folder holds another table.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         check_place(self.folder, table=self.cells[0].table, dataset=self.cells[0].dataset)
 
     def steps(self) -> list[Step]:

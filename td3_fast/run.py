@@ -28,6 +28,7 @@ from td3_fast.distill import Distiller, DistillState, distill, for_item_embeddin
 from td3_fast.epochs import KeptEpochs, add_epoch, kept_epochs
 from td3_fast.evaluate import Row
 from td3_fast.evaluate_run import EvaluateRun
+from td3_fast.files import make_folder
 from td3_fast.learners import build_learner
 from td3_fast.parallel import ALONE, LostRank, Ranks
 from td3_fast.pretrain import PretrainState, pretrain
@@ -150,7 +151,7 @@ class Run:
 
     def pretrained(self, *, overwrite: bool = False) -> Pretrained:
         """Only the pretrained learner: the folder's, or made there, from a checkpoint where there is one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._settings = self.pretrain_settings()
         self._run_settings()  # refuses a learner of other data
         state = None
@@ -228,7 +229,7 @@ class Run:
         return {"seed": self.seed, "distill": self.recipe.distill.settings(), "pretrained": dict(made_with)}
 
     def _claim(self, resume: bool, overwrite: bool) -> Checkpoint | None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._settings = self._run_settings()
         present = check_free(self.folder, resume=resume, overwrite=overwrite)
         if overwrite:

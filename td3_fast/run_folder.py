@@ -51,6 +51,8 @@ def check_free(folder: Path, *, resume: bool, overwrite: bool) -> list[str]:
     """The files of a run in `folder`; RunError where there are some and nobody said what to do with them."""
     names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS, TUNING, EPOCHS)
     present = [name for name in names if (folder / name).exists()]
+    if (folder / LOG).exists() and not (folder / LOG).stat().st_size:
+        present.remove(LOG)  # of a run that was refused before its first step
     if present and not resume and not overwrite:
         raise RunError(
             f"{folder} holds a run already ({', '.join(present)}): go on with it by --resume, replace it by "

@@ -16,7 +16,7 @@ from td3_fast.artefact import tensors_sha256
 from td3_fast.data import Split
 from td3_fast.evaluate import described_learner
 from td3_fast.evaluate_run import check_data
-from td3_fast.files import write_json
+from td3_fast.files import make_folder, write_json
 from td3_fast.report import JsonLines, in_percent, versions
 from td3_fast.run_folder import RESULTS, RunError, Watcher, environment
 from td3_fast.search import (
@@ -68,7 +68,7 @@ class SearchRun:
             Stopped: the watcher asked for it; finished trials are kept.
         """
         assert self.candidates is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         path = self.folder / RESULTS
         if path.exists() and not (self.folder / TRIALS).exists() and not overwrite:
             raise RunError(

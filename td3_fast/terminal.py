@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -75,6 +76,7 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
     def run(*arguments: Any, **options: Any) -> Result:
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
+        shown, warnings.showwarning = warnings.showwarning, _show_warning
         try:
             return command(*arguments, **options)
         except Interrupted as stop:
@@ -86,10 +88,23 @@ def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
                 raise
             fail(f"error: {error}", 1 if isinstance(error, ArithmeticError) else 2)
         finally:
+            warnings.showwarning = shown
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
 
     return run
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In a sentence, without the line of code that it came from."""
+    _errors.print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _is_for_users(error: Exception) -> bool:

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from td3_fast.files import open_atomically, write_bytes, write_folder, write_json, write_text
+from td3_fast.files import make_folder, open_atomically, write_bytes, write_folder, write_json, write_text
 
 
 def names(folder):
@@ -118,3 +118,13 @@ def test_a_folder_cannot_take_the_place_of_a_file(tmp_path):
         write_folder(tmp_path / "a", {"one": b"1"})
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"file"
+
+
+def test_a_folder_is_made_with_those_around_it_unless_a_file_is_in_the_way(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(NotADirectoryError, match="file is a file: name a folder"):
+            make_folder(place)

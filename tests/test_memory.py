@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,8 +127,8 @@ def test_a_larger_limit_is_used(split: Split) -> None:
 @pytest.mark.parametrize(
     ("changes", "pool", "words"),
     [
-        ({}, 1, "adjoint states takes .*--item-embedding frozen"),
-        ({}, 60, "pretrained learner and its pool takes .*pool"),
+        ({}, 1, "--item-embedding frozen"),
+        ({}, 60, "for pretrained learner and its pool.*pool"),
         ({"item_embedding": "frozen"}, 1, "libraries.*raise the limit"),
     ],
 )
@@ -135,6 +137,19 @@ def test_too_small_a_limit_names_part_and_remedy(
 ) -> None:
     with pytest.raises(MemoryLimitError, match=words):
         planned(split, replace(CONFIG, memory_limit=40 * MIB, **changes), pool=pool)
+
+
+@pytest.mark.parametrize("item_embedding", ["frozen", "trained"])
+def test_the_least_that_is_said_to_work_does(split: Split, item_embedding: Any) -> None:
+    config = replace(CONFIG, item_embedding=item_embedding, memory_limit=2**10)
+    with pytest.raises(MemoryLimitError, match="a memory limit of 1 KiB is too small") as refused:
+        planned(split, config)
+    said = re.search(r"the least that works is ([\d,]+) MiB", str(refused.value))
+    assert said is not None
+    least = int(said[1].replace(",", "")) * MIB
+    assert planned(split, replace(config, memory_limit=least + MIB)).total <= least + MIB
+    with pytest.raises(MemoryLimitError):
+        planned(split, replace(config, memory_limit=least - MIB))
 
 
 def test_a_limit_goes_with_a_table_of_16_bits() -> None:

@@ -293,7 +293,7 @@ def test_another_table_is_not_written_over(
         (["faults", "synthetic", "--improved"], "leave --improved"),
         (["all", "synthetic", "--semantics", "authors"], "together are of the paper's method"),
         (["all", "synthetic", "--size", "6x6"], "leave --size out"),
-        (["4", "unheard-of"], "unknown recipe"),
+        (["4", "unheard-of"], "say by --dataset"),
         (["4", "synthetic", "--recipe", "unheard-of"], "unknown recipe"),
         (["4", "synthetic", "--other-learners", "NARM"], "is of table 4, beside --improved"),
         (["4", "synthetic", "--improved", "--other-learners", "SASRec"], "leave it out"),

@@ -3,6 +3,7 @@
 from td3_fast.data.batches import (
     Batch,
     ExamplesOnDevice,
+    FewNegativesWarning,
     cut_batch,
     history_csr,
     sample_negatives,
@@ -31,6 +32,7 @@ __all__ = [
     "Examples",
     "ExamplesOnDevice",
     "FetchError",
+    "FewNegativesWarning",
     "Interactions",
     "Report",
     "Split",

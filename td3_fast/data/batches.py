@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +86,10 @@ class ExamplesOnDevice:
         return Batch(torch.where(inside, items, 0).long(), ends - starts, self._items[ends].long())
 
 
+class FewNegativesWarning(UserWarning):
+    """A catalogue is too small for as many distinct negatives as are asked for."""
+
+
 def shuffled(num_examples: int, *, seed: int) -> NDArray[np.int64]:
     """A permutation of 0 .. num_examples - 1 that depends on the seed alone."""
     return _generator(seed).permutation(num_examples)
@@ -102,6 +107,9 @@ def sample_negatives(examples: Examples, count: int, *, seed: int) -> NDArray[np
 
     Raises:
         ValueError: a user has interacted with every item.
+
+    Warns:
+        FewNegativesWarning: some are drawn with replacement.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
@@ -115,7 +123,17 @@ def sample_negatives(examples: Examples, count: int, *, seed: int) -> NDArray[np
     exhausted = examples.users[num_unseen[examples.users] == 0]
     if len(exhausted):
         raise ValueError(
-            f"user {str(log.user_ids[exhausted[0]])!r} has interacted with every item: no negative is left"
+            f"user {str(log.user_ids[exhausted[0]])!r} has interacted with every item, so that there is none to rank a "
+            "target among: leave that user's interactions out of the data"
+        )
+    few = int(np.count_nonzero(num_unseen[examples.users] < count))
+    if few:
+        warnings.warn(
+            f"{few:,} of {len(examples):,} examples are of users with fewer than {count} items that they have not met: "
+            f"some of their {count} negatives are drawn more than once, and count as often; the full ranking has none "
+            "twice",
+            FewNegativesWarning,
+            stacklevel=2,
         )
     # unseen items of the user that are smaller than each seen one: ascending inside a user, so that one
     # binary search over (user, unseen below) turns the r-th unseen item into an item number

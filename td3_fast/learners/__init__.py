@@ -17,6 +17,22 @@ LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
+def register_learner(learner: type[Learner], config: type[Any]) -> None:
+    """Let a class of learners be pretrained, distilled with, saved, loaded and searched among by its name.
+
+    learner: built as `learner(config, seed=...)`; config: a frozen dataclass of its hyperparameters, which
+    `learner.hyperparameters()` gives as a dict, with `num_items`, `max_len` and `hidden` among them. A process that
+    reads files of such learners has to register the class first.
+
+    Raises:
+        ValueError: the name is that of another class.
+    """
+    name = learner.__name__
+    if any(known.lower() == name.lower() and LEARNERS[known][0] is not learner for known in LEARNERS):
+        raise ValueError(f"there is a learner of the name {name} already: name the class otherwise")
+    LEARNERS[name] = (learner, config)
+
+
 def learner_named(name: str) -> str:
     """The name of the learner's class, from one that may differ from it in upper and lower case."""
     for known in LEARNERS:
@@ -62,4 +78,5 @@ __all__ = [
     "build_learner",
     "learner_named",
     "predicts_next_item",
+    "register_learner",
 ]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 from td3_fast.data import (
     ExamplesOnDevice,
+    FewNegativesWarning,
     Interactions,
     cut_batch,
     generate_interactions,
@@ -135,7 +138,7 @@ def test_negatives_are_uniform(num_items: int, count: int) -> None:
 
 def test_a_user_who_met_every_item_has_no_negative() -> None:
     test = leave_one_out(one_user(10, 3)).test
-    with pytest.raises(ValueError, match="user 'all' has interacted with every item"):
+    with pytest.raises(ValueError, match=r"user 'all' has interacted with every item.*leave that user"):
         sample_negatives(test, 1, seed=0)
     with pytest.raises(ValueError, match="count must be at least 1"):
         sample_negatives(test.subset([1]), 0, seed=0)
@@ -155,3 +158,12 @@ def test_history_csr_of_nothing_is_empty(log: Interactions) -> None:
     offsets, items = history_csr(leave_one_out(log).test.subset([]))
     assert offsets.tolist() == [0]
     assert len(items) == 0
+
+
+def test_negatives_that_are_drawn_more_than_once_are_warned_of() -> None:
+    split = leave_one_out(generate_interactions(num_users=20, num_items=50, mean_length=8, seed=0))
+    with pytest.warns(FewNegativesWarning, match="20 of 20 examples .* fewer than 100 items"):
+        sample_negatives(split.test, 100, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample_negatives(split.test, 5, seed=0)

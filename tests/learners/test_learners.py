@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from td3_fast.checkpoint import load_pretrained, save_pretrained
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import Distiller
+from td3_fast.distill import Distiller, distill
 from td3_fast.distill_config import DistillConfig
-from td3_fast.evaluate import popularity_scores
-from td3_fast.learners import LEARNERS, FlatParameters, Learner, build_learner
+from td3_fast.evaluate import popularity_scores, teacher_of
+from td3_fast.learners import (
+    LEARNERS,
+    FlatParameters,
+    Learner,
+    SASRec,
+    SASRecConfig,
+    build_learner,
+    register_learner,
+)
 from td3_fast.ops import DropoutStream
 from td3_fast.pretrain import PretrainConfig, pretrain
 from td3_fast.summary import TuckerSummary
@@ -253,3 +263,37 @@ def test_it_trains_on_a_summary(name: str, item_embedding: Any) -> None:
 def test_unknown_learner_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown learner 'LSTM': expected one of SASRec, GRU4Rec"):
         build_learner("LSTM", {}, seed=0)
+
+
+class Own(SASRec):
+    """A class of a user's own, with a configuration of the package's."""
+
+
+def test_a_class_of_ones_own_is_registered_before_it_is_pretrained(split: Split, tmp_path: Path) -> None:
+    sizes = {**SIZES, "num_items": split.interactions.num_items, "max_len": 6}
+    model = Own(SASRecConfig(**sizes), seed=0)
+    config = PretrainConfig(fit=FitConfig(max_epochs=1, batch_size=64), pool_first=1)
+    with pytest.raises(ValueError, match=r"register_learner\(Own"):
+        pretrain(split, model, config, seed=0)
+    register_learner(Own, SASRecConfig)
+    try:
+        register_learner(Own, SASRecConfig)  # once more is no fault
+        with pytest.raises(ValueError, match="a learner of the name SASRec already"):
+            register_learner(type("SASRec", (Own,), {}), SASRecConfig)
+        made = pretrain(split, model, config, seed=0)
+        save_pretrained(tmp_path / "own.safetensors", made, {})
+        assert type(load_pretrained(tmp_path / "own.safetensors")[0].learner()) is Own
+        distill_config = DistillConfig(
+            users=3, positions=5, user_rank=2, position_rank=2, batch_size=64, users_per_step=2, summary_lr=0.01,
+            learner_lr=0.01, epochs=1, inner_steps=4, window=2,
+        )  # fmt: skip
+        summary, _ = distill(split, made, distill_config, seed=0)
+        assert type(teacher_of(summary)) is Own
+    finally:
+        del LEARNERS["Own"]
+
+
+def test_a_learner_over_other_items_is_refused_before_training(split: Split) -> None:
+    model = build_learner("SASRec", {**SIZES, "num_items": split.interactions.num_items + 3}, seed=0)
+    with pytest.raises(ValueError, match=f"build it with num_items={split.interactions.num_items}"):
+        pretrain(split, model, PretrainConfig(), seed=0)
