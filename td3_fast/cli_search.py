@@ -26,7 +26,7 @@ from td3_fast.cli_options import (
 from td3_fast.terminal import console, duration, guarded, say
 
 if TYPE_CHECKING:
-    from td3_fast.search import Agreement
+    from td3_fast.search import Agreement, RankBy
 
 Metric = Literal["HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@5", "MRR@10", "MRR@20"]
 
@@ -64,6 +64,10 @@ def search(
         Literal["full", "uni100"], typer.Option(help="Of the figure that candidates are ranked by.")
     ] = "uni100",
     metric: Annotated[Metric, typer.Option(help="That figure.")] = "NDCG@10",
+    rank_by: Annotated[
+        Literal["metric", "loss"],
+        typer.Option(help="Of training on the summary: that figure, or the mean of its loss over all steps."),
+    ] = "metric",
     seed: Seed = 0,
     max_epochs: MaxEpochs = None,
     format: Format = None,
@@ -110,6 +114,7 @@ def search(
         full_seeds=(full_seeds or 1) if full else 0,
         protocol=protocol,
         metric=metric,
+        rank_by=rank_by,
         steps=steps,
         start=start,
         fit=fit,
@@ -131,9 +136,12 @@ def search(
         found = run.run(overwrite=overwrite)
     say()
     console.print(search_table(found, config), highlight=False, markup=False)
-    judged = agreement(found, protocol=protocol, metric=metric)
-    if judged is not None:
-        say(_verdict(judged))
+    names: tuple[RankBy, ...] = ("metric", "loss")
+    for name in names:
+        judged = agreement(found, protocol=protocol, metric=metric, rank_by=name)
+        if judged is not None:
+            figure = f"{metric} after training" if name == "metric" else "mean loss in training"
+            say(f"by {figure} on the summary, {_verdict(judged)}")
     say(f"\nchosen: {found[0].candidate.name}. Written: {folder / RESULTS}")
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -21,6 +21,7 @@ from td3_fast.report import JsonLines, in_percent, versions
 from td3_fast.run_folder import RESULTS, RunError, Watcher, environment
 from td3_fast.search import (
     Candidate,
+    RankBy,
     SearchConfig,
     Source,
     Standing,
@@ -78,7 +79,9 @@ class SearchRun:
         keys = {(c.name, source): self._key(c, source) for c in self.candidates for source in sources}
         with JsonLines(self.folder / TRIALS) as lines:
             trials: dict[TrialKey, Trial] = {
-                (entry["candidate"], entry["source"], entry["run"]): Trial(entry["scores"], entry["seconds"])
+                (entry["candidate"], entry["source"], entry["run"]): Trial(
+                    entry["scores"], entry["seconds"], entry.get("loss")
+                )
                 for entry in lines.entries
                 if entry.get("settings") == keys.get((entry["candidate"], entry["source"]))
             }
@@ -86,6 +89,8 @@ class SearchRun:
             def keep(where: TrialKey, trial: Trial) -> None:
                 name, source, run = where
                 entry = {"settings": keys[name, source], "candidate": name, "source": source, "run": run}
+                if trial.loss is not None:
+                    entry["loss"] = trial.loss
                 lines.write({**entry, "scores": trial.scores, "seconds": round(trial.seconds, 3)})
                 trials[where] = trial
                 self._write(trials)
@@ -106,10 +111,16 @@ class SearchRun:
     def _write(self, trials: dict[TrialKey, Trial]) -> None:
         assert self.candidates is not None
         found = standings(self.candidates, trials, self.config)
-        judged = agreement(found, protocol=self.config.protocol, metric=self.config.metric)
+        config = self.config
+        judged = {
+            rank_by: agreement(found, protocol=config.protocol, metric=config.metric, rank_by=rank_by)
+            for rank_by in get_args(RankBy)
+        }
+        own = judged[config.rank_by]
         results = {
             "candidates": [asdict(standing) for standing in found],
-            "agreement": None if judged is None else asdict(judged),
+            "agreement": None if own is None else asdict(own),
+            "agreements": {name: None if one is None else asdict(one) for name, one in judged.items()},
             "settings": {
                 "source": self.source,
                 "data_name": self.split.interactions.name,
@@ -118,6 +129,7 @@ class SearchRun:
                 "full_seeds": self.config.full_seeds,
                 "protocol": self.config.protocol,
                 "metric": self.config.metric,
+                "rank_by": self.config.rank_by,
                 **self._identity(),
                 "environment": environment(self.summary.item_factors.device),
             },
@@ -161,13 +173,18 @@ def search_table(found: Sequence[Standing], config: SearchConfig) -> Table:
     table.add_column("", justify="right")
     table.add_column("candidate", no_wrap=True)
     table.add_column("on the summary", justify="right", no_wrap=True)
+    table.add_column("mean loss", justify="right", no_wrap=True)
     table.add_column("seconds", justify="right")
     full = any(standing.full is not None for standing in found)
     if full:
         table.add_column("on full data", justify="right", no_wrap=True)
         table.add_column("seconds", justify="right")
     for place, standing in enumerate(found, start=1):
-        cells = [_percent(standing.summary, config, config.seeds), f"{standing.summary_seconds:.1f}"]
+        cells = [
+            _percent(standing.summary, config, config.seeds),
+            f"{standing.summary_loss['mean']:.3f}",
+            f"{standing.summary_seconds:.1f}",
+        ]
         if full and standing.full is None:
             cells += ["", ""]
         elif standing.full is not None:

@@ -167,6 +167,27 @@ def test_more_steps_on_the_summary_are_another_training(summary: TuckerSummary, 
     assert few[0].summary != many[0].summary
 
 
+def test_candidates_are_ranked_by_the_mean_of_their_losses_where_asked(
+    summary: TuckerSummary, split: Split
+) -> None:
+    found = search(summary, split, FEW, config=replace(CONFIG, full_seeds=0, rank_by="loss"))
+    means = [standing.summary_loss["mean"] for standing in found]
+    assert means == sorted(means)
+    by_metric = search(summary, split, FEW, config=replace(CONFIG, full_seeds=0))
+    assert {s.candidate.name: s.summary_loss for s in found} == {
+        s.candidate.name: s.summary_loss for s in by_metric
+    }
+    losses = []
+    for run in range(CONFIG.seeds):
+        seed = derive_seed(0, "run", run)
+        learner = untrained_learner(
+            summary, name=FEW[0].learner, hyperparameters=FEW[0].hyperparameters, seed=seed
+        )
+        losses += summary.fit(learner, seed=seed, **CONFIG.fit_changes())
+    mine = next(standing for standing in found if standing.candidate == FEW[0])
+    assert mine.summary_loss["mean"] == pytest.approx(sum(losses) / len(losses))
+
+
 def test_a_candidate_twice_is_refused(summary: TuckerSummary, split: Split) -> None:
     with pytest.raises(ValueError, match="occurs twice"):
         search(summary, split, [FEW[0], FEW[0]])
@@ -187,13 +208,14 @@ def test_kendall_tau_of_worked_cases(first: list[float], second: list[float], ta
 
 
 def test_regret_is_what_the_chosen_one_lacks() -> None:
-    def standing(name: str, on_summary: float, on_data: float) -> Standing:
+    def standing(name: str, on_summary: float, on_data: float, loss: float | None = None) -> Standing:
         return Standing(
             candidate=Candidate(learner=name, hyperparameters={}),
             summary={"full": {"HR@5": {"mean": on_summary, "sd": 0.0}}},
             full={"full": {"HR@5": {"mean": on_data, "sd": 0.0}}},
             summary_seconds=1.0,
             full_seconds=10.0,
+            summary_loss={"mean": 1.0 - on_summary if loss is None else loss, "sd": 0.0},
         )
 
     found = [standing("a", 0.3, 0.5), standing("b", 0.2, 0.75), standing("c", 0.1, 0.25)]
@@ -201,6 +223,11 @@ def test_regret_is_what_the_chosen_one_lacks() -> None:
     assert judged is not None
     assert (judged.chosen, judged.best, judged.regret) == ("a", "b", 0.25)
     assert (judged.summary_seconds, judged.full_seconds) == (3.0, 30.0)
+    # by the loss the lowest is chosen
+    found = [standing("a", 0.3, 0.5, 2.0), standing("b", 0.2, 0.75, 1.0), standing("c", 0.1, 0.25, 3.0)]
+    judged = agreement(found, protocol="full", metric="HR@5", rank_by="loss")
+    assert judged is not None
+    assert (judged.chosen, judged.regret, judged.kendall_tau) == ("b", 0.0, 1.0)
 
 
 # the command
@@ -260,7 +287,12 @@ def test_a_stopped_search_goes_on_where_it_was(
     whole = run(*words, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     assert "chosen: " in whole.stdout
-    assert "Kendall's tau" in whole.stdout
+    assert whole.stdout.count("Kendall's tau") == 2
+    by_loss = run(*words, "--out", tmp_path / "whole", "--rank-by", "loss")
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["agreement"] == results["agreements"]["loss"]
+    assert f"chosen: {results['agreement']['chosen']}" in " ".join(by_loss.stdout.split())
+    assert run(*words, "--out", tmp_path / "whole").exit_code == 0
 
     def stop_at_the_second(display: Any, stage: str, done: int, *_: Any) -> None:
         if stage == "search" and done == 2:
