@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1)
     parser.add_argument("--users", type=int, default=300, help="of the log")
     parser.add_argument("--users-per-step", type=int, default=25)
+    parser.add_argument("--middle-positions", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the window")
     parser.add_argument("--window", type=int, default=40)
@@ -66,6 +67,7 @@ def main() -> None:
         recipe.distill,
         item_embedding=given.item_embedding,
         users_per_step=given.users_per_step,
+        middle_positions=given.middle_positions,
         batch_size=given.batch_size,
         window=given.window,
         inner_steps=given.warm_up + given.window,

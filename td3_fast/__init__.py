@@ -8,6 +8,7 @@ stand before them: what else those modules hold is imported from them by name, a
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,8 @@ class _Package(ModuleType):
     """Imports what a public name needs on its first use, so that the command line can start without torch."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            return importlib.metadata.version("td3-fast")
         if name in ("data", "ops"):
             return importlib.import_module(f"{__name__}.{name}")
         if name not in _MODULE_OF:

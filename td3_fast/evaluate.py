@@ -56,6 +56,8 @@ class EvaluateConfig:
         unknown = [row for row in self.rows if row not in KNOWN_ROWS]
         if unknown:
             raise ValueError(f"unknown row {unknown[0]!r}: expected some of {', '.join(KNOWN_ROWS)}")
+        if len(set(self.rows)) < len(self.rows):
+            raise ValueError(f"a row is named twice: {', '.join(self.rows)}")
         if not self.rows:
             raise ValueError(f"there is no row to make: name some of {', '.join(KNOWN_ROWS)}")
         if self.seeds < 1:

@@ -33,6 +33,7 @@ from td3_fast.unroll import (
     FixedEmbeddings,
     InnerLoop,
     initial_state,
+    middle_places,
     stride_of,
 )
 
@@ -214,7 +215,8 @@ def _plan(
     numbers += config.position_rank * config.positions
     if config.summary == "farzi":
         numbers = config.latent_rank * (config.users * config.positions + num_items)
-    rows = 2 if config.augmentation else 1
+    low, high = middle_places(config.positions)
+    rows = 1 + (min(config.middle_positions, high - low) if config.augmentation else 0)  # targets of a user
 
     probabilities = config.users * config.positions * num_items * size
     softmax = trained and config.normalize == "softmax"

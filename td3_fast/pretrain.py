@@ -39,6 +39,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "ensemble", least=0)
+        check_sizes(self, "pool_first")
+        if self.pool_last < self.pool_first:
+            raise ValueError(
+                f"PretrainConfig.pool_last must be at least pool_first, got {self.pool_last} and {self.pool_first}"
+            )
         check_share(self.ensemble_share)
         if self.ensemble and self.fit.loss == "sampled":
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ from td3_fast.checks import check_choices
 from td3_fast.data import Split
 from td3_fast.evaluate import Scores, teacher_of, untrained_learner
 from td3_fast.learners import LEARNERS, Learner, learner_named
-from td3_fast.metrics import mean_and_sd
+from td3_fast.metrics import Metric, mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
@@ -38,7 +39,10 @@ class Candidate:
     @property
     def name(self) -> str:
         """As in "SASRec hidden=32 layers=2"."""
-        return " ".join([self.learner, *(f"{k}={v:g}" for k, v in self.hyperparameters.items())])
+        values = {
+            k: str(v) for k, v in self.hyperparameters.items()
+        }  # as many digits as tell it from any other
+        return " ".join([self.learner, *(f"{k}={v}" for k, v in values.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class SearchConfig:
     seeds: int = 3  # learners per candidate, trained on the summary
     full_seeds: int = 0  # learners per candidate, trained on the full data
     protocol: Protocol = "uni100"  # that the candidates are ranked by, on validation data
-    metric: str = "NDCG@10"
+    metric: Metric = "NDCG@10"
     rank_by: RankBy = (
         "metric"  # that figure, or the mean inner loss over training on the summary, the lower the better
     )
@@ -283,7 +287,10 @@ def _trained(
     """A learner and, if it was trained on the summary, the mean of its loss over the steps."""
     learner = _learner(summary, candidate, config.start if source == "summary" else "nothing", seed=seed)
     if source == "summary":
-        losses = summary.fit(learner, seed=seed, progress=progress, **config.fit_changes())
+        try:
+            losses = summary.fit(learner, seed=seed, progress=progress, **config.fit_changes())
+        except FloatingPointError:  # a candidate like any other, and the last
+            return learner, sys.float_info.max
         return learner, math.fsum(losses) / len(losses)
     fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
     return learner, None

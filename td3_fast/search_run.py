@@ -171,14 +171,14 @@ def search_table(found: Sequence[Standing], config: SearchConfig) -> Table:
         pad_edge=False,
     )
     table.add_column("", justify="right")
-    table.add_column("candidate", no_wrap=True)
+    table.add_column("candidate")
     table.add_column("on the summary", justify="right", no_wrap=True)
-    table.add_column("mean loss", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right")
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
     full = any(standing.full is not None for standing in found)
     if full:
         table.add_column("on full data", justify="right", no_wrap=True)
-        table.add_column("seconds", justify="right")
+        table.add_column("seconds", justify="right", no_wrap=True)
     for place, standing in enumerate(found, start=1):
         cells = [
             _percent(standing.summary, config, config.seeds),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -309,6 +310,11 @@ def fit_examples(
             batch = Batch(*(t.to(device) for t in cut_batch(train, index, learner.max_len)))
             negatives_seed = derive_seed(seed, "negatives", state.epoch, batch_index)
             state.optimiser, loss = take_step(state.optimiser, batch, dropout=dropout, seed=negatives_seed)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of batch {batch_index + 1} of epoch {state.epoch + 1} is not finite: lower the learning "
+                    f"rate ({config.learning_rate:g})"
+                )
             state.loss_sum += loss * len(index)
             state.batch = batch_index + 1
             trim()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from td3_fast.checks import check_choices
 from td3_fast.data import Split
 from td3_fast.evaluate import Scores, teacher_of
-from td3_fast.metrics import mean_and_sd
+from td3_fast.metrics import Metric, mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
@@ -40,13 +41,15 @@ class TuneConfig:
     finalists: int = 6
     seeds: int = 3
     protocol: Protocol = "uni100"  # of the figure on validation data
-    metric: str = "NDCG@10"
+    metric: Metric = "NDCG@10"
 
     def __post_init__(self) -> None:
         for name in ("rates", "lengths", "dropouts", "middle_positions"):
             if not getattr(self, name):
                 raise ValueError(f"TuneConfig.{name} is empty: name at least one to try")
         check_choices(self)
+        if min(*self.rates, *self.lengths, *self.middle_positions) <= 0:
+            raise ValueError("TuneConfig's rates, lengths and middle_positions must be above 0")
         if self.finalists < 1 or self.seeds < 1:
             raise ValueError(
                 f"tuning needs at least 1 finalist and 1 seed, got {self.finalists} and {self.seeds}"
@@ -121,7 +124,8 @@ def tune(
             return
         options, run_seed = settings[number], derive_seed(seed, "tune", run)
         trained = fresh_like(teacher, seed=run_seed, share_items=options["item_embedding"] == "frozen")
-        summary.fit(trained, seed=run_seed, progress=progress, **options)
+        with suppress(FloatingPointError):  # a learner of no finite numbers ranks nothing well
+            summary.fit(trained, seed=run_seed, progress=progress, **options)
         scores[number, run] = ranker.metrics(trained)
         if on_trial is not None:
             on_trial((number, run), scores[number, run])

@@ -185,3 +185,12 @@ def test_the_learner_of_a_summary_is_made_as_it_was(split: Split, teacher: SASRe
 def test_unknown_row_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown row 'best'"):
         EvaluateConfig(rows=("best",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [((), "no row to make"), (("summary", "summary"), "named twice"), (("all",), "unknown")],
+)
+def test_rows_that_make_no_table_are_refused(rows: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(rows=rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 from types import FunctionType
 
 import pytest
@@ -34,3 +36,8 @@ def test_a_function_stands_before_the_module_of_its_name(name: str, first: str) 
 def test_other_names_are_no_attributes() -> None:
     with pytest.raises(AttributeError, match="no attribute 'teleport'"):
         td3_fast.teleport  # noqa: B018
+
+
+def test_the_package_says_its_version_and_that_it_is_typed() -> None:
+    assert td3_fast.__version__ == importlib.metadata.version("td3-fast")
+    assert Path(td3_fast.ops.__file__).parents[1].joinpath("py.typed").exists()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from td3_fast.cli import app
 from td3_fast.data import Split, write_interactions
 from td3_fast.evaluate import teacher_of, untrained_learner
-from td3_fast.learners import LEARNERS
+from td3_fast.learners import LEARNERS, SASRec
 from td3_fast.ops import derive_seed
 from td3_fast.report import read_json_lines
 from td3_fast.search import (
@@ -186,6 +186,33 @@ def test_candidates_are_ranked_by_the_mean_of_their_losses_where_asked(
         losses += summary.fit(learner, seed=seed, **CONFIG.fit_changes())
     mine = next(standing for standing in found if standing.candidate == FEW[0])
     assert mine.summary_loss["mean"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_a_candidate_that_diverges_is_the_last(
+    summary: TuckerSummary, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = TuckerSummary.fit
+
+    def diverging(self: TuckerSummary, learner: Any, **options: Any) -> list[float]:
+        if isinstance(learner, SASRec):
+            raise FloatingPointError("the loss of step 1 of 4 is not finite")
+        return fit(self, learner, **options)
+
+    monkeypatch.setattr(TuckerSummary, "fit", diverging)
+    found = search(summary, split, FEW, config=SearchConfig(seeds=1, rank_by="loss"))
+    assert found[0].candidate == FEW[2]
+    assert len(found) == 3
+
+
+def test_names_tell_all_candidates_apart() -> None:
+    names = [
+        Candidate(
+            learner="BERT4Rec", hyperparameters={"positions_from": "first", "hidden_dropout": rate}
+        ).name
+        for rate in (0.1234567, 0.1234568)
+    ]
+    assert names[0] == "BERT4Rec positions_from=first hidden_dropout=0.1234567"
+    assert names[0] != names[1]
 
 
 def test_a_candidate_twice_is_refused(summary: TuckerSummary, split: Split) -> None:

@@ -530,3 +530,12 @@ def test_what_would_not_train_as_asked_is_refused(
         before = learner.item_embeddings.detach().clone()
         summary.fit(learner, steps=1, learning_rate=0.1, batch_size=2, item_embedding="frozen")
         assert torch.equal(learner.item_embeddings, before)
+
+
+def test_training_that_leaves_the_numbers_is_an_error() -> None:
+    learner = SASRec(SASRecConfig(num_items=7, max_len=4, hidden=3, inner=4), seed=0)
+    summary = TuckerSummary.initialise(
+        users=2, positions=4, user_rank=2, position_rank=2, item_factors=learner.item_embeddings.detach(), seed=0
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        summary.fit(learner, steps=20, learning_rate=1e30, batch_size=2, item_embedding="trained")

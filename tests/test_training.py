@@ -201,3 +201,11 @@ def test_fresh_learner_shares_tables_only(split: Split) -> None:
 def test_nothing_to_rank_is_an_error(split: Split) -> None:
     with pytest.raises(ValueError, match="no example to rank"):
         Ranker(split.test.subset(np.array([], dtype=np.int64)), seed=0)
+
+
+def test_training_that_leaves_the_numbers_is_an_error(split: Split) -> None:
+    model = SASRec(SASRecConfig(num_items=split.interactions.num_items, max_len=6, hidden=8, inner=8), seed=0)
+    ranker = Ranker(split.validation, seed=0, protocols=("uni100",))
+    config = FitConfig(learning_rate=1e30, batch_size=16, max_epochs=3)
+    with pytest.raises(FloatingPointError, match="of epoch 1 is not finite: lower the learning rate"):
+        fit_examples(model, split.train, ranker, config, seed=0)

@@ -93,8 +93,20 @@ def test_a_frozen_table_is_not_touched(summary: TuckerSummary, split: Split) -> 
     assert torch.equal(summary.item_factors, before)
 
 
+def test_options_that_diverge_come_last(summary: TuckerSummary, split: Split) -> None:
+    found = tune(summary, split, config=replace(FEW, rates=(1.0, 1e30), lengths=(5.0,), finalists=2))
+    assert found[0].options["learning_rate"] == 0.01
+    assert found[1].metrics["NDCG@10"]["mean"] < found[0].metrics["NDCG@10"]["mean"]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"rates": ()}, "rates is empty"), ({"finalists": 0}, "at least 1 finalist")]
+    ("changes", "message"),
+    [
+        ({"rates": ()}, "rates is empty"),
+        ({"rates": (1.0, -1.0)}, "must be above 0"),
+        ({"metric": "NDCG@7"}, "metric must be one of"),
+        ({"finalists": 0}, "at least 1 finalist"),
+    ],
 )
 def test_nothing_to_try_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -58,8 +58,10 @@ class Interactions:
             raise ValueError(f"item_ids must start with {PADDING!r}")
         if len(self.items) and not 1 <= self.items.min() <= self.items.max() < self.num_items:
             raise ValueError(f"items must lie in 1 .. {self.num_items - 1}")
-        for array in (self.offsets, self.items, self.item_ids, self.user_ids):
+        for name in ("offsets", "items", "item_ids", "user_ids"):
+            array = getattr(self, name).view()  # the caller may still write to its own
             array.flags.writeable = False
+            object.__setattr__(self, name, array)
 
     @property
     def num_items(self) -> int:

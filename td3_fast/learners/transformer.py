@@ -99,7 +99,9 @@ class Block(nn.Module):
         weights = self._weights(
             query, key, bias.repeat_interleave(heads, dim=0) if heads > 1 else bias, dropout
         )
-        return torch.bmm(weights, value).view(batch, heads, k, -1).transpose(1, 2).reshape(batch, k, d)
+        return (
+            torch.bmm(weights, value).view(batch, heads, k, d // heads).transpose(1, 2).reshape(batch, k, d)
+        )
 
     def _attend_few(
         self, hidden: Tensor, asked: Tensor, bias: Tensor, dropout: DropoutStream | None

@@ -3,7 +3,7 @@
 from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, initial_state
 from td3_fast.unroll.fit import CACHED_PROBABILITIES_LIMIT, fit_on_summary, make_mixture
 from td3_fast.unroll.higher import pull_back_with_higher
-from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
+from td3_fast.unroll.inner import InnerLoop, ItemEmbedding, middle_places
 from td3_fast.unroll.lanes import Lanes
 from td3_fast.unroll.lazy_adam import lazy_adam_step_
 from td3_fast.unroll.mixture import (
@@ -57,6 +57,7 @@ __all__ = [
     "lazy_adam_step_",
     "make_mixture",
     "may_be_recorded",
+    "middle_places",
     "pull_back_with_higher",
     "stride_of",
 ]

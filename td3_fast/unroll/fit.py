@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -90,6 +91,7 @@ def fit_on_summary(
     be replayed, as `RecordedLoop` takes it; None: as a CUDA graph on a GPU, on the CPU not at all.
 
     Raises:
+        FloatingPointError: the loss of a step is not finite; the learner is left as training left it.
         ValueError: an option is none of those that there are, or a parameter that would be trained has
             `requires_grad=False`: only the item table can be left as it is, by `item_embedding`.
     """
@@ -132,4 +134,11 @@ def fit_on_summary(
     with torch.enable_grad():
         state, losses = run(initial_state(start), items, mixture, until=steps, progress=progress)
     flat.write(learner, *state.parameters)
-    return losses.tolist()
+    each: list[float] = losses.tolist()
+    wrong = next((step for step, loss in enumerate(each, start=1) if not math.isfinite(loss)), None)
+    if wrong is not None:
+        raise FloatingPointError(
+            f"the loss of step {wrong} of {steps} on the summary is not finite: lower the learning rate "
+            f"({learning_rate:g})"
+        )
+    return each

@@ -49,6 +49,12 @@ def _cyclic(first: int, size: int, num_users: int) -> Tensor:
     return torch.arange(first, first + size) % num_users
 
 
+def middle_places(num_positions: int) -> tuple[int, int]:
+    """The first position that a middle target may have, and the one after the last; 0-based."""
+    high = max(num_positions - 1, 2)
+    return min(FIRST_MIDDLE_POSITION, high - 1), high
+
+
 @functools.lru_cache(maxsize=8)
 def _targets(seed: int, block: int, users: int, num_positions: int, middle_positions: int) -> Tensor:
     """The target positions of a block of steps: (STEPS_AT_ONCE, users, 1 + middle_positions)."""
@@ -56,8 +62,7 @@ def _targets(seed: int, block: int, users: int, num_positions: int, middle_posit
     last = torch.full(shape, num_positions - 1)
     if middle_positions == 0:
         return last
-    high = max(num_positions - 1, 2)
-    low = min(FIRST_MIDDLE_POSITION, high - 1)
+    low, high = middle_places(num_positions)
     generator = seeded_generator(seed, "middle", block)
     if middle_positions == 1:
         middle = torch.randint(low, high, shape, generator=generator)

@@ -183,3 +183,11 @@ def test_report_counts_by_hand() -> None:
     timeless = check_interactions(frame(), columns={"timestamp": None})
     assert not timeless.has_times
     assert timeless.ties == 0
+
+
+def test_arrays_of_the_caller_stay_his_own() -> None:
+    offsets, items = np.array([0, 2]), np.array([1, 1], dtype=np.int32)
+    ids, users = np.array(["[PAD]", "a"]), np.array(["u"])
+    log = Interactions(offsets=offsets, items=items, item_ids=ids, user_ids=users, name="x")
+    assert items.flags.writeable
+    assert not log.items.flags.writeable
