@@ -84,6 +84,7 @@ class SearchRun:
                 )
                 for entry in lines.entries
                 if entry.get("settings") == keys.get((entry["candidate"], entry["source"]))
+                and (entry["source"] == "full" or "loss" in entry)  # earlier revisions kept none
             }
 
             def keep(where: TrialKey, trial: Trial) -> None:
