@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -425,14 +426,15 @@ class Distiller:
             if config.semantics.carry_embeddings and state.validation_items is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(state.validation_items)
-            fit_on_summary(
-                learner,
-                self.summary(state.factors.parameters),
-                seed=seed,
-                cached_limit=self.limits.cached_probabilities,
-                tables=self.tables,
-                **self.fit_options(),
-            )
+            with suppress(FloatingPointError):  # such an epoch is not chosen
+                fit_on_summary(
+                    learner,
+                    self.summary(state.factors.parameters),
+                    seed=seed,
+                    cached_limit=self.limits.cached_probabilities,
+                    tables=self.tables,
+                    **self.fit_options(),
+                )
             if config.semantics.carry_embeddings:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_unroll import small_distiller
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import Distiller, distill
@@ -195,3 +197,62 @@ def test_divergence_is_an_error(split: Split, pretrained: Pretrained) -> None:
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_outer_steps_are_those_of_pytorchs_adam_with_clipping_and_a_cosine() -> None:
+    # gradients are clipped to the size of what the decay adds, so that either shows
+    distiller, state = small_distiller(epochs=2, max_norm=0.05, summary_weight_decay=0.01)
+    config = distiller.config
+    factors = [torch.nn.Parameter(factor.clone()) for factor in state.factors.parameters]
+    adam = torch.optim.Adam(factors, lr=config.summary_lr, weight_decay=config.summary_weight_decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, distiller.total_steps)
+    assert distiller.total_steps >= 6
+    for _ in range(6):
+        gradients, _ = distiller.meta_gradient(state)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient.clone()
+        assert torch.nn.utils.clip_grad_norm_(factors, config.max_norm) > config.max_norm
+        adam.step()
+        cosine.step()
+        distiller.outer_step(state)
+        for ours, theirs in zip(state.factors.parameters, factors, strict=True):
+            # Adam's eps stands beside the moment before its bias is taken out, as in `higher`
+            torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=2e-4)
+
+
+def test_starts_are_drawn_from_the_whole_pool(split: Split, pretrained: Pretrained) -> None:
+    distiller = Distiller(split, pretrained, CONFIG, seed=0)
+    state, generator = distiller.initial_state(), torch.Generator().manual_seed(0)
+    drawn = {tuple(distiller._start(state, generator)[0][:4].tolist()) for _ in range(30)}
+    assert len(drawn) == len(pretrained.pool) == 2
+
+
+def test_the_weight_decay_of_learners_has_an_effect(split: Split, pretrained: Pretrained) -> None:
+    gradients = []
+    for decay in (0.0, 0.5):
+        distiller = Distiller(split, pretrained, replace(CONFIG, learner_weight_decay=decay), seed=0)
+        assert distiller.fit_options()["weight_decay"] == decay
+        gradients.append(distiller.meta_gradient(distiller.initial_state())[0])
+    assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_epoch_whose_learner_diverges_is_not_the_best(
+    split: Split, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    fit = sys.modules["td3_fast.distill"].fit_on_summary
+
+    def diverging_at_first(learner: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(learner)
+        if len(calls) == 1:
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.fill_(torch.nan)
+            raise FloatingPointError
+        return fit(learner, *arguments, **options)
+
+    monkeypatch.setattr(sys.modules["td3_fast.distill"], "fit_on_summary", diverging_at_first)
+    _, state = distill(split, pretrained, CONFIG, seed=0)
+    assert len(calls) == CONFIG.epochs
+    assert state.history[0]["MRR@10"] == 0.0
+    assert state.best_epoch == 2

@@ -44,3 +44,26 @@ def test_improved_learners_move_no_faster_than_the_long_window_bears(name: str) 
 @pytest.mark.parametrize(("size", "users"), [("50x50", 25), ("200x100", 100), ("31x20", 25)])
 def test_an_improved_step_takes_half_of_the_users_of_a_large_summary(size: str, users: int) -> None:
     assert recipe_named("ml-1m").sized(size).improved().distill.users_per_step == users
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "layers", "hidden", "inner", "rank", "size", "batch", "users", "rates"),
+    [
+        ("epinions", 1, 2, 32, 32, 8, (15, 30), 2048, 15, (0.01, 0.003)),
+        ("ml-100k", 1, 1, 32, 64, 16, (50, 50), 4096, 25, (0.03, 0.005)),  # its size and ranks in the tables
+        ("ml-1m", 1, 1, 32, 64, 16, (50, 50), 32768, 25, (0.03, 0.01)),
+    ],
+)
+def test_recipes_have_the_presets_of_the_paper(
+    name: str, heads: int, layers: int, hidden: int, inner: int, rank: int, size: tuple[int, int], batch: int,
+    users: int, rates: tuple[float, float],
+) -> None:  # fmt: skip
+    recipe = recipe_named(name)
+    learner = SASRecConfig(num_items=10, **recipe.learner)
+    assert (learner.heads, learner.layers, learner.hidden, learner.inner) == (heads, layers, hidden, inner)
+    config = recipe.distill
+    assert (config.user_rank, config.position_rank, config.users, config.positions) == (rank, rank, *size)
+    assert (config.batch_size, config.users_per_step) == (batch, users)
+    assert (config.summary_lr, config.learner_lr) == rates
+    assert (config.epochs, config.inner_steps, config.window) == (30, 200, 40)
+    assert (config.summary_weight_decay, config.learner_weight_decay, config.max_norm) == (1e-4, 5e-5, 1.0)

@@ -77,6 +77,7 @@ def check_against_higher(*, step: int = 0, **options: Any) -> Distiller:
 VARIANTS = {
     "plain": {},
     "without alignment": {"alignment": 0.0},
+    "little alignment, much weight decay": {"alignment": 0.3, "learner_weight_decay": 0.1},
     "without augmentation": {"augmentation": False},
     "separate passes, dropout everywhere": {
         "semantics": Semantics(separate_passes=True, outer_dropout=True, restart_batches=True, shuffle=False)

@@ -100,4 +100,4 @@ def generate_interactions(
         user_ids=[f"u{user + 1}" for user in range(num_users)],
         item_ids=[f"i{item + 1}" for item in range(num_items)],
     )
-    return assemble(log, np.arange(len(items)), name)
+    return assemble(log, np.arange(len(items)), name, timed=True)

@@ -313,8 +313,8 @@ def _renumber(codes: NDArray[np.int32], ids: list[str]) -> tuple[NDArray[np.int3
     return numbers.astype(np.int32), [ids[code] for code in present]
 
 
-def assemble(log: RawLog, kept: NDArray[np.int64], name: str) -> Interactions:
-    """The rows `kept` (ascending) of a log as `Interactions`."""
+def assemble(log: RawLog, kept: NDArray[np.int64], name: str, *, timed: bool | None = None) -> Interactions:
+    """The rows `kept` (ascending) of a log as `Interactions`; timed: as of that, if it is known."""
     users, user_ids = _renumber(log.users[kept], log.user_ids)
     items, item_ids = _renumber(log.items[kept], log.item_ids)
     times = None if log.times is None else log.times[kept]
@@ -328,5 +328,5 @@ def assemble(log: RawLog, kept: NDArray[np.int64], name: str) -> Interactions:
         item_ids=np.array([PADDING, *item_ids], dtype=np.str_),
         user_ids=np.array(user_ids, dtype=np.str_),
         name=name,
-        timed=log.times is not None,
+        timed=log.times is not None if timed is None else timed,
     )

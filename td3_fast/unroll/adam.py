@@ -18,7 +18,11 @@ ELEMENTS_AT_ONCE = 2**20  # of an item table
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """Adam with coupled weight decay: `weight_decay * parameter` is added to the gradient."""
+    """Adam with coupled weight decay: `weight_decay * parameter` is added to the gradient.
+
+    `eps` is added to the root of the second moment before the bias of that is taken out, as the paper's more efficient
+    form of the algorithm and `higher` have it; `torch.optim.Adam` adds it afterwards, where it weighs less in the first steps.
+    """
 
     learning_rate: float
     weight_decay: float = 0.0
