@@ -21,7 +21,8 @@ class AdamConfig:
     """Adam with coupled weight decay: `weight_decay * parameter` is added to the gradient.
 
     `eps` is added to the root of the second moment before the bias of that is taken out, as the paper's more efficient
-    form of the algorithm and `higher` have it; `torch.optim.Adam` adds it afterwards, where it weighs less in the first steps.
+    form of the algorithm and `higher` have it; `torch.optim.Adam` adds it afterwards, where it weighs less in the first
+    steps.
     """
 
     learning_rate: float
