@@ -53,7 +53,7 @@ def lean(split: Split) -> Pretrained:
 def test_a_frozen_distillation_needs_no_tables_in_the_pool(split: Split, lean: Pretrained) -> None:
     with_tables = pretrained_as(split, replace(PRETRAIN, pool_items=True))
     assert len(lean.pool) == 3
-    too_short = pretrained_as(split, replace(PRETRAIN, pool_first=9))
+    too_short = pretrained_as(split, replace(PRETRAIN, pool_first=9, pool_last=9))
     assert all("item_embeddings" not in entry for entry in (*lean.pool, *too_short.pool))
     assert len(too_short.pool) == 1
     ours, theirs = (distill(split, p, FROZEN, seed=1)[1] for p in (lean, with_tables))
