@@ -14,6 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from td3_fast import data, ops
     from td3_fast.data import Interactions, generate_interactions, leave_one_out, load_interactions
     from td3_fast.distill import distill

@@ -140,9 +140,9 @@ def evaluate(
             tune=TuneConfig() if tune else None,
             watcher=watcher,
         )
-        if tune and loaded.metadata is not None:
-            say_tuned(run.tried(), loaded.metadata.training.fit_options())
         scored = run.evaluate(overwrite=overwrite)
+        if tune:
+            say_tuned(run.tried(), loaded)
     print_rows(scored)
     say(f"\nwritten: {folder / RESULTS}")
 
@@ -234,18 +234,18 @@ def fit(
         check_place(out, overwrite=overwrite)
     loaded = load_summary(summary).to(device_named(device))
     made = teacher_of(loaded, name=learner, seed=seed)
-    begun = time.perf_counter()
     with watching("nothing is written") as watcher:
         more: dict[str, Any] = {} if steps is None else {"steps": steps}
-        if tune is not None and loaded.metadata is not None:
+        if tune is not None:
             from td3_fast.tune import tune as find
 
             split = read_split(tune, format=format, columns=columns, **filters_of(loaded))
             tried = find(loaded, split, learner=learner, seed=seed, progress=watcher.interruptible)
-            say_tuned(tried, loaded.metadata.training.fit_options())
+            say_tuned(tried, loaded)
             more = tried[0].options
+        begun = time.perf_counter()
         losses = loaded.fit(made, seed=seed, progress=watcher.interruptible, **more)
-    took = time.perf_counter() - begun
+        took = time.perf_counter() - begun
     say(
         f"{type(made).__name__} trained on a summary of {loaded.size} in {took:.1f} s: {len(losses)} steps, "
         f"inner loss {losses[0]:.4f} at first and {losses[-1]:.4f} at last"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -256,8 +256,8 @@ def say_plan(split: Split, recipe: Recipe, folder: Path) -> None:
     say(f"into      {folder}, by the recipe {recipe.name}")
 
 
-def say_tuned(tried: Sequence[Tried], own: Mapping[str, Any]) -> None:
-    """Say how learners are trained on a summary after a choice on validation data; own: the summary's own options."""
+def say_tuned(tried: Sequence[Tried], summary: Summary) -> None:
+    """Say how learners are trained on a summary after a choice on validation data, beside its own options."""
     from td3_fast.report import in_percent
 
     chosen = tried[0].options
@@ -269,9 +269,8 @@ def say_tuned(tried: Sequence[Tried], own: Mapping[str, Any]) -> None:
     def figure(entry: Tried) -> str:
         return f"{in_percent(entry.metrics['NDCG@10'], runs=entry.learners)} %"
 
-    beside = next(
-        (f", the summary's own options {figure(entry)}" for entry in tried if entry.options == own), ""
-    )
+    own = None if summary.metadata is None else summary.metadata.training.fit_options()
+    beside = next((f", the summary's own {figure(entry)}" for entry in tried if entry.options == own), "")
     say(f"       validation NDCG@10 (uni100) of {tried[0].learners} learners {figure(tried[0])}{beside}")
 
 

@@ -70,6 +70,8 @@ class EvaluateRun:
             carry_embeddings=semantics.carry_embeddings,
             ddof=semantics.ddof,
         )
+        if self.tune is not None and "summary" not in self.rows:
+            raise ValueError("only the row summary is tuned: name it among the rows, or tune nothing")
         check_data(self.summary, self.split, self.source)
         self._tried: list[Tried] | None = None
 
@@ -148,7 +150,7 @@ class EvaluateRun:
         """The rows, with runs that the folder's earlier evaluations have finished taken from there."""
         fit_options: dict[str, Any] | None = None if self.pretrained is None else {}
         key = key_of_summary = _hash(self._identity())
-        if self.tune is not None and "summary" in self.rows:
+        if self.tune is not None:
             fit_options = self.tried()[0].options
             key_of_summary = _hash({**self._identity(), "fit_options": fit_options})
         with JsonLines(self.folder / RUNS) as runs:

@@ -143,7 +143,7 @@ def _table(protocol: str, rows: Sequence[Row]) -> Table:
 
 
 def in_percent(figures: Mapping[str, float], *, runs: int) -> str:
-    """ "12.34 ± 0.56" of a {"mean", "sd"} of fractions; the mean alone where one run says nothing of a spread."""
+    """A {"mean", "sd"} of fractions as in "12.34 ± 0.56"; the mean alone where one run says nothing of a spread."""
     mean = f"{100 * figures['mean']:.2f}"
     return mean if runs == 1 else f"{mean} ± {100 * figures['sd']:.2f}"
 

@@ -20,7 +20,7 @@ LOG = "log.jsonl"
 REPORT = "report.png"
 CHECKPOINT = "checkpoint.safetensors"
 RUNS = "evaluation.jsonl"  # finished runs of evaluations
-TUNING = "tuning.jsonl"
+TUNING = "tuning.jsonl"  # finished trials of how to train on the summary
 EPOCHS = "epochs.safetensors"  # the summary's factors after each epoch, where they are kept
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +22,7 @@ from td3_fast.training import FitConfig, Protocol, Ranker, fit_examples
 Source = Literal["summary", "full"]
 Start = Literal["nothing", "pretrained"]
 RankBy = Literal["metric", "loss"]
+DIVERGED = 1e30  # the loss of a training that left the numbers, or of which it is not known: the last of all
 DEPTHS = (1, 2)
 DROPOUTS = (0.2, 0.5)
 # the rate that a class's "dropout" is in a grid: of its inputs, and of whatever else has the same one
@@ -38,11 +38,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As in "SASRec hidden=32 layers=2"."""
-        values = {
-            k: str(v) for k, v in self.hyperparameters.items()
-        }  # as many digits as tell it from any other
-        return " ".join([self.learner, *(f"{k}={v}" for k, v in values.items())])
+        """As in "SASRec hidden=32 layers=2", numbers with as many digits as tell them from any others."""
+        return " ".join([self.learner, *(f"{k}={v}" for k, v in self.hyperparameters.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +50,7 @@ class SearchConfig:
     full_seeds: int = 0  # learners per candidate, trained on the full data
     protocol: Protocol = "uni100"  # that the candidates are ranked by, on validation data
     metric: Metric = "NDCG@10"
-    rank_by: RankBy = (
-        "metric"  # that figure, or the mean inner loss over training on the summary, the lower the better
-    )
+    rank_by: RankBy = "metric"  # that figure; "loss": the mean inner loss over training on the summary
     steps: int | None = None  # of training on the summary; None: as it was distilled for
     dropout: bool | None = True  # in that training: each candidate's own; None: as it was distilled for
     start: Start = "nothing"  # of that training: all is learned, or the summary's pretrained tables are there
@@ -215,7 +210,7 @@ def standings(
                     full=_means(on_data) if on_data else None,
                     summary_seconds=sum(trial.seconds for trial in on_summary),
                     full_seconds=sum(trial.seconds for trial in on_data),
-                    summary_loss=mean_and_sd([{"loss": trial.loss or 0.0} for trial in on_summary])["loss"],
+                    summary_loss=mean_and_sd([{"loss": _loss(trial)} for trial in on_summary])["loss"],
                 )
             )
     return sorted(found, key=lambda s: -s.figure(config.protocol, config.metric, config.rank_by))
@@ -268,6 +263,10 @@ def _means(trials: Sequence[Trial]) -> dict[Protocol, dict[str, dict[str, float]
     return {protocol: mean_and_sd([t.scores[protocol] for t in trials]) for protocol in trials[0].scores}
 
 
+def _loss(trial: Trial) -> float:
+    return DIVERGED if trial.loss is None else trial.loss
+
+
 def _learner(summary: Summary, candidate: Candidate, start: Start, *, seed: int) -> Learner:
     make = teacher_of if start == "pretrained" else untrained_learner
     return make(summary, name=candidate.learner, hyperparameters=candidate.hyperparameters, seed=seed)
@@ -290,7 +289,7 @@ def _trained(
         try:
             losses = summary.fit(learner, seed=seed, progress=progress, **config.fit_changes())
         except FloatingPointError:  # a candidate like any other, and the last
-            return learner, sys.float_info.max
+            return learner, DIVERGED
         return learner, math.fsum(losses) / len(losses)
     fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
     return learner, None

@@ -183,7 +183,7 @@ def search_table(found: Sequence[Standing], config: SearchConfig) -> Table:
     for place, standing in enumerate(found, start=1):
         cells = [
             _percent(standing.summary, config, config.seeds),
-            f"{standing.summary_loss['mean']:.3f}",
+            f"{standing.summary_loss['mean']:.4g}",
             f"{standing.summary_seconds:.1f}",
         ]
         if full and standing.full is None:

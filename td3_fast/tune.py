@@ -30,12 +30,8 @@ class TuneConfig:
     train `seeds` in all, and the best mean of those wins.
     """
 
-    rates: tuple[float, ...] = (
-        1.0,
-        2.0,
-        4.0,
-    )  # multiples of the learning rate that the summary was distilled for
-    lengths: tuple[float, ...] = (1.0, 2.0)  # multiples of its number of steps
+    rates: tuple[float, ...] = (1.0, 2.0, 4.0)  # multiples of the summary's own learning rate
+    lengths: tuple[float, ...] = (1.0, 2.0)  # and of its number of steps
     dropouts: tuple[bool, ...] = (False, True)
     middle_positions: tuple[int, ...] = (1, 8)  # targets of augmentation of each user, where it has that
     finalists: int = 6

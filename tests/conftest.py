@@ -2,10 +2,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from described import metadata_of
 
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.learners import SASRec, SASRecConfig
-from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
+from td3_fast.summary import TuckerSummary
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,14 +45,7 @@ def summary(split: Split) -> TuckerSummary:
         made.core.detach(), made.user_factors.detach(), made.position_factors.detach(), made.item_factors,
         position_embeddings=positions,
     )  # fmt: skip
-    made.metadata = SummaryMetadata(
-        item_ids=tuple(log.item_ids.tolist()),
-        preprocessing=Preprocessing(data=log.name, filters={}, fingerprint=log.fingerprint),
-        training=TrainingRecipe(
-            learner="SASRec", learner_config=learner.hyperparameters(), learning_rate=0.01, steps=4, batch_size=3,
-            item_embedding="trained",
-        ),
-    )  # fmt: skip
+    made.metadata = metadata_of(log, learner)
     return made
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from described import metadata_of
 from typer.testing import CliRunner
 
 import td3_fast.summary_base
@@ -26,10 +27,7 @@ from td3_fast.export import HardConfig, hard_interactions
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.summary import (
     FarziSummary,
-    Preprocessing,
     Summary,
-    SummaryMetadata,
-    TrainingRecipe,
     TuckerSummary,
 )
 from td3_fast.training import FitConfig
@@ -44,14 +42,7 @@ def make(kind: str, log: Interactions, *, normalize: Any = "softmax", scale: flo
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    metadata = SummaryMetadata(
-        item_ids=tuple(log.item_ids.tolist()),
-        preprocessing=Preprocessing(data=log.name, filters={}, fingerprint=log.fingerprint),
-        training=TrainingRecipe(
-            learner="SASRec", learner_config=learner.hyperparameters(), learning_rate=0.01, steps=4, batch_size=3,
-            item_embedding="trained",
-        ),
-    )  # fmt: skip
+    metadata = metadata_of(log, learner)
     items = normal(log.num_items, WIDTH) * scale
     if kind == "farzi":
         return FarziSummary(

@@ -20,6 +20,9 @@ from td3_fast.distill_config import DistillConfig
 from td3_fast.live_bytes import LiveBytes
 from td3_fast.memory import MIB, MemoryLimitError, MemoryPlan, in_words, plan_memory
 
+NEEDS_PROC = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
+)
 MEASURE = Path(__file__).parents[1] / "benchmarks" / "plan_of_memory.py"
 CONFIG = DistillConfig(
     users=10, positions=10, user_rank=4, position_rank=4, batch_size=1024, users_per_step=5, summary_lr=0.03,
@@ -52,7 +55,7 @@ def test_tensors_are_followed_from_birth_to_death() -> None:
         assert live.peak >= 12_000
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@NEEDS_PROC
 @pytest.mark.parametrize(
     "case",
     [
@@ -72,7 +75,7 @@ def test_the_plan_is_within_15_percent_of_the_peak(case: str) -> None:
     assert figures["planned"] == pytest.approx(figures["peak"], rel=0.15)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@NEEDS_PROC
 def test_scores_of_every_target_are_planned_for() -> None:
     figures = measured(
         "--items 5000 --middle-positions 12 --window 30 --warm-up 0 --batch-size 256 --users 50"

@@ -186,7 +186,10 @@ def test_commands(
     )
     assert evaluated.exit_code == 0, evaluated.output
     assert "tuned: learner rate" in evaluated.stdout
-    assert "the summary's own options" in evaluated.stdout
+    assert "the summary's own" in evaluated.stdout
+    refused = run("evaluate", file, data, "--tune", "--rows", "zero-step", "--out", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "only the row summary is tuned" in refused.stderr
     fitted = run("fit", file, "--learner", "NARM", "--tune", data, "--out", out)
     assert fitted.exit_code == 0, fitted.output
     assert "tuned: learner rate" in fitted.stdout

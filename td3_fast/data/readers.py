@@ -117,9 +117,7 @@ def _read_text(stream: BinaryIO, path: Path, format: str | None, columns: Column
         places = _find_columns(names, columns, source)
         first_row = 1
     else:
-        separator = "\t"
-        if format == "csv":
-            separator = ";" if line.count(";") > line.count(",") else ","
+        separator = _separator_of_csv(line) if format == "csv" else "\t"
         fields = split_line(line, separator, source, 1)
         if format == "inter":
             names = tuple(_untyped(text, column, source) for text, column in fields)
@@ -196,6 +194,10 @@ def _format_of_name(name: str) -> str | None:
     return name if name == "u.data" else _SUFFIXES.get(name.rpartition(".")[2].lower())
 
 
+def _separator_of_csv(line: str) -> str:
+    return ";" if line.count(";") > line.count(",") else ","
+
+
 def _guess_format(name: str, line: str, source: str) -> str:
     """The format by the file's name, else by its first line."""
     format = _format_of_name(name)
@@ -214,9 +216,7 @@ def _guess_format(name: str, line: str, source: str) -> str:
         if "," not in line and ";" not in line:
             raise DataError(source, 1, 1, f"a line of one of the formats {', '.join(FORMATS)}", show(line))
     fields = line.split(",")
-    if line.count(";") > line.count(","):
-        return "csv"
-    if len(fields) != 4 or parse_number(fields[3]) is None:
+    if _separator_of_csv(line) == ";" or len(fields) != 4 or parse_number(fields[3]) is None:
         return "csv"
     item_first, user_first = (_ASIN.fullmatch(field) is not None for field in fields[:2])
     if item_first == user_first:

@@ -24,8 +24,7 @@ _BLOCK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 _WIDEST = 64  # bytes of a field that the array operations take
-QUOTING = (",", ";")  # separators of fields that may stand in quotes
-SEPARATORS = {",": "a comma", ";": "a semicolon"}
+QUOTING = {",": "a comma", ";": "a semicolon"}  # separators of fields that may stand in quotes
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _FLOAT_BYTES = np.zeros(256, dtype=bool)
 _FLOAT_BYTES[list(b"0123456789+-.eE\0")] = True
@@ -141,7 +140,7 @@ def split_line(text: str, separator: str, source: str, number: int) -> list[Fiel
                 )
             field, end = match[1].replace('""', '"'), match.end()
             if end < len(text) and text[end] != separator:
-                expected = f"{SEPARATORS[separator]} or the end of the line after a closing quote"
+                expected = f"{QUOTING[separator]} or the end of the line after a closing quote"
                 raise DataError(source, number, end + 1, expected, show(text[end:]))
         else:
             end = text.find(separator, start)

@@ -18,7 +18,7 @@ LEARNERS: dict[str, tuple[type[Any], type[Any]]] = {
 
 
 def register_learner(learner: type[Learner], config: type[Any]) -> None:
-    """Let a class of learners be pretrained, distilled with, saved, loaded and searched among by its name.
+    """Let a class of learners be pretrained, distilled with, saved and loaded by its name.
 
     learner: built as `learner(config, seed=...)`; config: a frozen dataclass of its hyperparameters, which
     `learner.hyperparameters()` gives as a dict, with `num_items`, `max_len` and `hidden` among them. A process that

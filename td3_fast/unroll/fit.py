@@ -52,15 +52,15 @@ def _check(learner: Learner, steps: int, batch_size: int, item_embedding: str) -
         raise ValueError(
             f"training takes at least 0 steps of at least 1 user, got {steps} steps of {batch_size} users"
         )
-    still = [name for name, parameter in learner.named_parameters() if not parameter.requires_grad]
-    if "item_embeddings" in still and item_embedding == "trained":
+    if item_embedding == "trained" and not learner.item_embeddings.requires_grad:
         raise ValueError(
             'the item table has requires_grad=False and would be trained: give item_embedding="frozen"'
         )
-    if set(still) - {"item_embeddings"}:
-        raise ValueError(
-            f"{still[-1]} has requires_grad=False and would be trained: all of an encoder is, set requires_grad=True"
-        )
+    for name, parameter in learner.named_parameters():
+        if name != "item_embeddings" and not parameter.requires_grad:
+            raise ValueError(
+                f"{name} has requires_grad=False and would be trained: all of an encoder is, set requires_grad=True"
+            )
 
 
 @torch.no_grad()
