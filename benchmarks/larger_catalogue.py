@@ -77,7 +77,7 @@ def main() -> None:
     frozen = summary.metadata is not None and summary.metadata.training.item_embedding == "frozen"
     for run in range(options.seeds):
         seed = derive_seed(0, "run", run)
-        learner = fresh_like(td3_fast.teacher_of(summary), seed=seed, share_items=frozen)
+        learner = fresh_like(td3_fast.learner_for(summary), seed=seed, share_items=frozen)
         summary.fit(learner, seed=seed)
         before = ranker.ranks(learner, "full").numpy().astype(float) - 1
         of_all.append(float((before / candidates).mean()))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from td3_fast.data import Interactions, generate_interactions, leave_one_out, load_interactions
     from td3_fast.distill import distill
     from td3_fast.distill_config import DistillConfig
-    from td3_fast.evaluate import EvaluateConfig, evaluate, teacher_of
+    from td3_fast.evaluate import EvaluateConfig, evaluate, learner_for
     from td3_fast.learners import (
         NARM,
         BERT4Rec,
@@ -72,6 +72,7 @@ __all__ = [
     "evaluate",
     "fit_on_summary",
     "generate_interactions",
+    "learner_for",
     "leave_one_out",
     "load_interactions",
     "load_summary",
@@ -81,7 +82,6 @@ __all__ = [
     "recipe_named",
     "register_learner",
     "search",
-    "teacher_of",
     "tune",
 ]
 
@@ -89,7 +89,7 @@ _NAMES = {
     "data": ("Interactions", "generate_interactions", "leave_one_out", "load_interactions"),
     "distill": ("distill",),
     "distill_config": ("DistillConfig",),
-    "evaluate": ("EvaluateConfig", "evaluate", "teacher_of"),
+    "evaluate": ("EvaluateConfig", "evaluate", "learner_for"),
     "learners": (
         "BERT4Rec",
         "BERT4RecConfig",

@@ -227,13 +227,13 @@ def fit(
         raise ValueError("--tune chooses the number of steps: leave --steps out, or --tune")
     set_threads(threads)
     from td3_fast.checkpoint import save_learner
-    from td3_fast.evaluate import teacher_of
+    from td3_fast.evaluate import learner_for
     from td3_fast.summary import load_summary
 
     if out is not None:
         check_place(out, overwrite=overwrite)
     loaded = load_summary(summary).to(device_named(device))
-    made = teacher_of(loaded, name=learner, seed=seed)
+    made = learner_for(loaded, name=learner, seed=seed)
     with watching("nothing is written") as watcher:
         more: dict[str, Any] = {} if steps is None else {"steps": steps}
         if tune is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from td3_fast.data import Split
-from td3_fast.evaluate import teacher_of
+from td3_fast.evaluate import learner_for
 from td3_fast.files import make_folder
 from td3_fast.learners import build_learner
 from td3_fast.metrics import mean_and_sd
@@ -121,7 +121,7 @@ class _Work:
         summary = load_summary(self.folder / SUMMARY).to(self.device)
         seed = derive_seed(self.seed, "run", self.number)
         frozen = self.recipe.distill.item_embedding == "frozen"
-        learner = fresh_like(teacher_of(summary), seed=seed, share_items=frozen)
+        learner = fresh_like(learner_for(summary), seed=seed, share_items=frozen)
         begun = time.perf_counter()
         summary.fit(learner, seed=seed, progress=watcher.interruptible)
         return time.perf_counter() - begun

@@ -96,7 +96,7 @@ def evaluate(
 
     summary: what is evaluated; split: real data, its items numbered as the summary's; teacher: the pretrained
     learner, whose item and position embeddings are handed to every row but those trained from nothing, and whose
-    architecture all rows have (`teacher_of` makes one of another architecture); fit_options:
+    architecture all rows have (`learner_for` makes one, of another architecture too); fit_options:
     how a learner is trained on the summary, as `fit_on_summary` takes it. Both come from the summary where they are
     not given. known: scores of runs (row, number) that need not be done again; on_run: sees the scores of every run
     that is done.
@@ -107,7 +107,7 @@ def evaluate(
     `popularity`; `zero-step`, the teacher's embeddings under a new encoder, not trained at all.
     """
     config = config or EvaluateConfig()
-    teacher = teacher or teacher_of(summary)
+    teacher = teacher or learner_for(summary)
     if fit_options is None:
         fit_options = _metadata(summary).training.fit_options()
     if summary.metadata is not None:
@@ -141,7 +141,7 @@ def evaluate(
     return [_row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS]
 
 
-def teacher_of(
+def learner_for(
     summary: Summary,
     *,
     name: str | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 from td3_fast.artefact import from_json, tensors_sha256
 from td3_fast.data import Split
 from td3_fast.distill_config import Semantics
-from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, teacher_of
+from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, learner_for
 from td3_fast.files import make_folder
 from td3_fast.learners import Learner
 from td3_fast.metrics import mean_and_sd
@@ -54,7 +54,7 @@ class EvaluateRun:
         if self.pretrained is not None:
             self.teacher = self.pretrained.learner(share_items=True)
         elif self.learner is not None:
-            self.teacher = teacher_of(self.summary, name=self.learner)
+            self.teacher = learner_for(self.summary, name=self.learner)
         made_with = {} if metadata is None else metadata.settings
         if self.fit is None:
             self.fit = fit_config_of(self.summary)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from td3_fast.checks import check_choices
 from td3_fast.data import Split
-from td3_fast.evaluate import Scores, teacher_of, untrained_learner
+from td3_fast.evaluate import Scores, learner_for, untrained_learner
 from td3_fast.learners import LEARNERS, Learner, learner_named
 from td3_fast.metrics import Metric, mean_and_sd
 from td3_fast.ops import derive_seed
@@ -268,7 +268,7 @@ def _loss(trial: Trial) -> float:
 
 
 def _learner(summary: Summary, candidate: Candidate, start: Start, *, seed: int) -> Learner:
-    make = teacher_of if start == "pretrained" else untrained_learner
+    make = learner_for if start == "pretrained" else untrained_learner
     return make(summary, name=candidate.learner, hyperparameters=candidate.hyperparameters, seed=seed)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from td3_fast.checks import check_choices
 from td3_fast.data import Split
-from td3_fast.evaluate import Scores, teacher_of
+from td3_fast.evaluate import Scores, learner_for
 from td3_fast.metrics import Metric, mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -92,8 +92,8 @@ def tune(
     """Train learners of one class on `summary` by combinations of options; the finalists, best first.
 
     learner: the class; None: the one that the summary was distilled for. All have the summary's pretrained embeddings
-    (`teacher_of`) and are scored on the validation part of `split`; its test part is not touched. `summary.fit(learner,
-    **found[0].options)` and `evaluate(..., fit_options=found[0].options)` train by what was found.
+    (`learner_for`) and are scored on the validation part of `split`; its test part is not touched.
+    Then `summary.fit(learner, **found[0].options)` and `evaluate(..., fit_options=found[0].options)` train by the best.
     known: scores by combination and learner, which are not made again; on_trial: sees all others as they are made.
 
     Raises:
@@ -106,7 +106,7 @@ def tune(
     own = summary.metadata.training.fit_options()
     settings = config.settings(own)
     ranker = Ranker(split.validation, seed=derive_seed(seed, "ranker"), protocols=(config.protocol,))
-    teacher = teacher_of(summary, name=learner)
+    teacher = learner_for(summary, name=learner)
     scores = dict(known or {})
     most_finalists = min(config.finalists + (own in settings), len(settings))
     total = len(settings) + most_finalists * (config.seeds - 1)

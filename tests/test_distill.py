@@ -15,7 +15,7 @@ from test_unroll import small_distiller
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import Distiller, distill
 from td3_fast.distill_config import SEMANTICS, DistillConfig, Semantics, with_semantics
-from td3_fast.evaluate import teacher_of
+from td3_fast.evaluate import learner_for
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.pretrain import PretrainConfig, pretrain
 from td3_fast.summary import FarziSummary, load_summary
@@ -121,7 +121,7 @@ def test_a_farzi_summary_is_learned_whole(
     summary.save(tmp_path / "summary.safetensors")
     loaded = load_summary(tmp_path / "summary.safetensors")
     assert isinstance(loaded, FarziSummary)
-    learner = teacher_of(loaded, seed=3)
+    learner = learner_for(loaded, seed=3)
     assert len(loaded.fit(learner, seed=3)) == config.inner_steps
 
 

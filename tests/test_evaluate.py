@@ -12,8 +12,8 @@ from td3_fast.evaluate import (
     EvaluateConfig,
     chosen_users,
     evaluate,
+    learner_for,
     popularity_scores,
-    teacher_of,
 )
 from td3_fast.learners import LEARNERS, Learner, SASRec, SASRecConfig, build_learner
 from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
@@ -150,7 +150,7 @@ def test_any_learner_trains_on_the_summary_of_another(split: Split, distilled_fo
     )
     assert positions is not None
     summary.register_buffer("position_embeddings", positions.detach())
-    made = teacher_of(with_metadata(summary, original, split), name=name.lower(), seed=1)
+    made = learner_for(with_metadata(summary, original, split), name=name.lower(), seed=1)
     assert type(made).__name__ == name
     assert torch.equal(made.item_embeddings[:, :8], original.item_embeddings[:, :8])
     bias = 1.0 if name == distilled_for else 0.0
@@ -175,7 +175,7 @@ def test_the_learner_of_a_summary_is_made_as_it_was(split: Split, teacher: SASRe
         seed=0,
     )
     summary.register_buffer("position_embeddings", teacher.position_embeddings.detach())
-    made = teacher_of(with_metadata(summary, teacher, split))
+    made = learner_for(with_metadata(summary, teacher, split))
     assert made.hyperparameters() == teacher.hyperparameters()
     assert torch.equal(made.item_embeddings, teacher.item_embeddings)
     assert made.position_embeddings is not None

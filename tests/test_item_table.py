@@ -13,7 +13,7 @@ from td3_fast.checkpoint import Checkpoint, load_checkpoint, load_pretrained, sa
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import Distiller, distill, for_item_embedding
 from td3_fast.distill_config import DistillConfig
-from td3_fast.evaluate import EvaluateConfig, evaluate, teacher_of
+from td3_fast.evaluate import EvaluateConfig, evaluate, learner_for
 from td3_fast.learners import LEARNERS, build_learner
 from td3_fast.pretrain import PretrainConfig, PretrainState, pretrain
 from td3_fast.summary import TuckerSummary
@@ -140,7 +140,7 @@ def test_a_summary_with_a_bfloat16_table_is_saved_and_used(
     summary = TuckerSummary.load(tmp_path / "summary")
     assert summary.item_factors.dtype == torch.bfloat16
     assert torch.equal(summary.item_factors, made.item_factors)
-    learner = teacher_of(summary)
+    learner = learner_for(summary)
     assert learner.item_embeddings.dtype == torch.float32
     losses = summary.fit(learner, item_embedding=item_embedding)
     assert losses[-1] < losses[0]

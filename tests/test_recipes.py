@@ -41,9 +41,20 @@ def test_improved_learners_move_no_faster_than_the_long_window_bears(name: str) 
     assert recipe.improved().distill.learner_lr == min(recipe.distill.learner_lr, 0.005)
 
 
-@pytest.mark.parametrize(("size", "users"), [("50x50", 25), ("200x100", 100), ("31x20", 25)])
-def test_an_improved_step_takes_half_of_the_users_of_a_large_summary(size: str, users: int) -> None:
-    assert recipe_named("ml-1m").sized(size).improved().distill.users_per_step == users
+@pytest.mark.parametrize(("size", "users"), [("50x50", 25), ("201x100", 101), ("31x20", 25)])
+def test_a_step_takes_half_of_the_users_of_a_large_summary(size: str, users: int) -> None:
+    sized = recipe_named("ml-1m").sized(size)
+    assert sized.distill.users_per_step == users
+    assert sized.improved().distill.users_per_step == users
+
+
+def test_a_summary_of_more_users_than_the_recipe_has_takes_what_is_said_of_larger_ones() -> None:
+    recipe = recipe_named("ml-1m")
+    assert recipe.sized("50x200").distill.user_rank == recipe.distill.user_rank
+    for size, ranks in (("100x50", (64, 50)), ("60x150", (60, 64))):
+        larger = recipe.sized(size).distill
+        assert (larger.user_rank, larger.position_rank) == ranks
+        assert larger.item_embedding == "frozen"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from td3_fast.cli import app
 from td3_fast.data import Split, write_interactions
-from td3_fast.evaluate import teacher_of, untrained_learner
+from td3_fast.evaluate import learner_for, untrained_learner
 from td3_fast.learners import LEARNERS, SASRec
 from td3_fast.ops import derive_seed
 from td3_fast.report import read_json_lines
@@ -96,7 +96,7 @@ def test_where_a_learner_starts_on_the_summary(summary: TuckerSummary, split: Sp
     config = replace(CONFIG, seeds=1, full_seeds=0, start=start)
     (found,) = search(summary, split, [candidate], config=config, seed=3)
     seed = derive_seed(3, "run", 0)
-    make = teacher_of if start == "pretrained" else untrained_learner
+    make = learner_for if start == "pretrained" else untrained_learner
     learner = make(summary, hyperparameters=candidate.hyperparameters, seed=seed)
     carried = torch.equal(learner.item_embeddings.detach(), summary.item_factors)
     assert carried == (start == "pretrained")
@@ -111,7 +111,7 @@ def test_from_nothing_a_learner_may_be_wider_than_the_summarys(summary: TuckerSu
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_narrower_learner_starts_from_the_principal_axes(summary: TuckerSummary, name: str) -> None:
-    learner = teacher_of(summary, name=name, hyperparameters={"hidden": 4})
+    learner = learner_for(summary, name=name, hyperparameters={"hidden": 4})
     table = summary.item_factors
     left, values, _ = torch.linalg.svd(table, full_matrices=False)
     nearest = (left[:, :4] * values[:4].square()) @ left[:, :4].T  # of rank 4 to the products between items
@@ -125,7 +125,7 @@ def test_a_narrower_learner_starts_from_the_principal_axes(summary: TuckerSummar
 
 
 def test_a_learner_of_the_same_width_has_the_tables_to_the_bit(summary: TuckerSummary) -> None:
-    learner = teacher_of(summary, hyperparameters={"layers": 2})
+    learner = learner_for(summary, hyperparameters={"layers": 2})
     assert torch.equal(learner.item_embeddings.detach(), summary.item_factors)
     assert learner.position_embeddings is not None
     assert summary.position_embeddings is not None
@@ -135,7 +135,7 @@ def test_a_learner_of_the_same_width_has_the_tables_to_the_bit(summary: TuckerSu
 
 def test_what_the_summary_fixes_is_no_hyperparameter(summary: TuckerSummary) -> None:
     with pytest.raises(ValueError, match="max_len comes from the summary"):
-        teacher_of(summary, hyperparameters={"max_len": 9})
+        learner_for(summary, hyperparameters={"max_len": 9})
 
 
 def test_candidates_come_best_first_and_judged(summary: TuckerSummary, split: Split) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from td3_fast.evaluate import teacher_of
+from td3_fast.evaluate import learner_for
 from td3_fast.summary import load_summary
 
 FOLDER = Path(__file__).parents[1] / "summaries"
@@ -31,5 +31,5 @@ def test_a_shared_summary_trains_a_learner(path: Path) -> None:
     assert "pretrain" in metadata.settings["pretrained"]
     assert metadata.metrics["NDCG@10"] > 0
     assert len(metadata.item_ids) == summary.num_items
-    losses = summary.fit(teacher_of(summary, seed=0), seed=0, steps=5)
+    losses = summary.fit(learner_for(summary, seed=0), seed=0, steps=5)
     assert losses[-1] < losses[0]

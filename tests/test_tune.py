@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from td3_fast.cli import app
 from td3_fast.data import Split, generate_interactions, leave_one_out, write_interactions
-from td3_fast.evaluate import EvaluateConfig, Scores, evaluate, teacher_of
+from td3_fast.evaluate import EvaluateConfig, Scores, evaluate, learner_for
 from td3_fast.evaluate_run import EvaluateRun
 from td3_fast.ops import derive_seed
 from td3_fast.report import read_json_lines
@@ -75,7 +75,7 @@ def test_a_trial_is_a_training_by_its_options_scored_on_validation(
     tune(summary, split, learner="NARM", config=FEW, seed=3, on_trial=trials.__setitem__)
     options = FEW.settings(summary.metadata.training.fit_options())[2]
     seed = derive_seed(3, "tune", 0)
-    learner = fresh_like(teacher_of(summary, name="NARM"), seed=seed)
+    learner = fresh_like(learner_for(summary, name="NARM"), seed=seed)
     summary.fit(learner, seed=seed, **options)
     ranker = Ranker(split.validation, seed=derive_seed(3, "ranker"), protocols=("uni100",))
     assert trials[2, 0] == ranker.metrics(learner)
@@ -137,7 +137,7 @@ def test_an_evaluation_trains_on_the_summary_as_tuned(
     run = evaluation(tmp_path, summary, split)
     rows = run.evaluate()
     options = run.tried()[0].options
-    teacher, config = teacher_of(summary, name="GRU4Rec"), EvaluateConfig(rows=run.rows, seeds=2)
+    teacher, config = learner_for(summary, name="GRU4Rec"), EvaluateConfig(rows=run.rows, seeds=2)
     assert rows == evaluate(summary, split, teacher, fit_options=options, config=config)
     settings = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert settings["fit_options"] == options

@@ -13,7 +13,7 @@ from td3_fast.checkpoint import load_pretrained, save_pretrained
 from td3_fast.data import Split, generate_interactions, leave_one_out
 from td3_fast.distill import Distiller, distill
 from td3_fast.distill_config import DistillConfig
-from td3_fast.evaluate import popularity_scores, teacher_of
+from td3_fast.evaluate import learner_for, popularity_scores
 from td3_fast.learners import (
     LEARNERS,
     FlatParameters,
@@ -288,7 +288,7 @@ def test_a_class_of_ones_own_is_registered_before_it_is_pretrained(split: Split,
             learner_lr=0.01, epochs=1, inner_steps=4, window=2,
         )  # fmt: skip
         summary, _ = distill(split, made, distill_config, seed=0)
-        assert type(teacher_of(summary)) is Own
+        assert type(learner_for(summary)) is Own
     finally:
         del LEARNERS["Own"]
 
