@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from td3_fast.ops.batching import register_vmap
-from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
+from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused, without_autocast
 from td3_fast.ops.soft_embedding import check_tables, gradients_like, only_needed
 
 # As in csrc/cpu (kept.h): rows of a panel fill 64 bytes, and items are cut into chunks.
@@ -32,7 +32,8 @@ def item_cross_entropy(
 
     The fused backend reads the item table once per pass. Where items are trained it keeps (rows, n) numbers
     between orders on the CPU while they are few (up to 33.5 MiB), and none else. Twice differentiable in hidden,
-    item_embeddings and a floating target; a third order raises.
+    item_embeddings and a floating target; a third order raises. Under autocast hidden states of half precision are
+    taken in float32, and so is all that is computed.
 
     Args:
         hidden: (rows, d).
@@ -50,6 +51,7 @@ def item_cross_entropy(
     expected = hidden.shape if target.is_floating_point() else hidden.shape[:1]
     if target.shape != expected:
         raise ValueError(f"expected a target of shape {tuple(expected)}, got {tuple(target.shape)}")
+    hidden = without_autocast(hidden)
     if not target.is_floating_point():
         if use_fused(backend, hidden.device):
             return torch.ops.td3_fast.class_cross_entropy(hidden, item_embeddings, target)
@@ -68,9 +70,11 @@ def item_logsumexp(
 
     Differentiable as that is. Where items are split over processes, this is what each has of its own.
     """
+    hidden = without_autocast(hidden)
     if use_fused(backend, hidden.device):
         return torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
-    return reference_logsumexp(hidden, item_embeddings)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reference_logsumexp(hidden, item_embeddings)
 
 
 def reference_logsumexp(hidden: Tensor, item_embeddings: Tensor) -> Tensor:

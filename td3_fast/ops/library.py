@@ -75,6 +75,12 @@ def use_fused(backend: Backend, device: torch.device) -> bool:
     return False
 
 
+def without_autocast(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of half precision in float32 under autocast, as PyTorch takes softmax and losses; others as they are."""
+    half = rows.dtype in (torch.float16, torch.bfloat16)
+    return rows.float() if half and torch.is_autocast_enabled(rows.device.type) else rows
+
+
 Fake = TypeVar("Fake", bound=Callable[..., object])
 
 

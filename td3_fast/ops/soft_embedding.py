@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from td3_fast.ops.batching import register_vmap
-from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
+from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused, without_autocast
 
 
 def soft_embedding(
@@ -19,7 +19,8 @@ def soft_embedding(
     """``softmax(queries @ keys.T) @ values`` and ``logsumexp(queries @ keys.T)``, both over the items.
 
     The fused backend reads the two tables once per pass and never forms a (rows, n) tensor.
-    Twice differentiable in every input and through both outputs; a third order raises.
+    Twice differentiable in every input and through both outputs; a third order raises. Under autocast queries of half
+    precision are taken in float32, and so is all that is computed.
 
     Args:
         queries: (rows, rank).
@@ -34,9 +35,11 @@ def soft_embedding(
     Raises:
         ValueError: shapes, dtypes or devices do not agree, or there is no item.
     """
+    queries = without_autocast(queries)
     if use_fused(backend, queries.device):
         return torch.ops.td3_fast.soft_embedding(queries, keys, values)
-    return reference(queries, keys, values)
+    with torch.autocast(queries.device.type, enabled=False):
+        return reference(queries, keys, values)
 
 
 def check_tables(queries: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import Backend, register_fake, use_fused
+from td3_fast.ops.library import Backend, register_fake, use_fused, without_autocast
 
 
 def target_rank(
@@ -41,6 +41,7 @@ def target_rank(
     """
     if candidates is not None and excluded is not None:
         raise ValueError("candidates already say what is ranked; excluded applies to the full ranking only")
+    hidden = without_autocast(hidden)
     if use_fused(backend, hidden.device):
         if candidates is not None:
             return torch.ops.td3_fast.candidate_rank(hidden, item_embeddings, target, candidates)
@@ -48,7 +49,8 @@ def target_rank(
         return torch.ops.td3_fast.target_rank(
             hidden, item_embeddings, target, offsets, items, exclude_padding
         )
-    return reference(hidden, item_embeddings, target, candidates, excluded, exclude_padding)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reference(hidden, item_embeddings, target, candidates, excluded, exclude_padding)
 
 
 @torch.no_grad()
