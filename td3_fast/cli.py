@@ -336,6 +336,9 @@ def recipes() -> None:
             f"{recipe.min_item_interactions} by item, {recipe.min_user_interactions} by user",
         )
     console.print(table, highlight=False)
+    for recipe in filter(lambda recipe: recipe.larger, RECIPES.values()):
+        changes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in recipe.larger.items())
+        console.print(f"{recipe.name} of more than {recipe.distill.users} users: {changes}", highlight=False)
 
 
 @guarded

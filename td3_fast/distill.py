@@ -17,7 +17,7 @@ from td3_fast.distill_config import DistillConfig, Limits
 from td3_fast.initial import summary_of_sequences, training_sequences
 from td3_fast.learner_classes import OtherClass, PretrainedClass, to_width
 from td3_fast.objective import TeacherFeatures
-from td3_fast.ops import derive_seed, seeded_generator
+from td3_fast.ops import derive_seed, full_precision, seeded_generator
 from td3_fast.parallel import ALONE, Group, Ranks, item_tables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import (
@@ -551,6 +551,7 @@ def mean_of(figures: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(some[name] for some in figures) / len(figures) for name in figures[0]}
 
 
+@full_precision()
 def distill(
     split: Split,
     pretrained: Pretrained,

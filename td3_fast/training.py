@@ -19,7 +19,7 @@ from td3_fast.ensemble import Ensemble
 from td3_fast.heap import HeapTrimmer
 from td3_fast.learners import FlatParameters, Learner, all_hyperparameters, build_learner
 from td3_fast.metrics import metrics_from_ranks
-from td3_fast.ops import DropoutStream, derive_seed
+from td3_fast.ops import DropoutStream, derive_seed, full_precision
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.sampled_softmax import Negatives, NegativeSampler, Proposal, sampled_cross_entropy
@@ -68,6 +68,7 @@ class Ranker:
         self._candidates = self._draw(derive_seed(self._seed, "redraw", draw))
 
     @torch.no_grad()
+    @full_precision()
     def ranks(
         self,
         learner: Learner,
@@ -84,6 +85,7 @@ class Ranker:
         return ranks
 
     @torch.no_grad()
+    @full_precision()
     def cross_entropy(
         self, learner: Learner, *, batch_size: int = RANKED_AT_ONCE, dropout_seed: int | None = None
     ) -> float:
@@ -275,6 +277,7 @@ class FitStep:
         return state, float(loss.detach())
 
 
+@full_precision()
 def fit_examples(
     learner: Learner,
     train: Examples,

@@ -25,7 +25,7 @@ from td3_fast.ops.item_cross_entropy import (
     item_logsumexp,
     kept_score_bytes,
 )
-from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
+from td3_fast.ops.library import FusedUnavailableWarning, build_facts, full_precision, has_fused
 from td3_fast.ops.look_up import look_up
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
 from td3_fast.ops.next_item_gradient import (
@@ -61,6 +61,7 @@ __all__ = [
     "derive_seeds",
     "encode_histories",
     "for_inner_gradient",
+    "full_precision",
     "gradient_is_enough",
     "gru",
     "gru_reference",

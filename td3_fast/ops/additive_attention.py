@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import register_fake
+from td3_fast.ops.library import register_fake, without_autocast
 from td3_fast.ops.twice_differentiable import TwiceDifferentiable, has_twice_differentiable
 
 
@@ -40,7 +40,7 @@ def additive_attention(
     """
     if not has_twice_differentiable(states):
         return additive_attention_reference(query, states, key_weight, energy, lengths)
-    return _fused(query, states, key_weight, energy, lengths)
+    return _fused(without_autocast(query), without_autocast(states), key_weight, energy, lengths)
 
 
 def additive_attention_reference(

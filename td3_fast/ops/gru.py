@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import register_fake
+from td3_fast.ops.library import register_fake, without_autocast
 from td3_fast.ops.twice_differentiable import TwiceDifferentiable, has_twice_differentiable
 
 
@@ -39,7 +39,7 @@ def gru(
     """
     if not has_twice_differentiable(inputs):
         return gru_reference(inputs, input_weight, state_weight, lengths)
-    return _fused(inputs, input_weight, state_weight, lengths)
+    return _fused(without_autocast(inputs), input_weight, state_weight, lengths)
 
 
 def gru_reference(inputs: Tensor, input_weight: Tensor, state_weight: Tensor, lengths: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal, TypeVar
 
@@ -79,6 +80,13 @@ def without_autocast(rows: torch.Tensor) -> torch.Tensor:
     """Rows of half precision in float32 under autocast, as PyTorch takes softmax and losses; others as they are."""
     half = rows.dtype in (torch.float16, torch.bfloat16)
     return rows.float() if half and torch.is_autocast_enabled(rows.device.type) else rows
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without autocast: what trains or ranks here has the precision of its parameters throughout."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 Fake = TypeVar("Fake", bound=Callable[..., object])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from td3_fast.learners import FlatParameters, Learner
+from td3_fast.ops import full_precision
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
@@ -64,6 +65,7 @@ def _check(learner: Learner, steps: int, batch_size: int, item_embedding: str) -
 
 
 @torch.no_grad()
+@full_precision()
 def fit_on_summary(
     learner: Learner,
     summary: Summary,
