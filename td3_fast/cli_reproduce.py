@@ -90,7 +90,7 @@ def reproduce(
     tune: Annotated[
         bool,
         typer.Option(
-            "--tune", help="Of table 4: training on the summary is tuned for each class, as by evaluate."
+            "--tune", help="Of tables 2, 3, 4 and 6: training on a summary is tuned, as by evaluate."
         ),
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each distillation; by recipe.")] = None,
@@ -120,6 +120,7 @@ def reproduce(
     """
     set_threads(threads)
     where = device_named(device)
+    from td3_fast.paper import CROSS, SAME_FORM
     from td3_fast.recipes import RECIPES, parse_size, recipe_named
     from td3_fast.table_files import PAGE, TABLE
     from td3_fast.tune import TuneConfig
@@ -134,8 +135,8 @@ def reproduce(
         raise ValueError("--size is of one table: name that, or leave --size out")
     if other_learners is not None and (table != "4" or not improved):
         raise ValueError("--other-learners is of table 4, beside --improved: add these, or leave it out")
-    if tune and table != "4":
-        raise ValueError("--tune is of table 4: name that, or leave it out")
+    if tune and table not in (*SAME_FORM, CROSS):
+        raise ValueError("--tune is of tables 2, 3, 4 and 6: name one of these, or leave it out")
     if size is not None:
         size = "{}x{}".format(*parse_size(size))
     if recipe is None and dataset not in RECIPES:

@@ -26,6 +26,7 @@ from td3_fast.reproduce import Reproduction
 from td3_fast.reproduce_page import label
 from td3_fast.run_folder import RunError, Stopped, Watcher
 from td3_fast.summary import load_summary
+from td3_fast.tune import TuneConfig
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -175,6 +176,17 @@ def test_another_evaluation_in_a_cells_folder_changes_no_figure(
     for rows in (("summary", "zero-step"), ("popularity",)):
         EvaluateRun(folder=folder, summary=summary, split=split, source="toy", rows=rows, seeds=2).evaluate()
         assert make(tmp_path, split, recipe, cells=CELLS[1:2], seed=1).run() == before
+
+
+def test_training_on_a_cells_summary_may_be_tuned(split: Split, recipe: Recipe, tmp_path: Path) -> None:
+    tuning = TuneConfig(rates=(3.0,), lengths=(2.0,), dropouts=(False,), middle_positions=(1,))
+    own, tuned = (
+        make(tmp_path, split, recipe, cells=[toy("TD3"), toy("zero-step")], **more).run()
+        for more in ({}, {"tune": tuning})
+    )
+    changed = {a.cell.method for a, b in zip(own, tuned, strict=True) if a.mean != b.mean}
+    assert changed == {"TD3"}
+    assert make(tmp_path, split, recipe, cells=[toy("TD3"), toy("zero-step")]).run() == own
 
 
 def test_a_recipe_may_depend_on_the_size(split: Split, recipe: Recipe, tmp_path: Path) -> None:

@@ -197,9 +197,10 @@ def test_commands(
     refused = run("fit", file, "--tune", data, "--steps", "5")
     assert refused.exit_code == 2
     assert "--steps" in refused.stderr
-    refused = run("reproduce", "2", data, "--dataset", "ml-100k", "--tune")
-    assert refused.exit_code == 2
-    assert "table 4" in refused.stderr
+    for table in ("5", "faults", "all"):
+        refused = run("reproduce", table, data, "--dataset", "ml-100k", "--tune")
+        assert refused.exit_code == 2
+        assert "--tune is of tables 2, 3, 4 and 6" in refused.stderr
 
 
 def test_full_data_is_not_trained_for_a_choice(
