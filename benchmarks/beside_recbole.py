@@ -9,11 +9,17 @@ the defaults of `td3_fast.learners`; the loss is full cross-entropy, the best ep
 """
 
 import argparse
+import contextlib
+import gzip
 import json
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
+from typing import Any
+
+DATA = "given"  # no name for which RecBole has a file of its own
 
 SIZES = {
     "SASRec": {
@@ -30,15 +36,36 @@ SIZES = {
 }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="RecBole's own learners on a RecBole file.")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("learner", choices=SIZES)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=200, help="at most")
-    parser.add_argument("--batch-size", type=int, default=512)
-    given = parser.parse_args()
+def options(learner: str, folder: Path, seed: int, epochs: int, batch_size: int, mode: str) -> dict[str, Any]:
+    return {
+        **SIZES[learner],
+        "data_path": str(folder),
+        "checkpoint_dir": str(folder / "saved"),
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "MAX_ITEM_LIST_LENGTH": 50,
+        "loss_type": "CE",
+        "train_neg_sample_args": None,
+        "learning_rate": 1e-3,
+        "train_batch_size": batch_size,
+        "eval_batch_size": 4096,
+        "epochs": epochs,
+        "stopping_step": 10,
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": mode},
+        "metrics": ["Hit", "NDCG", "MRR"],
+        "topk": [5, 10, 20],
+        "valid_metric": "MRR@10",
+        "metric_decimal_place": 6,
+        "seed": seed,
+        "use_gpu": False,
+        "show_progress": False,
+        "state": "WARNING",
+    }
 
+
+def figures(
+    log: Path, learner: str, *, seed: int, epochs: int, batch_size: int, folder: Path
+) -> dict[str, Any]:
+    """Seconds of training, and the test figures among 100 items and among all."""
     # what its search of hyperparameters alone needs
     sys.modules.setdefault("ray", types.SimpleNamespace(tune=None))  # type: ignore[arg-type]
     import torch
@@ -46,63 +73,51 @@ def main() -> None:
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 
-    torch.autograd.set_detect_anomaly(False)  # which importing one of its models switches on
     load = torch.load  # a checkpoint of RecBole's holds its configuration
     torch.load = lambda *args, **named: load(*args, **{"weights_only": False, **named})
-
-    folder = Path("recbole") / given.data.stem
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / given.data.name).write_bytes(given.data.read_bytes())
-    scores = {}
+    data = folder / DATA / f"{DATA}.inter"
+    data.parent.mkdir()
+    opened = gzip.open if log.suffix == ".gz" else open
+    with opened(log, "rb") as stream:
+        data.write_bytes(stream.read())
+    found: dict[str, Any] = {}
+    model, saved = None, ""
     for mode in ("uni100", "full"):
-        config = Config(
-            model=given.learner,
-            dataset=given.data.stem,
-            config_dict={
-                **SIZES[given.learner],
-                "data_path": "recbole",
-                "checkpoint_dir": f"recbole/saved-{given.learner}-{given.seed}",
-                "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-                "MAX_ITEM_LIST_LENGTH": 50,
-                "loss_type": "CE",
-                "train_neg_sample_args": None,
-                "learning_rate": 1e-3,
-                "train_batch_size": given.batch_size,
-                "eval_batch_size": 4096,
-                "epochs": given.epochs,
-                "stopping_step": 10,
-                "eval_args": {
-                    "split": {"LS": "valid_and_test"},
-                    "order": "TO",
-                    "group_by": "user",
-                    "mode": mode,
-                },
-                "metrics": ["Hit", "NDCG", "MRR"],
-                "topk": [5, 10, 20],
-                "valid_metric": "MRR@10",
-                "metric_decimal_place": 6,
-                "seed": given.seed,
-                "reproducibility": True,
-                "use_gpu": False,
-                "show_progress": False,
-                "state": "WARNING",
-            },
-        )
-        init_seed(given.seed, True)
-        dataset = create_dataset(config)
-        train, valid, test = data_preparation(config, dataset)
-        if mode == "uni100":
-            init_seed(given.seed, True)
-            model = get_model(given.learner)(config, train.dataset).to("cpu")
-            trainer = get_trainer(config["MODEL_TYPE"], given.learner)(config, model)
+        config = Config(learner, DATA, config_dict=options(learner, folder, seed, epochs, batch_size, mode))
+        init_seed(seed, reproducibility=True)
+        train, valid, test = data_preparation(config, create_dataset(config))
+        if model is None:
+            model = get_model(learner)(config, train.dataset)
+        trainer = get_trainer(config["MODEL_TYPE"], learner)(config, model)
+        if not saved:
+            torch.autograd.set_detect_anomaly(False)  # which importing one of its models has switched on
             began = time.perf_counter()
             trainer.fit(train, valid, verbose=False, saved=True, show_progress=False)
-            seconds = time.perf_counter() - began
+            found["seconds"] = round(time.perf_counter() - began)
             saved = trainer.saved_model_file
-        else:
-            trainer = get_trainer(config["MODEL_TYPE"], given.learner)(config, model)
-        scores[mode] = dict(trainer.evaluate(test, load_best_model=True, model_file=saved))
-    print(json.dumps({"learner": given.learner, "seed": given.seed, "seconds": round(seconds), **scores}))
+        found[mode] = dict(trainer.evaluate(test, load_best_model=True, model_file=saved))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="RecBole's own learners on a RecBole file.")
+    parser.add_argument("data", type=Path, help="plain or gzipped")
+    parser.add_argument("learner", choices=SIZES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=200, help="at most")
+    parser.add_argument("--batch-size", type=int, default=512)
+    given = parser.parse_args()
+    log = given.data.resolve()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # where RecBole leaves its logs
+        found = figures(
+            log,
+            given.learner,
+            seed=given.seed,
+            epochs=given.epochs,
+            batch_size=given.batch_size,
+            folder=Path(folder),
+        )
+    print(json.dumps({"learner": given.learner, "seed": given.seed, **found}))
 
 
 if __name__ == "__main__":

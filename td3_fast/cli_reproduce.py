@@ -292,7 +292,8 @@ def _work(cells: Sequence[Cell], own: dict[str, Any], watcher: Watcher, **more: 
     notes = _notes(cells[0])
     if "tune" in own:
         notes.append(
-            "Learner rate, steps, targets and dropout on the summary were chosen on the validation part."
+            "Learner rate, steps, targets and dropout on each summary were chosen on the validation part, those of "
+            "other rows were not."
         )
     return Reproduction(cells=cells, notes=notes, watcher=watcher, **own, **more)
 

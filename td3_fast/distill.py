@@ -88,6 +88,7 @@ class Distiller:
     hold the item tables among them; `pretrained` then has this process's rows, as `Pretrained.cut` makes them.
     """
 
+    @full_precision()
     def __init__(
         self,
         split: Split,
@@ -294,6 +295,7 @@ class Distiller:
             theta, items = self.pool[drawn]
         return (theta, items) if self.config.item_embedding == "trained" else (theta,)
 
+    @full_precision()
     def meta_gradient(
         self, state: DistillState, *, window: tuple[int, int] | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
@@ -412,6 +414,7 @@ class Distiller:
         state.losses.append(losses)
         return losses
 
+    @full_precision()
     def validate(self, state: DistillState, ranker: Ranker, progress: Progress = silent) -> dict[str, float]:
         """Validation metrics of learners trained on the summary as it stands: the mean of `validation_runs`, which the
         classes share out, and of at least one of each class."""
@@ -551,7 +554,6 @@ def mean_of(figures: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(some[name] for some in figures) / len(figures) for name in figures[0]}
 
 
-@full_precision()
 def distill(
     split: Split,
     pretrained: Pretrained,

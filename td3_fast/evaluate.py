@@ -13,7 +13,7 @@ from td3_fast.data import Examples, Split, every_prefix
 from td3_fast.export import HardConfig, hard_interactions
 from td3_fast.learners import Learner, all_hyperparameters, build_learner, learner_named
 from td3_fast.metrics import mean_and_sd, recovery
-from td3_fast.ops import derive_seed
+from td3_fast.ops import derive_seed, full_precision
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary, SummaryMetadata
 from td3_fast.training import PROTOCOLS, FitConfig, Protocol, Ranker, fit_examples, fresh_like
@@ -80,6 +80,7 @@ class Row:
         return max(map(len, self.runs.values()), default=0)
 
 
+@full_precision()
 def evaluate(
     summary: Summary,
     split: Split,
@@ -141,6 +142,7 @@ def evaluate(
     return [_row(name, protocol, runs, ddof=config.ddof) for name in config.rows for protocol in PROTOCOLS]
 
 
+@full_precision()
 def learner_for(
     summary: Summary,
     *,

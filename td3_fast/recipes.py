@@ -79,7 +79,10 @@ class Recipe:
 
     def sized(self, size: str) -> Recipe:
         """The same for a summary of `size` ("50x50": users × positions), with positions enough in the learner, half of
-        the users a step where that is more, and of a summary of more users what is `larger`."""
+        the users a step where that is more, and of a summary of more users what is `larger`.
+
+        Of the recipe as it is named: one that was sized has forgotten its own size.
+        """
         users, positions = parse_size(size)
         changes: dict[str, Any] = dict(self.larger) if users > self.distill.users else {}
         for rank, most in (("user_rank", users), ("position_rank", positions)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from td3_fast.ops import normalized_embedding, seeded_generator
+from td3_fast.ops import full_precision, normalized_embedding, seeded_generator
 from td3_fast.ops.tucker import Normalize
 from td3_fast.progress import Progress, silent
 from td3_fast.summary_file import SummaryError, SummaryMetadata, read_summary, write_summary
@@ -114,6 +114,7 @@ class Summary(nn.Module):
         queries, keys = self.queries_and_keys(users=users)
         return normalized_embedding(queries, keys.to(values.dtype), values, normalize=self.normalize)
 
+    @full_precision()
     def probabilities(self, users: Tensor | None = None) -> Tensor:
         """S itself, (u, positions, n), formed in full; under `normalize="none"` the bare product."""
         queries, keys = self.queries_and_keys(users=users)
@@ -121,6 +122,7 @@ class Summary(nn.Module):
         return scores.softmax(-1) if self.normalize == "softmax" else scores
 
     @torch.no_grad()
+    @full_precision()
     def hard_sequences(
         self,
         *,

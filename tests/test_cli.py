@@ -607,7 +607,7 @@ def test_data_commands(tmp_path: Path) -> None:
     few = ["--users", "9", "--items", "5", "--mean-length", "3"]
     assert "9 users" in run("data", "generate", tmp_path / "new folder" / "few.inter", *few).stdout
     assert "no data set 'nothing'" in refusal("data", "fetch", "nothing")
-    assert "ml-1m" in run("recipes").stdout
+    assert "ml-1m of more than 50 users: user rank 64" in " ".join(run("recipes").stdout.split())
 
 
 def test_columns_and_format_are_named(tmp_path: Path) -> None:

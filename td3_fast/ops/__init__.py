@@ -25,7 +25,7 @@ from td3_fast.ops.item_cross_entropy import (
     item_logsumexp,
     kept_score_bytes,
 )
-from td3_fast.ops.library import FusedUnavailableWarning, build_facts, full_precision, has_fused
+from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.look_up import look_up
 from td3_fast.ops.mix_items import mix_items, mix_items_transposed
 from td3_fast.ops.next_item_gradient import (
@@ -34,6 +34,7 @@ from td3_fast.ops.next_item_gradient import (
     has_next_item_gradient,
     next_item_gradient,
 )
+from td3_fast.ops.precision import full_precision
 from td3_fast.ops.soft_embedding import SoftEmbedding, soft_embedding
 from td3_fast.ops.target_rank import target_rank
 from td3_fast.ops.transformer_encoder import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import register_fake, without_autocast
+from td3_fast.ops.library import register_fake
+from td3_fast.ops.precision import autocast_off, widened
 from td3_fast.ops.twice_differentiable import TwiceDifferentiable, has_twice_differentiable
 
 
@@ -38,9 +39,11 @@ def additive_attention(
         ValueError: by the kernel, where sizes, dtypes or devices do not agree.
         IndexError: by the kernel, where a length is negative or more than there are states.
     """
+    query, states = widened(query), widened(states)
     if not has_twice_differentiable(states):
-        return additive_attention_reference(query, states, key_weight, energy, lengths)
-    return _fused(without_autocast(query), without_autocast(states), key_weight, energy, lengths)
+        with autocast_off(states):
+            return additive_attention_reference(query, states, key_weight, energy, lengths)
+    return _fused(query, states, key_weight, energy, lengths)
 
 
 def additive_attention_reference(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import register_fake, without_autocast
+from td3_fast.ops.library import register_fake
+from td3_fast.ops.precision import autocast_off, widened
 from td3_fast.ops.twice_differentiable import TwiceDifferentiable, has_twice_differentiable
 
 
@@ -37,9 +38,11 @@ def gru(
         ValueError: by the kernel, where sizes, dtypes or devices do not agree.
         IndexError: by the kernel, where a length is negative or more than there are inputs.
     """
+    inputs = widened(inputs)
     if not has_twice_differentiable(inputs):
-        return gru_reference(inputs, input_weight, state_weight, lengths)
-    return _fused(without_autocast(inputs), input_weight, state_weight, lengths)
+        with autocast_off(inputs):
+            return gru_reference(inputs, input_weight, state_weight, lengths)
+    return _fused(inputs, input_weight, state_weight, lengths)
 
 
 def gru_reference(inputs: Tensor, input_weight: Tensor, state_weight: Tensor, lengths: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from td3_fast.ops.batching import register_vmap
-from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused, without_autocast
+from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
+from td3_fast.ops.precision import autocast_off, widened
 from td3_fast.ops.soft_embedding import check_tables, gradients_like, only_needed
 
 # As in csrc/cpu (kept.h): rows of a panel fill 64 bytes, and items are cut into chunks.
@@ -51,7 +52,7 @@ def item_cross_entropy(
     expected = hidden.shape if target.is_floating_point() else hidden.shape[:1]
     if target.shape != expected:
         raise ValueError(f"expected a target of shape {tuple(expected)}, got {tuple(target.shape)}")
-    hidden = without_autocast(hidden)
+    hidden = widened(hidden)
     if not target.is_floating_point():
         if use_fused(backend, hidden.device):
             return torch.ops.td3_fast.class_cross_entropy(hidden, item_embeddings, target)
@@ -70,10 +71,10 @@ def item_logsumexp(
 
     Differentiable as that is. Where items are split over processes, this is what each has of its own.
     """
-    hidden = without_autocast(hidden)
+    hidden = widened(hidden)
     if use_fused(backend, hidden.device):
         return torch.ops.td3_fast.item_logsumexp(hidden, item_embeddings)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast_off(hidden):
         return reference_logsumexp(hidden, item_embeddings)
 
 

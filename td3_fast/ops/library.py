@@ -2,8 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal, TypeVar
 
@@ -74,19 +73,6 @@ def use_fused(backend: Backend, device: torch.device) -> bool:
     if backend != "reference":
         raise ValueError(f'backend must be "fused" or "reference", got {backend!r}')
     return False
-
-
-def without_autocast(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of half precision in float32 under autocast, as PyTorch takes softmax and losses; others as they are."""
-    half = rows.dtype in (torch.float16, torch.bfloat16)
-    return rows.float() if half and torch.is_autocast_enabled(rows.device.type) else rows
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Without autocast: what trains or ranks here has the precision of its parameters throughout."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
 
 Fake = TypeVar("Fake", bound=Callable[..., object])

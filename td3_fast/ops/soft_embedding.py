@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from td3_fast.ops.batching import register_vmap
-from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused, without_autocast
+from td3_fast.ops.library import Backend, register_fake, require_fused, use_fused
+from td3_fast.ops.precision import autocast_off, widened
 
 
 def soft_embedding(
@@ -35,10 +36,10 @@ def soft_embedding(
     Raises:
         ValueError: shapes, dtypes or devices do not agree, or there is no item.
     """
-    queries = without_autocast(queries)
+    queries = widened(queries)
     if use_fused(backend, queries.device):
         return torch.ops.td3_fast.soft_embedding(queries, keys, values)
-    with torch.autocast(queries.device.type, enabled=False):
+    with autocast_off(queries):
         return reference(queries, keys, values)
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import Backend, register_fake, use_fused, without_autocast
+from td3_fast.ops.library import Backend, register_fake, use_fused
+from td3_fast.ops.precision import autocast_off, widened
 
 
 def target_rank(
@@ -41,7 +42,7 @@ def target_rank(
     """
     if candidates is not None and excluded is not None:
         raise ValueError("candidates already say what is ranked; excluded applies to the full ranking only")
-    hidden = without_autocast(hidden)
+    hidden = widened(hidden)
     if use_fused(backend, hidden.device):
         if candidates is not None:
             return torch.ops.td3_fast.candidate_rank(hidden, item_embeddings, target, candidates)
@@ -49,7 +50,7 @@ def target_rank(
         return torch.ops.td3_fast.target_rank(
             hidden, item_embeddings, target, offsets, items, exclude_padding
         )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocast_off(hidden):
         return reference(hidden, item_embeddings, target, candidates, excluded, exclude_padding)
 
 

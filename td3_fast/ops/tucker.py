@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import Backend, without_autocast
+from td3_fast.ops.library import Backend
+from td3_fast.ops.precision import autocast_off, widened
 from td3_fast.ops.soft_embedding import soft_embedding
 
 Normalize = Literal["softmax", "none"]
@@ -17,8 +18,9 @@ def tucker_queries(
     position_factors: Tensor,  # (p, d2)
 ) -> Tensor:
     """``core x_1 user_factors x_2 position_factors``: (u, p, d3), a query per user and position."""
+    core, user_factors, position_factors = map(widened, (core, user_factors, position_factors))
     users, (d1, d2, d3) = user_factors.shape[0], core.shape
-    with torch.autocast(core.device.type, enabled=False):  # what a softmax is taken of
+    with autocast_off(core):  # what a softmax is taken of
         by_user = (user_factors @ core.reshape(d1, d2 * d3)).view(users, d2, d3)
         return position_factors @ by_user
 
@@ -77,8 +79,8 @@ def normalized_embedding(
         return embedding.view(*queries.shape[:2], embedding.shape[-1])
     if normalize == "none":
         accumulate = torch.promote_types(queries.dtype, torch.float32)
-        queries = without_autocast(queries)
-        with torch.autocast(queries.device.type, enabled=False):
+        queries = widened(queries)
+        with autocast_off(queries):
             table = keys.to(accumulate).T @ item_embeddings.to(accumulate)
             return (queries.to(accumulate) @ table).to(queries.dtype)
     raise ValueError(f'normalize must be "softmax" or "none", got {normalize!r}')

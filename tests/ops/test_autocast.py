@@ -67,6 +67,20 @@ def test_a_summary_is_reconstructed_in_float32(normalize, backend, device):
     torch.testing.assert_close(made, ops.tucker_soft_embedding(*factors, normalize=normalize))
 
 
+@pytest.mark.parametrize("half", range(3))
+def test_one_factor_may_be_of_half_precision(half, device):
+    factors = [torch.randn(shape, device=device) for shape in [(2, 3, 4), (3, 2), (5, 3)]]
+    factors[half] = factors[half].bfloat16()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        made = ops.tucker_queries(*factors)
+    torch.testing.assert_close(made, ops.tucker_queries(*(factor.float() for factor in factors)))
+
+
+def test_devices_without_autocast_are_served():
+    factors = [torch.empty(shape, device="meta") for shape in [(2, 3, 4), (3, 2), (5, 3)]]
+    assert ops.tucker_queries(*factors).shape == (3, 5, 4)
+
+
 def test_autocast_compiles(device):
     hidden, items = make_inputs(device)
 
