@@ -1,11 +1,12 @@
-"""Figures of RecBole's own learners on the full data, by RecBole's own split, training and ranking.
+"""RecBole's own learners on the full data: split and trained by RecBole, ranked as this project ranks.
 
     python benchmarks/beside_recbole.py ml-100k.inter SASRec --seed 0
 
-in an environment of its own: torch, numpy below 2, pandas below 3, scipy, scikit-learn, tensorboard, plotly, tabulate,
-texttable, colorlog, colorama, psutil, pyyaml, tqdm, and by `--no-deps` recbole 1.2.1 and thop. Sizes and dropout are
-the defaults of `td3_fast.learners`; the loss is full cross-entropy, the best epoch is chosen by validation MRR@10 among
-100 sampled items, as for the row `full` of an evaluation.
+in an environment of its own: td3_fast, numpy below 2, pandas below 3, scipy, scikit-learn, tensorboard, plotly,
+tabulate, texttable, colorlog, colorama, psutil, pyyaml, tqdm, and by `--no-deps` recbole 1.2.1 and thop. Sizes and
+dropout are the defaults of `td3_fast.learners`, the loss is full cross-entropy, and the best epoch has the highest
+MRR@10 among 100 items that RecBole draws. It draws them from all items, those of the user's history too, and ranks
+among these as well, so that its own test figures, printed beside, are of a harder task.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 DATA = "given"  # no name for which RecBole has a file of its own
+LENGTH = 50  # of histories
 
 SIZES = {
     "SASRec": {
@@ -42,7 +44,7 @@ def options(learner: str, folder: Path, seed: int, epochs: int, batch_size: int,
         "data_path": str(folder),
         "checkpoint_dir": str(folder / "saved"),
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-        "MAX_ITEM_LIST_LENGTH": 50,
+        "MAX_ITEM_LIST_LENGTH": LENGTH,
         "loss_type": "CE",
         "train_neg_sample_args": None,
         "learning_rate": 1e-3,
@@ -62,10 +64,35 @@ def options(learner: str, folder: Path, seed: int, epochs: int, batch_size: int,
     }
 
 
+def ranked(model: Any, token2id: dict[str, int], log: Path) -> dict[str, dict[str, float]]:
+    """The test figures of a RecBole learner by the protocols of this project, with the negatives of `--seed 0`."""
+    import torch
+    from recbole.data.interaction import Interaction
+
+    from td3_fast.data import cut_batch, leave_one_out, load_interactions
+    from td3_fast.metrics import metrics_from_ranks
+    from td3_fast.ops import derive_seed
+    from td3_fast.training import Ranker
+
+    split = leave_one_out(load_interactions(log))
+    ranker = Ranker(split.test, seed=derive_seed(0, "ranker"))
+    ours = [0, *(token2id[token] for token in split.interactions.item_ids[1:])]  # our number -> RecBole's
+    rows = torch.arange(len(split.test))
+    histories, lengths, _ = cut_batch(split.test, rows.numpy(), LENGTH)
+    histories = torch.nn.functional.pad(torch.tensor(ours)[histories], (0, LENGTH - histories.shape[1]))
+    model.eval()
+    with torch.no_grad():
+        scores = model.full_sort_predict(
+            Interaction({model.ITEM_SEQ: histories, model.ITEM_SEQ_LEN: lengths})
+        )[:, ours]
+    every = torch.eye(len(ours))  # of which each item's score is the product
+    return {p: metrics_from_ranks(ranker._rank(scores, every, rows, p)) for p in ("uni100", "full")}
+
+
 def figures(
     log: Path, learner: str, *, seed: int, epochs: int, batch_size: int, folder: Path
 ) -> dict[str, Any]:
-    """Seconds of training, and the test figures among 100 items and among all."""
+    """Seconds of training, the test figures, and RecBole's own of them."""
     # what its search of hyperparameters alone needs
     sys.modules.setdefault("ray", types.SimpleNamespace(tune=None))  # type: ignore[arg-type]
     import torch
@@ -81,11 +108,13 @@ def figures(
     with opened(log, "rb") as stream:
         data.write_bytes(stream.read())
     found: dict[str, Any] = {}
-    model, saved = None, ""
+    model, saved, tokens = None, "", {}
     for mode in ("uni100", "full"):
         config = Config(learner, DATA, config_dict=options(learner, folder, seed, epochs, batch_size, mode))
         init_seed(seed, reproducibility=True)
-        train, valid, test = data_preparation(config, create_dataset(config))
+        dataset = create_dataset(config)
+        train, valid, test = data_preparation(config, dataset)
+        tokens = dataset.field2token_id["item_id"]
         if model is None:
             model = get_model(learner)(config, train.dataset)
         trainer = get_trainer(config["MODEL_TYPE"], learner)(config, model)
@@ -95,8 +124,9 @@ def figures(
             trainer.fit(train, valid, verbose=False, saved=True, show_progress=False)
             found["seconds"] = round(time.perf_counter() - began)
             saved = trainer.saved_model_file
-        found[mode] = dict(trainer.evaluate(test, load_best_model=True, model_file=saved))
-    return found
+        own = trainer.evaluate(test, load_best_model=True, model_file=saved)
+        found[f"RecBole's own, {mode}"] = {name: own[name] for name in ("hit@10", "ndcg@10")}
+    return found | ranked(model, tokens, log)
 
 
 def main() -> None:
