@@ -44,6 +44,7 @@ def test_a_loss_is_that_of_float32_within_half_precision(
     learner = build_learner(name, {"num_items": 20, **SIZES}, seed=0)
     encode: Callable[..., torch.Tensor] = learner
     if form == "compiled":
+        torch.compiler.reset()
         encode = torch.compile(learner, backend="aot_eager", fullgraph=True)
     histories, lengths = torch.randint(1, 20, (5, 6)), torch.tensor([1, 2, 6, 3, 4])
 
