@@ -19,9 +19,8 @@ def widened(tensor: Tensor) -> Tensor:
 def autocast_off(like: Tensor) -> AbstractContextManager[Any]:
     """No autocast on the device of a tensor."""
     kind = like.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 @contextmanager

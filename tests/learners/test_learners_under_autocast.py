@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,7 +33,16 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys.modules[f"td3_fast.ops.{op}"], "has_twice_differentiable", lambda like: False)
 
 
+@pytest.fixture
+def empty_compiler() -> Iterator[None]:
+    """What is compiled here for one precision and shape leaves nothing to tests that compile the same for others."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @EACH
+@pytest.mark.usefixtures("empty_compiler")
 @pytest.mark.parametrize("form", ["kernels", "no kernels", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_loss_is_that_of_float32_within_half_precision(
@@ -44,7 +53,6 @@ def test_a_loss_is_that_of_float32_within_half_precision(
     learner = build_learner(name, {"num_items": 20, **SIZES}, seed=0)
     encode: Callable[..., torch.Tensor] = learner
     if form == "compiled":
-        torch.compiler.reset()
         encode = torch.compile(learner, backend="aot_eager", fullgraph=True)
     histories, lengths = torch.randint(1, 20, (5, 6)), torch.tensor([1, 2, 6, 3, 4])
 
