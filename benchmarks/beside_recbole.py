@@ -39,6 +39,7 @@ SIZES = {
 
 
 def options(learner: str, folder: Path, seed: int, epochs: int, batch_size: int, mode: str) -> dict[str, Any]:
+    """What RecBole is told; mode: "uni100" or "full", by which it ranks."""
     return {
         **SIZES[learner],
         "data_path": str(folder),
@@ -93,14 +94,15 @@ def figures(
     log: Path, learner: str, *, seed: int, epochs: int, batch_size: int, folder: Path
 ) -> dict[str, Any]:
     """Seconds of training, the test figures, and RecBole's own of them."""
-    # what its search of hyperparameters alone needs
+    # RecBole imports ray wherever it is used, for its search of hyperparameters alone, which is not used here
     sys.modules.setdefault("ray", types.SimpleNamespace(tune=None))  # type: ignore[arg-type]
     import torch
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 
-    load = torch.load  # a checkpoint of RecBole's holds its configuration
+    # RecBole reads back the checkpoint that it has just written, which holds an object of its configuration
+    load = torch.load
     torch.load = lambda *args, **named: load(*args, **{"weights_only": False, **named})
     data = folder / DATA / f"{DATA}.inter"
     data.parent.mkdir()

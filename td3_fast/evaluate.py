@@ -80,7 +80,6 @@ class Row:
         return max(map(len, self.runs.values()), default=0)
 
 
-@full_precision()
 def evaluate(
     summary: Summary,
     split: Split,

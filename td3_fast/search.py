@@ -14,7 +14,7 @@ from td3_fast.data import Split
 from td3_fast.evaluate import Scores, learner_for, untrained_learner
 from td3_fast.learners import LEARNERS, Learner, learner_named
 from td3_fast.metrics import Metric, mean_and_sd
-from td3_fast.ops import derive_seed, full_precision
+from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
 from td3_fast.training import FitConfig, Protocol, Ranker, fit_examples
@@ -139,7 +139,6 @@ def grid(
     return candidates
 
 
-@full_precision()
 def search(
     summary: Summary,
     split: Split,

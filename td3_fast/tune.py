@@ -16,7 +16,7 @@ from td3_fast.checks import check_choices
 from td3_fast.data import Split
 from td3_fast.evaluate import Scores, learner_for
 from td3_fast.metrics import Metric, mean_and_sd
-from td3_fast.ops import derive_seed, full_precision
+from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
 from td3_fast.training import Protocol, Ranker, fresh_like
@@ -78,7 +78,6 @@ class Tried:
     learners: int
 
 
-@full_precision()
 def tune(
     summary: Summary,
     split: Split,
