@@ -1,7 +1,9 @@
 // The encoder's kernels of one type; encoder.cuh has the passes.
 #pragma once
 
-#include "encoder.cuh"
+#include "encoder_backward.cuh"
+#include "encoder_forward.cuh"
+#include "encoder_items.cuh"
 
 namespace td3_fast::cuda {
 namespace {
