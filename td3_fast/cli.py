@@ -67,9 +67,35 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 
+def _say_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import torch
+
+    import td3_fast
+
+    facts = td3_fast.ops.build_facts()
+    kernels = "no compiled kernels"
+    if facts is not None:
+        kernels = f"kernels for {facts['instruction_sets'][0]}"
+        if facts["cuda_architectures"]:
+            kernels += f" and CUDA ({facts['cuda_architectures']})"
+    say(f"td3_fast {td3_fast.__version__}, torch {torch.__version__}, {kernels}")
+    raise typer.Exit
+
+
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_say_version,
+            is_eager=True,
+            help="Print the versions of td3_fast and torch, and what the kernels are built for.",
+        ),
+    ] = False,
 ) -> None:
     settings.tracebacks = traceback
 

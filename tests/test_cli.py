@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import td3_fast
 from td3_fast.cli import app
 from td3_fast.data import generate_interactions, write_interactions
 from td3_fast.recipes import IMPROVEMENTS, RECIPES
@@ -543,6 +545,12 @@ def test_another_learner_distils(data: Path, tmp_path: Path, learner: str) -> No
     other = ["distill", data, "--out", tmp_path / "other", *TINY]
     for option in (("--learner", learner), ("--loss", "sampled")):
         assert f"{option[0]} and --pretrained exclude each other" in refusal(*other, *pretrained, *option)
+
+
+def test_the_version_names_what_runs() -> None:
+    result = run("--version")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"td3_fast {td3_fast.__version__}, torch {torch.__version__}, ")
 
 
 def test_info_says_what_a_summary_is(finished: Path) -> None:

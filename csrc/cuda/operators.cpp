@@ -1,5 +1,5 @@
-// The CUDA operators: checks, scratch and row statistics in PyTorch, launches on the current stream.
-// Compiled against any PyTorch; no header of CUDA is included.
+// The CUDA operators over items: checks, scratch and row statistics in PyTorch, launches on the current
+// stream. Compiled against any PyTorch; no header of CUDA is included.
 
 #include "operators.h"
 
@@ -8,9 +8,7 @@
 
 #include <algorithm>
 
-#include "../adam_arguments.h"
 #include "../checks.h"
-#include "../philox.h"
 #include "kernels.h"
 
 namespace td3_fast::cuda {
@@ -298,23 +296,6 @@ Ranking ranking(const Tensor& hidden, const Tensor& items, const Tensor& target,
   return problem;
 }
 
-AdamCall adam_call(const Tensor& gradient, at::ArrayRef<double> rates, const OptionalTensor& size) {
-  AdamCall call{};
-  call.float64 = gradient.scalar_type() == at::kDouble;
-  call.count = gradient.numel();
-  call.beta1 = rates[0];
-  call.beta2 = rates[1];
-  call.eps = rates[2];
-  call.weight_decay = rates[3];
-  if (size.has_value()) {
-    call.size_on_device = size->const_data_ptr();
-  } else {
-    call.size = rates[4];
-  }
-  call.gradient = gradient.const_data_ptr();
-  return call;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> soft_embedding_forward(const Tensor& queries,
@@ -463,73 +444,6 @@ Tensor candidate_rank(const Tensor& hidden,
   problem.candidate_ids = ids.const_data_ptr<int64_t>();
   if (problem.rows > 0) check_launch(candidate_ranks(problem, current_stream(hidden)));
   return ranks;
-}
-
-Tensor random_words_of_sites(const Tensor& seed, int64_t first_site, at::IntArrayRef counts) {
-  const int64_t sites = static_cast<int64_t>(counts.size()),
-                all = check_random_words(seed, first_site, counts);
-  const c10::OptionalDeviceGuard guard(seed.device());
-  const Tensor words = seed.new_empty({all * kWordsPerBlock}, at::kShort);
-  int16_t* to = words.mutable_data_ptr<int16_t>();
-  for (int64_t first = 0; first < sites; first += kMaxSites) {
-    RandomWords problem{};
-    problem.seed = seed.const_data_ptr<int64_t>();
-    problem.first_site = static_cast<uint32_t>(first_site + first);
-    problem.sites = static_cast<int>(std::min(kMaxSites, sites - first));
-    problem.blocks = to;
-    int64_t end = 0;
-    for (int i = 0; i < problem.sites; ++i) problem.ends[i] = end += blocks_of_words(counts[first + i]);
-    if (end > 0) check_launch(draw_words(problem, current_stream(seed)));
-    to += end * kWordsPerBlock;
-  }
-  return words;
-}
-
-Tensor random_words(const Tensor& seed, int64_t site, int64_t count) {
-  return random_words_of_sites(seed, site, count).narrow(0, 0, count);
-}
-
-void adam_step_(const Tensor& parameter,
-                const Tensor& first_moment,
-                const Tensor& second_moment,
-                const Tensor& gradient,
-                at::ArrayRef<double> rates,
-                const OptionalTensor& size) {
-  check_adam({&parameter, &first_moment, &second_moment, &gradient}, rates, size);
-  overwritten({&parameter, &first_moment, &second_moment});
-  const c10::OptionalDeviceGuard guard(parameter.device());
-  AdamCall call = adam_call(gradient, rates, size);
-  call.parameter = call.overwritten[0] = parameter.mutable_data_ptr();
-  call.first_moment = call.overwritten[1] = first_moment.mutable_data_ptr();
-  call.second_moment = call.overwritten[2] = second_moment.mutable_data_ptr();
-  if (call.count > 0) check_launch(adam_step(call, current_stream(parameter)));
-}
-
-Tensor adam_adjoint_(const Tensor& parameter,
-                     const Tensor& first_moment,
-                     const Tensor& second_moment,
-                     const Tensor& gradient,
-                     const Tensor& to_parameter,
-                     const Tensor& to_first_moment,
-                     const Tensor& to_second_moment,
-                     at::ArrayRef<double> rates,
-                     const OptionalTensor& size) {
-  check_adam({&parameter, &first_moment, &second_moment, &gradient, &to_parameter, &to_first_moment,
-              &to_second_moment},
-             rates, size);
-  overwritten({&to_parameter, &to_first_moment, &to_second_moment});
-  const c10::OptionalDeviceGuard guard(parameter.device());
-  const Tensor to_gradient = gradient.new_empty(gradient.sizes());
-  AdamCall call = adam_call(gradient, rates, size);
-  call.parameter = parameter.const_data_ptr();
-  call.first_moment = first_moment.const_data_ptr();
-  call.second_moment = second_moment.const_data_ptr();
-  call.overwritten[0] = to_parameter.mutable_data_ptr();
-  call.overwritten[1] = to_first_moment.mutable_data_ptr();
-  call.overwritten[2] = to_second_moment.mutable_data_ptr();
-  call.to_gradient = to_gradient.mutable_data_ptr();
-  if (call.count > 0) check_launch(adam_adjoint(call, current_stream(parameter)));
-  return to_gradient;
 }
 
 void check_launch(const char* error) {

@@ -4,7 +4,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -36,7 +36,7 @@ _built_for_cuda = _kernels is not None and bool(_kernels.build_facts()["cuda_arc
 _warned: set[str] = set()
 
 
-def build_facts() -> dict[str, object] | None:
+def build_facts() -> dict[str, Any] | None:
     """Compiler, flags, versions and GPU architectures of the compiled library; None where it is absent."""
     return None if _kernels is None else dict(_kernels.build_facts())
 

@@ -4,9 +4,11 @@
 
 #include <memory>
 
-#include "encoder_operators.cpp"  // here, so that PyTorch's headers are compiled once
+#include "adam_operators.cpp"  // here, so that PyTorch's headers are compiled once
+#include "encoder_operators.cpp"
 #include "gradient_operators.cpp"
 #include "operators.cpp"
+#include "random_operators.cpp"
 
 namespace td3_fast::cuda {
 
