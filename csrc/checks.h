@@ -70,14 +70,17 @@ inline void check_excluded(const at::Tensor& hidden,
 
 // seed () or (1,). Returns the blocks of Philox of all counts.
 inline int64_t check_random_words(const at::Tensor& seed, int64_t site, at::IntArrayRef counts) {
-  bool valid = seed.numel() == 1 && seed.scalar_type() == at::kLong && site >= 0;
+  constexpr int64_t kSites = int64_t{1} << 32;
+  bool valid = seed.numel() == 1 && seed.scalar_type() == at::kLong && site >= 0 &&
+               site <= kSites - static_cast<int64_t>(counts.size());
   int64_t blocks = 0;
   for (const int64_t count : counts) {
     valid = valid && count >= 0;
     blocks += blocks_of_words(count);
   }
-  TORCH_CHECK_VALUE(valid, "expected one int64 seed, a site and counts that are not negative, got ",
-                    seed.sizes(), " of ", seed.scalar_type(), ", ", site, " and ", counts);
+  TORCH_CHECK_VALUE(
+      valid, "expected one int64 seed, sites from 0 to 2^32 - 1 and counts that are not negative, got ",
+      seed.sizes(), " of ", seed.scalar_type(), ", ", site, " and ", counts);
   return blocks;
 }
 

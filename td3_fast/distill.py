@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +44,7 @@ from td3_fast.unroll import (
 )
 
 VALIDATION_LOSS = "validation_cross_entropy"
+DIVERGED = "diverged"  # learners of an epoch's validation whose loss was not finite, if any
 FIGURES = ("cross_entropy", "alignment", "inner", "window")  # of an outer step, means over its trajectories
 
 
@@ -235,8 +235,16 @@ class Distiller:
         )
 
     def best(self, state: DistillState) -> Summary:
-        """The summary of the best epoch so far, with all that it needs to be saved and evaluated."""
-        assert state.best is not None
+        """The summary of the best epoch so far, with all that it needs to be saved and evaluated.
+
+        Raises:
+            FloatingPointError: there is none, for on the summary of every epoch a learner's training diverged.
+        """
+        if state.best is None:
+            raise FloatingPointError(
+                f"after none of {len(state.history)} epochs could learners be trained on the summary: their loss was "
+                f"not finite; lower learner_lr ({self.config.learner_lr:g}) or summary_lr ({self.config.summary_lr:g})"
+            )
         summary = self.summary(state.best)
         summary.metadata = self.metadata(state)
         return summary
@@ -281,7 +289,8 @@ class Distiller:
         self, state: DistillState, generator: torch.Generator, trajectory: int = 0
     ) -> tuple[Tensor, ...]:
         """The learner of a trajectory."""
-        drawn = int(torch.randint(len(self.pool), (), generator=generator))
+        # drawn whether it is needed or not, so that what is drawn after it is the same
+        drawn = int(torch.randint(max(len(self.pool), 1), (), generator=generator, device="cpu"))
         reload = self.config.semantics.reload_learner == "step" or state.step % self.steps_per_epoch == 0
         if not reload and state.carried is not None:
             size = len(state.carried) // self.config.trajectories
@@ -295,7 +304,6 @@ class Distiller:
             theta, items = self.pool[drawn]
         return (theta, items) if self.config.item_embedding == "trained" else (theta,)
 
-    @full_precision()
     def meta_gradient(
         self, state: DistillState, *, window: tuple[int, int] | None = None
     ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
@@ -309,12 +317,23 @@ class Distiller:
 
         window: (warm-up, differentiated) steps instead of the drawn ones.
         """
+        gradients, losses, _ = self._differentiated(state, window)
+        return gradients, losses
+
+    @torch.enable_grad()
+    @full_precision()
+    def _differentiated(
+        self, state: DistillState, window: tuple[int, int] | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, float], tuple[Tensor, ...] | None]:
+        """`meta_gradient`, and what `DistillState.carried` is after the step."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode records nothing to differentiate: distil outside of it")
         if self.config.engine == "higher":
-            return self._with_higher(state, window)
+            return *self._with_higher(state, window), state.carried
         factors = [f.detach().requires_grad_() for f in state.factors.parameters]
         made, mixture = self._mixture(factors)
         count = self.config.trajectories
-        cotangents, losses, carried = [], [], []
+        cotangents, by_trajectory, carried = [], [], []
         with self.lanes.side_by_side() as lanes:
             for turn, index in enumerate(self.sharing_trajectories.turns(count)):
                 with lanes.lane(turn) as lane:
@@ -323,22 +342,24 @@ class Distiller:
                     own = mixture.apart() if of_class == 0 else self._for_other(of_class, mixture)
                     cotangent, loss, between = self.followers[of_class].follow(drawn, own, lane)
                     cotangents.append(cotangent if of_class == 0 else to_width(cotangent, made.shape[-1]))
-                losses.append(loss)
+                by_trajectory.append(loss)
                 carried.append(between)
         # not by grad_outputs, for which autograd imports symbolic algebra: 34 MiB, and a second of every run
         pulled = (made * (torch.stack(cotangents).sum(0) / count)).sum()
         gradients = torch.autograd.grad(pulled, factors)
         shares = {
-            name: torch.stack([loss[name] for loss in losses]).double().sum() / count for name in FIGURES
+            name: torch.stack([loss[name] for loss in by_trajectory]).double().sum() / count
+            for name in FIGURES
         }
         # a process that takes a part of the examples has all of the inner loop
         shares["inner"] /= self.sharing_examples.size
         shares["window"] /= self.sharing_examples.size
         gradients, figures = self._over_ranks(gradients, shares)
-        if self.config.semantics.reload_learner == "epoch":
-            every = self.sharing_trajectories.in_order(carried, count)
-            state.carried = tuple(tensor for learner in every for tensor in learner)
-        return gradients, {"loss": figures["cross_entropy"] + figures["alignment"], **figures}
+        losses = {"loss": figures["cross_entropy"] + figures["alignment"], **figures}
+        if self.config.semantics.reload_learner != "epoch":
+            return gradients, losses, state.carried
+        every = self.sharing_trajectories.in_order(carried, count)
+        return gradients, losses, tuple(tensor for learner in every for tensor in learner)
 
     def _mixture(self, factors: list[Tensor]) -> tuple[Tensor, ItemMixture]:
         """The tensor that soft embeddings are made from, differentiable in the factors, and what makes them."""
@@ -398,7 +419,7 @@ class Distiller:
     def outer_step(self, state: DistillState) -> dict[str, float]:
         """One outer step, overwriting `state`; returns its losses."""
         config = self.config
-        gradients, losses = self.meta_gradient(state)
+        gradients, losses, carried = self._differentiated(state, None)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         losses["gradient_norm"] = float(norm)
         if not math.isfinite(losses["gradient_norm"]) or not math.isfinite(losses["loss"]):
@@ -410,6 +431,7 @@ class Distiller:
         rate = config.summary_lr * 0.5 * (1 + math.cos(math.pi * state.step / self.total_steps))
         adam = AdamConfig(learning_rate=rate, weight_decay=config.summary_weight_decay)
         state.factors = adam_step_(state.factors, [g * scale for g in gradients], adam)
+        state.carried = carried
         state.step += 1
         state.losses.append(losses)
         return losses
@@ -417,11 +439,12 @@ class Distiller:
     @full_precision()
     def validate(self, state: DistillState, ranker: Ranker, progress: Progress = silent) -> dict[str, float]:
         """Validation metrics of learners trained on the summary as it stands: the mean of `validation_runs`, which the
-        classes share out, and of at least one of each class."""
+        classes share out, and of at least one of each class. `DIVERGED` counts those that could not be trained."""
         config = self.config
         epoch = state.step // self.steps_per_epoch
         by_class: list[list[dict[str, float]]] = [[] for _ in self.classes]
         runs = max(config.validation_runs, len(self.classes))
+        diverged = 0
         for run in range(runs):
             seed = derive_seed(self.seed, "validation", run)
             of_class = run % len(self.classes)
@@ -429,7 +452,7 @@ class Distiller:
             if config.semantics.carry_embeddings and state.validation_items is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(state.validation_items)
-            with suppress(FloatingPointError):  # such an epoch is not chosen
+            try:
                 fit_on_summary(
                     learner,
                     self.summary(state.factors.parameters),
@@ -438,6 +461,8 @@ class Distiller:
                     tables=self.tables,
                     **self.fit_options(),
                 )
+            except FloatingPointError:
+                diverged += 1
             if config.semantics.carry_embeddings:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:
@@ -449,7 +474,8 @@ class Distiller:
             if config.criterion == "cross_entropy":
                 metrics[VALIDATION_LOSS] = ranker.cross_entropy(learner, dropout_seed=dropout_seed)
             by_class[of_class].append(metrics)
-        return self.ranks.everyone.first_of(mean_of([mean_of(runs) for runs in by_class]))
+        found = mean_of([mean_of(runs) for runs in by_class])
+        return self.ranks.everyone.first_of({**found, DIVERGED: diverged} if diverged else found)
 
     def fit_options(self) -> dict[str, Any]:
         """How a learner is trained on this summary, as `fit_on_summary` takes it."""
@@ -502,7 +528,8 @@ class Distiller:
             state.factors = state.factors._replace(parameters=on_device)
             state.step += self.steps_per_epoch
             # the rest of an entry is what validation found
-            of_steps = [name for name in entry if "@" not in name and name not in ("epoch", VALIDATION_LOSS)]
+            found = ("epoch", VALIDATION_LOSS, DIVERGED)
+            of_steps = [name for name in entry if "@" not in name and name not in found]
             state.losses.append({name: entry[name] for name in of_steps})
             self._end_epoch(state, ranker)
             progress("choose", state.step, self.total_steps, state.history[-1])
@@ -521,11 +548,13 @@ class Distiller:
     def _end_epoch(self, state: DistillState, ranker: Ranker) -> None:
         metrics = self.validate(state, ranker)
         epoch = state.step // self.steps_per_epoch
-        state.history.append({"epoch": epoch, **mean_of(state.losses), **metrics})
+        figures = {"epoch": epoch, **mean_of(state.losses), **metrics}
+        # a file of JSON has no place for others
+        state.history.append({name: value for name, value in figures.items() if math.isfinite(value)})
         state.losses.clear()
         by_loss = self.config.criterion == "cross_entropy"
         score = -metrics[VALIDATION_LOSS] if by_loss else metrics[SELECTION_METRIC]
-        if score > state.best_score:
+        if DIVERGED not in metrics and score > state.best_score:
             state.best_score, state.best_epoch = score, epoch
             state.best = tuple(p.clone() for p in state.factors.parameters)
 
@@ -582,8 +611,13 @@ def for_item_embedding(pretrained: Pretrained, config: DistillConfig) -> Pretrai
     """What a distillation by `config` needs of a pretrained learner: one item table, in its dtype, if it is frozen.
 
     Raises:
-        ValueError: learners start from the tables of the pool, which has none.
+        ValueError: learners start from the pool, which is empty, or from its tables, which it has none of.
     """
+    if config.start == "pool" and not pretrained.pool:
+        raise ValueError(
+            'start="pool" starts learners from checkpoints of pretraining, and this pool is empty: keep some, or take '
+            'start="fresh"'
+        )
     if config.item_embedding == "frozen":
         table = pretrained.best["item_embeddings"]
         return pretrained.for_frozen_items(torch.bfloat16 if config.item_dtype == "bfloat16" else table.dtype)

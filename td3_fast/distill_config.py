@@ -206,7 +206,7 @@ class DistillConfig:
         latest = self.inner_steps - self.window
         if self.window_kind == "fixed":
             return latest, self.window
-        return int(torch.randint(latest + 1, (), generator=generator)), self.window
+        return int(torch.randint(latest + 1, (), generator=generator, device="cpu")), self.window
 
 
 def with_semantics(config: DistillConfig, name: Literal["paper", "authors"]) -> DistillConfig:

@@ -75,7 +75,7 @@ class FarziSummary(Summary):
         generator = seeded_generator(seed, "summary")
 
         def normal(*shape: int, sd: float) -> Tensor:
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * sd
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * sd
             # an item table may be kept in 16 bits, what is learned is not
             return drawn.to(item_factors.device, torch.promote_types(item_factors.dtype, torch.float32))
 

@@ -44,7 +44,7 @@ def metrics_from_ranks(
         raise ValueError(f"cut-offs must be at least 1, got {tuple(cutoffs)}")
     exact = ranks.to("cpu", torch.float64)  # not every device has float64
     gains = {"HR": torch.ones_like(exact), "NDCG": 1 / torch.log2(exact + 1), "MRR": 1 / exact}
-    within = exact <= torch.tensor(cutoffs, dtype=torch.float64).unsqueeze(1)  # (cut-offs, examples)
+    within = exact <= exact.new_tensor(cutoffs).unsqueeze(1)  # (cut-offs, examples)
     means = {name: torch.where(within, gain, 0.0).mean(1).tolist() for name, gain in gains.items()}
     return {f"{name}@{k}": means[name][i] for i, k in enumerate(cutoffs) for name in gains}
 

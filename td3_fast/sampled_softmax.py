@@ -54,7 +54,9 @@ class NegativeSampler:
         if proposal == "unigram":
             weights = counts[order].to(torch.float64) + 1
         elif proposal == "log-uniform":
-            weights = torch.log1p(1 / torch.arange(1, len(counts) + 1, dtype=torch.float64))
+            weights = torch.log1p(
+                1 / torch.arange(1, len(counts) + 1, dtype=torch.float64, device=counts.device)
+            )
         else:
             raise ValueError(f"unknown proposal {proposal!r}: expected one of {', '.join(PROPOSALS)}")
         expected = expected_draws(weights, num_sampled)
@@ -66,8 +68,8 @@ class NegativeSampler:
     def draw(self, *, seed: int) -> Negatives:
         """`num_sampled` items; the same seed draws the same ones."""
         generator = seeded_generator(seed, "negatives")
-        within = torch.rand(self.num_sampled, dtype=torch.float64, generator=generator)
-        points = torch.arange(self.num_sampled, dtype=torch.float64) + within
+        within = torch.rand(self.num_sampled, dtype=torch.float64, generator=generator, device="cpu")
+        points = torch.arange(self.num_sampled, dtype=torch.float64, device="cpu") + within
         places = torch.searchsorted(self._ends, points, right=True).clamp_(max=len(self._ends) - 1)
         return Negatives(self._order[places], self._log_expected[places])
 
@@ -77,7 +79,8 @@ def expected_draws(weights: Tensor, num_sampled: int) -> Tensor:
     if num_sampled == len(weights):
         return torch.ones_like(weights)
     behind = weights.flip(0).cumsum(0).flip(0)  # the weight of an item and of all after it
-    left = num_sampled - torch.arange(len(weights), dtype=weights.dtype)  # draws, if all before it come once
+    before = torch.arange(len(weights), dtype=weights.dtype, device=weights.device)
+    left = num_sampled - before  # draws, if all before it come once
     certain = int((left * weights < behind).to(torch.int8).argmax())  # the first whose share stays below 1
     expected = torch.ones_like(weights)
     expected[certain:] = weights[certain:] * (left[certain] / behind[certain])

@@ -42,7 +42,8 @@ class TuckerSummary(Summary):
 
     S holds a probability over items at each position of each synthetic user; it is never formed unless asked
     for. `core`, `user_factors` and `position_factors` are parameters; `item_factors`, the item table of the
-    pretrained learner, is a buffer and never learned. Source: TD3 (WWW '25).
+    pretrained learner, is a buffer and never learned, nor copied: what is written into it elsewhere changes the
+    summary, of which `fit` takes care. Source: TD3 (WWW '25).
 
     It also answers to the interface of `DistilledData` in the paper's released program: `get_batch`,
     `data_dict`, `load_data_dict`, `save_pretrained`, `from_pretrained`, `config`, `train_config`, `item_num`
@@ -115,7 +116,7 @@ class TuckerSummary(Summary):
         generator = seeded_generator(seed, "summary")
 
         def normal(*shape: int, sd: float) -> Tensor:
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * sd
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * sd
             # an item table may be kept in 16 bits, what is learned is not
             return drawn.to(item_factors.device, torch.promote_types(item_factors.dtype, torch.float32))
 
@@ -176,6 +177,11 @@ class TuckerSummary(Summary):
         """`num_items` by the released program's name."""
         return self.num_items
 
+    def with_factors(self, factors: tuple[Tensor, ...]) -> TuckerSummary:
+        other = super().with_factors(factors)
+        other.fix_order, other._train_config = self.fix_order, self._train_config
+        return other
+
     def get_batch_indices(self, step: int) -> Tensor:
         """The synthetic users of a training step, (b,) int64.
 
@@ -183,8 +189,9 @@ class TuckerSummary(Summary):
         """
         size = min(self.train_config.batch_size, self.num_users)
         if self.fix_order:
-            return torch.arange(step * size, (step + 1) * size) % self.num_users
-        return torch.randperm(self.num_users, generator=seeded_generator(0, "batch", step))[:size]
+            return torch.arange(step * size, (step + 1) * size, device="cpu") % self.num_users
+        generator = seeded_generator(0, "batch", step)
+        return torch.randperm(self.num_users, generator=generator, device="cpu")[:size]
 
     def get_batch(self, step: int) -> dict[str, Tensor]:
         """{"inputs_embeds": `probabilities` of the step's users, (b, positions, n)}."""
@@ -205,7 +212,7 @@ class TuckerSummary(Summary):
 
     @torch.no_grad()
     def load_data_dict(self, data_dict: Mapping[str, Tensor]) -> None:
-        """Copy factors by the paper's letters into this summary, V included.
+        """Copy factors by the paper's letters into this summary, V included; others that have its V keep it.
 
         Raises:
             ValueError: the keys are not G, U, V, T, or a shape differs.
@@ -217,7 +224,8 @@ class TuckerSummary(Summary):
                 raise ValueError(
                     f"{name} has the shape {tuple(data_dict[name].shape)}, not {tuple(value.shape)}"
                 )
-        for name, value in own.items():
+        self.item_factors = self.item_factors.clone()
+        for name, value in self.data_dict().items():
             value.copy_(data_dict[name])
 
     def save_pretrained(self, save_path: str | os.PathLike[str]) -> None:

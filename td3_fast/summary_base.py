@@ -28,7 +28,8 @@ class Summary(nn.Module):
 
     A kind of summary says how queries (users, positions, r) and keys (n, r) come from the factors that are learned,
     which are parameters; engines know no more of it. All kinds carry `item_factors` (n, d3), the item table of the
-    pretrained learner that learners start from, and perhaps its `position_embeddings`; both are buffers.
+    pretrained learner that learners start from, and perhaps its `position_embeddings`; both are buffers, which are not
+    copied: several summaries and a learner may have one table.
     """
 
     kind: ClassVar[str]  # in the header of files
@@ -46,8 +47,10 @@ class Summary(nn.Module):
         normalize: Normalize,
         metadata: SummaryMetadata | None,
     ) -> None:
-        self.register_buffer("item_factors", item_factors)
-        self.register_buffer("position_embeddings", position_embeddings)
+        # a learner's are parameters
+        self.register_buffer("item_factors", item_factors.detach())
+        positions = None if position_embeddings is None else position_embeddings.detach()
+        self.register_buffer("position_embeddings", positions)
         self.normalize = normalize
         self.metadata = metadata
 
@@ -107,11 +110,12 @@ class Summary(nn.Module):
     def forward(self, users: Tensor | None = None, item_embeddings: Tensor | None = None) -> Tensor:
         """Soft embeddings S @ item_embeddings, (u, positions, d), without forming S.
 
-        users: (u,) int64 indices, all users by default; item_embeddings: (n, d), `item_factors` by default. What it is
-        compared with is converted to its dtype where that is another one.
+        users: (u,) int64 indices, all users by default; item_embeddings: (n, d), `item_factors` by default. Queries and
+        keys are converted to its dtype where theirs is another one, queries to no less than float32.
         """
         values = self.item_factors if item_embeddings is None else item_embeddings
         queries, keys = self.queries_and_keys(users=users)
+        queries = queries.to(torch.promote_types(values.dtype, torch.float32))
         return normalized_embedding(queries, keys.to(values.dtype), values, normalize=self.normalize)
 
     @full_precision()
@@ -160,7 +164,8 @@ class Summary(nn.Module):
         rows = queries.flatten(0, 1)
         count = draws or 1
         generator = seeded_generator(seed, "hard")
-        at = torch.rand(len(rows), count, generator=generator, dtype=torch.float64).to(rows.device)
+        at = torch.rand(len(rows), count, generator=generator, dtype=torch.float64, device="cpu")
+        at = at.to(rows.device)
         chosen = torch.empty(len(rows), count, dtype=torch.int64, device=rows.device)
         block = max(1, SCORES_LIMIT // (8 * self.num_items))
         for first in range(0, len(rows), block):

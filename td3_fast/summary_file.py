@@ -243,7 +243,7 @@ def _check_ids(ids: tuple[str, ...], num_items: int) -> None:
 def _encode_ids(ids: tuple[str, ...]) -> dict[str, Tensor]:
     encoded = [item.encode() for item in ids]
     content = bytearray(b"".join(encoded)) or bytearray(1)  # a buffer without a byte makes no tensor
-    ends = torch.tensor([len(item) for item in encoded], dtype=torch.int64).cumsum(0)
+    ends = torch.tensor([len(item) for item in encoded], dtype=torch.int64, device="cpu").cumsum(0)
     return dict(zip(ID_TENSORS, (torch.frombuffer(content, dtype=torch.uint8), ends), strict=True))
 
 

@@ -79,7 +79,7 @@ class Ranker:
     ) -> Tensor:
         """The rank of each example's target: (examples,) int64, 1 the best; ties count against the model."""
         items = learner.item_embeddings
-        ranks = torch.empty(len(self.examples), dtype=torch.int64)
+        ranks = torch.empty(len(self.examples), dtype=torch.int64, device="cpu")
         for rows, hidden in self._encoded(learner, batch_size, dropout_seed):
             ranks[rows] = self._rank(hidden, items, rows, protocol).cpu()
         return ranks
@@ -129,7 +129,7 @@ class Ranker:
 
     def score_items(self, scores: Tensor) -> dict[Protocol, dict[str, float]]:
         """Metrics of one score per item (n,), the same for every example."""
-        rows = torch.arange(len(self.examples))
+        rows = torch.arange(len(self.examples), device="cpu")
         same = scores.new_ones(len(rows), 1)
         return {p: metrics_from_ranks(self._rank(same, scores.unsqueeze(1), rows, p)) for p in self.protocols}
 
@@ -151,7 +151,7 @@ def select_rows(csr: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tenso
     counts = (offsets[1:] - offsets[:-1])[rows]
     new_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     shift = torch.repeat_interleave(offsets[rows] - new_offsets[:-1], counts)
-    return new_offsets, items[torch.arange(len(shift)) + shift]
+    return new_offsets, items[torch.arange(len(shift), device=shift.device) + shift]
 
 
 @dataclass(frozen=True, kw_only=True)

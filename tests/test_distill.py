@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import pytest
 import torch
 from test_unroll import small_distiller
 
+from td3_fast.checkpoint import Checkpoint, save_checkpoint
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import Distiller, distill
+from td3_fast.distill import Distiller, DistillState, distill
 from td3_fast.distill_config import SEMANTICS, DistillConfig, Semantics, with_semantics
 from td3_fast.evaluate import learner_for
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.pretrain import PretrainConfig, pretrain
 from td3_fast.summary import FarziSummary, load_summary
 from td3_fast.training import FitConfig, Pretrained
+from td3_fast.unroll.inner import _cyclic, _targets
 
 CONFIG = DistillConfig(
     users=6, positions=8, user_rank=3, position_rank=3, batch_size=128, users_per_step=4, summary_lr=0.03,
@@ -236,23 +239,91 @@ def test_the_weight_decay_of_learners_has_an_effect(split: Split, pretrained: Pr
     assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(*gradients, strict=True))
 
 
-def test_an_epoch_whose_learner_diverges_is_not_the_best(
-    split: Split, pretrained: Pretrained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
+@pytest.fixture
+def diverging_at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
+    """Lets so many validations leave a learner without numbers; returns the list that learners are put in."""
+    calls: list[Any] = []
     fit = sys.modules["td3_fast.distill"].fit_on_summary
 
-    def diverging_at_first(learner: Any, *arguments: Any, **options: Any) -> Any:
-        calls.append(learner)
-        if len(calls) == 1:
+    def of(count: int) -> list[Any]:
+        def diverging(learner: Any, *arguments: Any, **options: Any) -> Any:
+            calls.append(learner)
+            if len(calls) > count:
+                return fit(learner, *arguments, **options)
             with torch.no_grad():
                 for parameter in learner.parameters():
                     parameter.fill_(torch.nan)
             raise FloatingPointError
-        return fit(learner, *arguments, **options)
 
-    monkeypatch.setattr(sys.modules["td3_fast.distill"], "fit_on_summary", diverging_at_first)
-    _, state = distill(split, pretrained, CONFIG, seed=0)
+        monkeypatch.setattr(sys.modules["td3_fast.distill"], "fit_on_summary", diverging)
+        return calls
+
+    return of
+
+
+@pytest.mark.parametrize("criterion", ["MRR@10", "cross_entropy"])
+def test_an_epoch_whose_learner_diverges_is_not_the_best(
+    split: Split, pretrained: Pretrained, diverging_at_first: Any, criterion: Any, tmp_path: Path
+) -> None:
+    calls = diverging_at_first(1)
+
+    def keep(state: DistillState) -> None:
+        save_checkpoint(tmp_path / "checkpoint", Checkpoint(state=state, settings={}))
+
+    _, state = distill(split, pretrained, replace(CONFIG, criterion=criterion), seed=0, on_step=keep)
     assert len(calls) == CONFIG.epochs
-    assert state.history[0]["MRR@10"] == 0.0
+    assert state.history[0]["diverged"] == 1
+    assert "diverged" not in state.history[1]
     assert state.best_epoch == 2
+
+
+def test_where_every_epochs_learner_diverges_there_is_no_summary(
+    split: Split, pretrained: Pretrained, diverging_at_first: Any
+) -> None:
+    diverging_at_first(CONFIG.epochs)
+    with pytest.raises(FloatingPointError, match="lower learner_lr"):
+        distill(split, pretrained, CONFIG, seed=0)
+
+
+def test_a_meta_gradient_leaves_the_state_alone(split: Split, pretrained: Pretrained) -> None:
+    distiller = Distiller(split, pretrained, with_semantics(CONFIG, "authors"), seed=0)
+    state = distiller.initial_state()
+    distiller.outer_step(state)
+    first, second = (distiller.meta_gradient(state)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_are_recorded_wherever_they_can_be(split: Split, pretrained: Pretrained) -> None:
+    config = replace(CONFIG, epochs=1)
+    expected, _ = distill(split, pretrained, config, seed=0)
+    with torch.no_grad():
+        summary, _ = distill(split, pretrained, config, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(summary.factors, expected.factors, strict=True))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of it"):
+        distill(split, pretrained, config, seed=0)
+
+
+def test_a_pool_is_needed_by_those_that_start_from_it(split: Split, pretrained: Pretrained) -> None:
+    empty, config = replace(pretrained, pool=[]), replace(CONFIG, epochs=1, item_embedding="frozen")
+    with pytest.raises(ValueError, match="this pool is empty"):
+        distill(split, empty, replace(config, start="pool"), seed=0)
+    distill(split, empty, replace(config, start="fresh"), seed=0)
+
+
+def test_defaults_of_pytorch_change_nothing_that_is_drawn(split: Split, pretrained: Pretrained) -> None:
+    config = replace(CONFIG, middle_positions=3, epochs=1, start="pool")
+    expected = Distiller(split, pretrained, config, seed=0)
+    gradients, _ = expected.meta_gradient(expected.initial_state())
+    _targets.cache_clear()
+    distiller = Distiller(split, pretrained, config, seed=0)
+    try:
+        torch.set_default_dtype(torch.float64)
+        again, _ = distiller.meta_gradient(distiller.initial_state())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    _targets.cache_clear()
+    _cyclic.cache_clear()
+    with torch.device("meta"):
+        again, _ = distiller.meta_gradient(distiller.initial_state())
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))

@@ -45,3 +45,38 @@ def test_training_that_leaves_the_numbers_is_an_error() -> None:
     )  # fmt: skip
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         summary.fit(learner, steps=20, learning_rate=1e30, batch_size=2, item_embedding="trained")
+
+
+def test_the_summary_keeps_its_item_table() -> None:
+    learner = SASRec(SASRecConfig(num_items=7, max_len=4, hidden=3, inner=4), seed=0)
+    summary = TuckerSummary.initialise(
+        users=2, positions=4, user_rank=2, position_rank=2, item_factors=learner.item_embeddings, seed=0
+    )  # fmt: skip
+    assert not summary.item_factors.requires_grad
+    before = summary.item_factors.clone()
+    summary.fit(learner, steps=3, learning_rate=0.1, batch_size=2, item_embedding="trained")
+    assert torch.equal(summary.item_factors, before)
+    assert not torch.equal(learner.item_embeddings, before)
+
+
+@pytest.mark.parametrize("item_embedding", ["trained", "frozen"])
+def test_a_learner_of_another_dtype_is_trained_in_its_own(item_embedding: Any) -> None:
+    learner = SASRec(SASRecConfig(num_items=7, max_len=4, hidden=3, inner=4), seed=0)
+    summary = TuckerSummary.initialise(
+        users=2, positions=4, user_rank=2, position_rank=2, item_factors=learner.item_embeddings.detach(), seed=0
+    )  # fmt: skip
+    options = {"steps": 3, "learning_rate": 0.01, "batch_size": 2, "item_embedding": item_embedding}
+    wide = SASRec(learner.config, seed=0).double()
+    losses, expected = summary.fit(wide, **options), summary.fit(learner, **options)
+    assert wide.position_embeddings.dtype == torch.float64
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+
+
+def test_an_encoder_in_16_bits_is_refused() -> None:
+    learner = SASRec(SASRecConfig(num_items=7, max_len=4, hidden=3, inner=4), seed=0)
+    summary = TuckerSummary.initialise(
+        users=2, positions=4, user_rank=2, position_rank=2, item_factors=learner.item_embeddings.detach(), seed=0
+    )  # fmt: skip
+    learner.bfloat16()
+    with pytest.raises(ValueError, match="an encoder works in float32 or float64"):
+        summary.fit(learner, steps=1, learning_rate=0.1, batch_size=2)

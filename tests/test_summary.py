@@ -91,6 +91,35 @@ def test_embeddings_are_probabilities_times_the_item_table(normalize, users):
     torch.testing.assert_close(summary.queries(users) @ summary.item_factors.T, scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_embeddings_have_the_dtype_of_the_table_that_they_are_of(dtype):
+    summary = make_summary()
+    table = summary.item_factors.to(dtype)
+    expected = summary(item_embeddings=table.float())
+    found = summary(item_embeddings=table)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_table_that_summaries_share_is_not_written_to_by_one_of_them():
+    summary, other = make_summary(), make_summary(seed=1)
+    before = summary.item_factors.clone()
+    copy = summary.with_factors(summary.factors)
+    copy.load_data_dict(other.data_dict())
+    assert torch.equal(summary.item_factors, before)
+    assert torch.equal(copy.item_factors, other.item_factors)
+    assert torch.equal(copy.core, other.core)
+
+
+def test_a_copy_goes_round_in_the_same_way():
+    summary = make_summary()
+    summary.fix_order = False
+    summary.train_config = dataclasses.replace(summary.train_config, batch_size=3)
+    copy = summary.with_factors(summary.factors)
+    assert torch.equal(copy.get_batch_indices(1), summary.get_batch_indices(1))
+
+
 def test_the_three_factors_are_parameters_and_the_item_table_is_not():
     summary = make_summary()
     assert [name for name, _ in summary.named_parameters()] == ["core", "user_factors", "position_factors"]

@@ -88,8 +88,10 @@ void forward(const Tensor& queries,  // (rows, rank)
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t row = panel * P + lane;
         const double exact = static_cast<double>(peak[lane]) + std::log(static_cast<double>(total[lane]));
-        logsumexp_out[row] = static_cast<T>(exact);
-        remainder_out[row] = static_cast<T>(exact - logsumexp_out[row]);
+        // what a score differs from an infinite one is no number
+        const bool infinite = std::isinf(peak[lane]);
+        logsumexp_out[row] = infinite ? peak[lane] : static_cast<T>(exact);
+        remainder_out[row] = infinite ? T(0) : static_cast<T>(exact - logsumexp_out[row]);
         const T inverse = T(1) / total[lane];
         for (int64_t column = 0; column < width; ++column) {
           embedding_out[row * width + column] = sum[column * P + lane] * inverse;

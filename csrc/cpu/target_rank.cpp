@@ -38,7 +38,12 @@ struct LeftOut {
     const int64_t* targets = target.const_data_ptr<int64_t>();
     const int64_t* starts = row_offsets.defined() ? row_offsets.const_data_ptr<int64_t>() : nullptr;
     const int64_t* excluded = row_items.defined() ? row_items.const_data_ptr<int64_t>() : nullptr;
-    if (starts != nullptr) check_ids(excluded, row_items.size(0), num_items, "excluded item");
+    if (starts != nullptr) {
+      check_ids(excluded, row_items.size(0), num_items, "excluded item");
+      TORCH_CHECK_VALUE(starts[0] == 0 && starts[rows] == row_items.size(0),
+                        "offsets of excluded items must rise from 0 to ", row_items.size(0), ", got ",
+                        starts[0], " to ", starts[rows]);
+    }
     offsets.reserve(rows + 1);
     items.reserve(2 * rows + (starts != nullptr ? row_items.size(0) : 0));
     offsets.push_back(0);

@@ -36,9 +36,12 @@ __global__ void __launch_bounds__(kThreads) merge_forward_kernel(Merge merge) {
   if (merge.width > 0) static_cast<T*>(merge.embedding)[row * merge.width + column] = sum / total;
   if (column == 0) {
     const double exact = static_cast<double>(peak) + logarithm(static_cast<double>(total));
-    const T rounded = static_cast<T>(exact);
+    // what a score differs from an infinite one is no number
+    const bool infinite = peak == minus_infinity<T>() || peak == -minus_infinity<T>();
+    const T rounded = infinite ? peak : static_cast<T>(exact);
     static_cast<T*>(merge.logsumexp)[row] = rounded;
-    static_cast<T*>(merge.remainder)[row] = static_cast<T>(exact - static_cast<double>(rounded));
+    static_cast<T*>(merge.remainder)[row] =
+        infinite ? T(0) : static_cast<T>(exact - static_cast<double>(rounded));
   }
 }
 

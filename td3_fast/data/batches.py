@@ -65,7 +65,7 @@ class ExamplesOnDevice:
             raise ValueError(f"max_len must be at least 1, not {max_len}")
         log = examples.interactions
         self._items, self._firsts, self._ends = (
-            torch.tensor(array).to(device)
+            torch.tensor(array, device="cpu").to(device)
             for array in (log.items, log.offsets[examples.users], examples.ends)
         )
         self._max_len = max_len

@@ -3,7 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
-from td3_fast.learners.base import CrossEntropy, FlatParameters, Learner, predicts_next_item
+from td3_fast.learners.base import (
+    CrossEntropy,
+    FlatParameters,
+    Learner,
+    check_encoder_dtype,
+    predicts_next_item,
+)
 from td3_fast.learners.bert4rec import BERT4Rec, BERT4RecConfig
 from td3_fast.learners.gru4rec import GRU4Rec, GRU4RecConfig
 from td3_fast.learners.narm import NARM, NARMConfig
@@ -76,6 +82,7 @@ __all__ = [
     "all_hyperparameters",
     "as_written",
     "build_learner",
+    "check_encoder_dtype",
     "learner_named",
     "predicts_next_item",
     "register_learner",

@@ -67,6 +67,7 @@ class Learner(nn.Module):
 
     def forward(self, histories: Tensor, lengths: Tensor, *, dropout: DropoutStream | None = None) -> Tensor:
         """The output after the last item of each history: (batch, length) int64, (batch,) int64 -> (batch, d)."""
+        check_encoder_dtype(self)
         embeds = look_up(self.item_embeddings, histories)
         return self.encode(embeds, (lengths - 1).unsqueeze(1), dropout=dropout).squeeze(1)
 
@@ -96,6 +97,16 @@ def check_length(learner: Learner, length: int) -> None:
             f"got sequences of {length} items, but this {type(learner).__name__} has {learner.max_len} positions: "
             "cut the histories or build it with a larger max_len"
         )
+
+
+def check_encoder_dtype(learner: Learner) -> None:
+    """ValueError where parameters beside the item table are kept in 16 bits."""
+    for name, parameter in learner.named_parameters():
+        if name != "item_embeddings" and parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {parameter.dtype}: an encoder works in float32 or float64, and only item_embeddings can "
+                "be kept in 16 bits; convert these alone, or use torch.autocast"
+            )
 
 
 def next_item_loss(
@@ -256,7 +267,7 @@ def _fill(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
     if tensor.device.type == "cpu":
         draw(tensor)
     else:
-        tensor.copy_(draw(torch.empty(tensor.shape, dtype=tensor.dtype)), non_blocking=True)
+        tensor.copy_(draw(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")), non_blocking=True)
 
 
 def xavier_std(weight: Tensor) -> float:

@@ -52,7 +52,7 @@ class DropoutStream:
     """
 
     def __init__(self, seed: int | Tensor) -> None:
-        self._seed = torch.tensor(seed) if isinstance(seed, int) else seed
+        self._seed = torch.tensor(seed, device="cpu") if isinstance(seed, int) else seed
         self._sites = 0
 
     def __call__(self, inputs: Tensor, rate: float) -> Tensor:

@@ -15,7 +15,13 @@ def look_up(items: Tensor, ids: Tensor) -> Tensor:
     """The rows of an item table (n, d) at ids (...) int64: (..., d), in float32 where the table is kept in 16 bits.
 
     Differentiable to any order in the table.
+
+    Raises:
+        ValueError: ids are not int64.
+        IndexError: an id is no row of the table.
     """
+    if ids.dtype != torch.int64:
+        raise ValueError(f"item ids must be int64, got {ids.dtype}: convert them with .long()")
     if items.requires_grad and items.device.type == "cpu":
         rows = _LookUp.apply(items, ids) if _has_kernel(items) else _gathered(items, ids)
     else:

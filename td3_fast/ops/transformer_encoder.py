@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from td3_fast.ops.dropout import DropoutStream, dropped_of
 from td3_fast.ops.library import has_fused, register_fake
@@ -32,10 +33,12 @@ class EncoderShape:
 
 
 def has_transformer_encoder(shape: EncoderShape, like: Tensor) -> bool:
-    """Whether `transformer_encoder` serves this shape on the device and dtype of `like`, outside of `torch.func`."""
+    """Whether `transformer_encoder` serves this shape on the device and dtype of `like`, outside of `torch.func` and of
+    `torch.autograd.forward_ad`."""
     return (
         (like.device.type == "cpu" or (like.device.type == "cuda" and not shape.bidirectional))
         and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
         and like.dtype in (torch.float32, torch.float64)
         and shape.layers <= MAX_LAYERS
         and has_fused(like.device)
@@ -172,7 +175,9 @@ def dropout_words(
         sites.append((batch * shape.heads * rows * length, attention))
         sites += [(batch * rows * shape.width, hidden)] * 2
     drawn = iter(dropout.words_of_masks([count for count, rate in sites if rate != 0.0], device=device))
-    return [torch.empty(0, dtype=torch.int16) if rate == 0.0 else next(drawn) for _, rate in sites]
+    return [
+        torch.empty(0, dtype=torch.int16, device=device) if rate == 0.0 else next(drawn) for _, rate in sites
+    ]
 
 
 def packed_sizes(shape: EncoderShape) -> list[int]:

@@ -139,6 +139,7 @@ class SplitTables:
     def _local(self, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Ids as rows of this process's table, and which of them are there."""
         self._check(table)
+        self._check_ids(ids)
         local = ids - self.rows().start
         return local, (local >= 0) & (local < len(table))
 
@@ -149,6 +150,15 @@ class SplitTables:
                 f"expected the rows {rows.start} to {rows.stop} of a table of {self._num_items} items, "
                 f"got {len(table)} rows: cut the table by `tables.rows()`"
             )
+
+    def _check_ids(self, ids: Tensor) -> None:
+        # no process would find them; a GPU is not waited for
+        if ids.device.type != "cpu" or ids.numel() == 0:
+            return
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= self._num_items:
+            wrong = least if least < 0 else most
+            raise IndexError(f"item {wrong} is out of range: there are {self._num_items} items")
 
     def look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         local, here = self._local(ids, table)
@@ -244,15 +254,15 @@ class SplitTables:
             ahead += ranks - 1 - among_targets
         return ahead
 
-    @staticmethod
     def _left_out(
-        count: int, target: Tensor, excluded: tuple[Tensor, Tensor] | None
+        self, count: int, target: Tensor, excluded: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Rows and ids of the items that rows leave out, a row's own target among them, sorted by row."""
         every = torch.arange(count, device=target.device)
         if excluded is None:
             return every, target
         offsets, items = excluded
+        self._check_ids(items)
         row = torch.cat([every.repeat_interleave(offsets.diff()), every])
         order = torch.argsort(row, stable=True)
         return row[order], torch.cat([items, target])[order]

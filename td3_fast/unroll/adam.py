@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from td3_fast.checks import check_not_negative
+from td3_fast.checks import check_not_negative, check_rates
 from td3_fast.ops import has_one_pass_adam, one_pass_adam_adjoint_, one_pass_adam_step_
 
 ELEMENTS_AT_ONCE = 2**20  # of an item table
@@ -33,6 +33,7 @@ class AdamConfig:
 
     def __post_init__(self) -> None:
         check_not_negative(self, "learning_rate", "weight_decay", "eps")
+        check_rates(self, "beta1", "beta2")
 
 
 class AdamState(NamedTuple):

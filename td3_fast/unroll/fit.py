@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from td3_fast.learners import FlatParameters, Learner
+from td3_fast.learners import FlatParameters, Learner, check_encoder_dtype
 from td3_fast.ops import full_precision
 from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
@@ -57,11 +57,16 @@ def _check(learner: Learner, steps: int, batch_size: int, item_embedding: str) -
         raise ValueError(
             'the item table has requires_grad=False and would be trained: give item_embedding="frozen"'
         )
+    check_encoder_dtype(learner)
     for name, parameter in learner.named_parameters():
         if name != "item_embeddings" and not parameter.requires_grad:
             raise ValueError(
                 f"{name} has requires_grad=False and would be trained: all of an encoder is, set requires_grad=True"
             )
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 @torch.no_grad()
@@ -88,9 +93,11 @@ def fit_on_summary(
     """Train `learner` in place on a summary with the inner loss; returns the loss of each step.
 
     `item_embedding="frozen"` keeps the learner's item table as it is. The loss leaves out the entropy of the summary,
-    which no learner can change; `cached_limit` is that of `make_mixture`. Same seed, same result. tables: where the
-    item tables of both, if they are split over processes, have their other rows. record: how the step is recorded to
-    be replayed, as `RecordedLoop` takes it; None: as a CUDA graph on a GPU, on the CPU not at all.
+    which no learner can change; `cached_limit` is that of `make_mixture`. Same seed, same result, on any number of
+    threads (BERT4Rec's differs in rounding from one number to another). Where the table that is trained is the very one
+    that the summary has, the learner gets a copy of its own. tables: where the item tables of both, if they are split
+    over processes, have their other rows. record: how the step is recorded to be replayed, as `RecordedLoop` takes it;
+    None: as a CUDA graph on a GPU, on the CPU not at all.
 
     Raises:
         FloatingPointError: the loss of a step is not finite; the learner is left as training left it.
@@ -117,6 +124,7 @@ def fit_on_summary(
     start: tuple[Tensor, ...]
     mixture: ItemMixture
     queries, keys = summary.queries_and_keys()
+    queries = queries.to(torch.promote_types(items.dtype, torch.float32))
     keys = keys.detach().to(items.dtype)
     if item_embedding == "trained":
         start = (theta, items)
@@ -135,6 +143,8 @@ def fit_on_summary(
         run = RecordedLoop(loop, start, items, mixture, steps=steps, window=1, record=record).run
     with torch.enable_grad():
         state, losses = run(initial_state(start), items, mixture, until=steps, progress=progress)
+    if item_embedding == "trained" and _share_memory(items, summary.item_factors):
+        learner.item_embeddings.data = items.clone()
     flat.write(learner, *state.parameters)
     each: list[float] = losses.tolist()
     wrong = next((step for step, loss in enumerate(each, start=1) if not math.isfinite(loss)), None)

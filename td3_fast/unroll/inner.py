@@ -46,7 +46,7 @@ STEPS_AT_ONCE = 64  # whose target positions are drawn together
 
 @functools.lru_cache(maxsize=64)
 def _cyclic(first: int, size: int, num_users: int) -> Tensor:
-    return torch.arange(first, first + size) % num_users
+    return torch.arange(first, first + size, device="cpu") % num_users
 
 
 def middle_places(num_positions: int) -> tuple[int, int]:
@@ -59,22 +59,24 @@ def middle_places(num_positions: int) -> tuple[int, int]:
 def _targets(seed: int, block: int, users: int, num_positions: int, middle_positions: int) -> Tensor:
     """The target positions of a block of steps: (STEPS_AT_ONCE, users, 1 + middle_positions)."""
     shape = (STEPS_AT_ONCE, users, 1)
-    last = torch.full(shape, num_positions - 1)
+    last = torch.full(shape, num_positions - 1, dtype=torch.int64, device="cpu")
     if middle_positions == 0:
         return last
     low, high = middle_places(num_positions)
     generator = seeded_generator(seed, "middle", block)
     if middle_positions == 1:
-        middle = torch.randint(low, high, shape, generator=generator)
+        middle = torch.randint(low, high, shape, generator=generator, device="cpu")
     else:
-        drawn = torch.rand(STEPS_AT_ONCE, users, high - low, generator=generator).argsort(-1)
-        middle = low + drawn[..., :middle_positions]
+        shape = (STEPS_AT_ONCE, users, high - low)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        middle = low + drawn.argsort(-1)[..., :middle_positions]
     return torch.cat([last, middle], dim=-1)
 
 
 @functools.lru_cache(maxsize=8)
 def _sizes(count: int, adam: AdamConfig) -> Tensor:
-    return torch.tensor([step_size(step + 1, adam) for step in range(count)], dtype=torch.float64)
+    sizes = [step_size(step + 1, adam) for step in range(count)]
+    return torch.tensor(sizes, dtype=torch.float64, device="cpu")
 
 
 @functools.lru_cache(maxsize=8)
@@ -146,22 +148,22 @@ class InnerLoop:
 
     def inputs(self, step: int) -> StepInputs:
         """All that a step takes beside the learner, the item table and the summary."""
-        seeds = torch.tensor(self.seeds(step), dtype=torch.int64)
+        seeds = torch.tensor(self.seeds(step), dtype=torch.int64, device="cpu")
         return StepInputs(self.batch(step), self.targets(step), seeds, step_size(step + 1, self.adam))
 
     def first_inputs(self, count: int) -> StepInputs:
         """The inputs of the first `count` steps, at least one, in a few operations: each field has a row for each of
         them, and `size` is a tensor (count,) float64. Not to be written to."""
         users = min(self.batch_size, self.num_users)
-        steps = torch.arange(count)
+        steps = torch.arange(count, device="cpu")
         if self.restart_batches_at is not None:
             steps[self.restart_batches_at :] -= self.restart_batches_at
         targets = torch.cat([self._target_block(block) for block in range(-(-count // STEPS_AT_ONCE))])
         seeds = derive_seeds(self.seed, _dropout_paths(count, self._num_seeds))
         return StepInputs(
-            (steps.unsqueeze(1) * users + torch.arange(users)) % self.num_users,
+            (steps.unsqueeze(1) * users + torch.arange(users, device="cpu")) % self.num_users,
             targets[:count],
-            torch.tensor(seeds, dtype=torch.int64).view(count, self._num_seeds),
+            torch.tensor(seeds, dtype=torch.int64, device="cpu").view(count, self._num_seeds),
             _sizes(count, self.adam),
         )
 

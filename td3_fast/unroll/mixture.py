@@ -190,7 +190,7 @@ class CachedMixture(_Constants):
     def _add_noted(self) -> None:
         for users in list(self._noted):
             noted = self._noted.pop(users)
-            index = beside(torch.tensor(users), self._gradient)
+            index = beside(torch.tensor(users, device="cpu"), self._gradient)
             rows = self._rows(index)
             cotangents, tables = (torch.cat(parts, dim=1) for parts in zip(*noted, strict=True))
             del noted

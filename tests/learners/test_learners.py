@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from td3_fast.checkpoint import load_pretrained, save_pretrained
 from td3_fast.data import Split, generate_interactions, leave_one_out
@@ -297,3 +298,26 @@ def test_a_learner_over_other_items_is_refused_before_training(split: Split) -> 
     model = build_learner("SASRec", {**SIZES, "num_items": split.interactions.num_items + 3}, seed=0)
     with pytest.raises(ValueError, match=f"build it with num_items={split.interactions.num_items}"):
         pretrain(split, model, PretrainConfig(), seed=0)
+
+
+@EACH
+def test_tangents_without_torch_func_are_those_of_finite_differences(name: str) -> None:
+    model = learner(name)
+    inputs, positions = embeddings(model, 2, 4), torch.tensor([[1, 3], [0, 2]])
+    direction = torch.randn_like(inputs)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs, direction)
+        tangent = forward_ad.unpack_dual(model.encode(dual, positions)).tangent
+    step = 1e-6
+    ahead, behind = (model.encode(inputs + sign * step * direction, positions) for sign in (1, -1))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+@EACH
+def test_a_learner_in_16_bits_is_refused_but_for_its_item_table(name: str) -> None:
+    model = build_learner(name, SIZES, seed=0)
+    histories, lengths = torch.tensor([[3, 4, 5]]), torch.tensor([3])
+    model.item_embeddings.data = model.item_embeddings.bfloat16()
+    assert model(histories, lengths).isfinite().all()
+    with pytest.raises(ValueError, match="an encoder works in float32 or float64"):
+        model.bfloat16()(histories, lengths)

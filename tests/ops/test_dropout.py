@@ -146,3 +146,14 @@ def test_a_seed_is_one_integer(seed: torch.Tensor) -> None:
         random_words(seed, 0, 8)
     with pytest.raises(ValueError, match="one int64 seed"):
         random_words_of_sites(seed, 0, [8, 8])
+
+
+def test_sites_have_32_bits() -> None:
+    seed = torch.tensor(1)
+    random_words(seed, 2**32 - 1, 8)
+    for draw in (
+        lambda: random_words(seed, 2**32, 8),
+        lambda: random_words_of_sites(seed, 2**32 - 1, [8, 8]),
+    ):
+        with pytest.raises(ValueError, match="sites from 0 to"):
+            draw()

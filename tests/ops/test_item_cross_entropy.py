@@ -74,6 +74,14 @@ def test_extreme_logits_match_the_reference(scale, n, device):
     assert_matches_reference([hidden * scale, items, target], scale=scale)
 
 
+@pytest.mark.parametrize("n", [30, 3000])
+def test_scores_beyond_all_numbers_give_an_infinite_logsumexp(n, device):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 8, generator=generator).to(device) * 1e20
+    items = torch.randn(n, 8, generator=generator).to(device) * 1e20
+    assert ops.item_logsumexp(hidden, items).tolist() == [torch.inf] * 3
+
+
 def test_rows_that_one_item_has_beside_others_match_the_reference(device):
     hidden, items, target = make_inputs((70, 300, 8), DTYPES["float32"], device)
     hidden[3] *= 1e3  # one panel of rows with such a row, one without, and one where all are

@@ -103,6 +103,9 @@ def test_wrong_ids_are_refused(device):
             ops.target_rank(hidden, items, target, candidates=torch.full((3, 2), -1))
         with pytest.raises(IndexError, match="excluded item 21"):
             ops.target_rank(hidden, items, target, excluded=(torch.tensor([0, 0, 0, 1]), torch.tensor([21])))
+        for offsets in ([1, 1, 1, 1], [0, 0, 0, 0]):
+            with pytest.raises(ValueError, match="must rise from 0 to 1"):
+                ops.target_rank(hidden, items, target, excluded=(torch.tensor(offsets), torch.tensor([2])))
     with pytest.raises(ValueError, match="int64 target"):
         ops.target_rank(hidden, items, target[:2])
     with pytest.raises(ValueError, match="full ranking"):

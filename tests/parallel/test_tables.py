@@ -176,3 +176,28 @@ def test_tables_that_cannot_be_split_or_are_not_are_refused(processes: Any) -> N
     for too_few, whole in processes(refusals):
         assert "use fewer of them" in too_few
         assert "cut the table by `tables.rows()`" in whole
+
+
+def ids_that_are_no_items(group: Group) -> list[str]:
+    tables, hidden = SplitTables(group, 20), torch.ones(2, 3)
+    table, wrong, right = torch.ones(20, 3)[tables.rows()], torch.tensor([20, 3]), torch.tensor([9, 3])
+    found = []
+    for run in (
+        lambda: tables.look_up(-wrong, table),
+        lambda: tables.item_cross_entropy(hidden, table, wrong),
+        lambda: tables.target_rank(hidden, table, wrong),
+        lambda: tables.target_rank(hidden, table, right, candidates=wrong[:, None]),
+        lambda: tables.target_rank(hidden, table, right, excluded=(torch.tensor([0, 1, 2]), wrong)),
+    ):
+        try:
+            run()
+        except IndexError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ids_that_no_process_has_are_refused_by_all(processes: Any) -> None:
+    for found in processes(ids_that_are_no_items):
+        assert ["item -20 is out of range", *["item 20 is out of range"] * 4] == [
+            message.split(":")[0] for message in found
+        ]
