@@ -249,7 +249,12 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[Learner, tuple[str, ...]
         contents: _LearnerDocument = from_json(_LearnerDocument, document, "metadata")
         sizes = as_written(contents.learner_name, contents.learner_config)
         learner = build_learner(contents.learner_name, sizes, seed=0)
+        for name, parameter in learner.named_parameters():
+            if name in tensors:
+                parameter.data = parameter.data.to(tensors[name].dtype)
         learner.load_state_dict(tensors)
+        if contents.item_ids and len(contents.item_ids) != len(learner.item_embeddings):
+            raise ValueError(f"{len(contents.item_ids)} ids for {len(learner.item_embeddings)} items")
     except (ValueError, RuntimeError, TypeError) as error:  # load_state_dict, a config without such a field
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a valid learner, {reason}: make it anew") from error

@@ -259,6 +259,11 @@ def fit(
     if out is not None:
         check_place(out, overwrite=overwrite)
     loaded = load_summary(summary).to(device_named(device))
+    tested = None
+    if test is not None:
+        tested = read_split(test, format=format, columns=columns, **filters_of(loaded))
+        if loaded.metadata is not None:
+            loaded.metadata.check_items(tested.interactions.item_ids.tolist())
     made = learner_for(loaded, name=learner, seed=seed)
     with watching("nothing is written") as watcher:
         more: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -279,13 +284,10 @@ def fit(
     if out is not None:
         save_learner(out, made, item_ids=loaded.metadata.item_ids if loaded.metadata else ())
         say(f"written: {out}")
-    if test is not None:
+    if tested is not None:
         from td3_fast.evaluate_run import score
 
-        split = read_split(test, format=format, columns=columns, **filters_of(loaded))
-        if loaded.metadata is not None:
-            loaded.metadata.check_items(split.interactions.item_ids.tolist())
-        print_rows(score(made, split, seed=seed))
+        print_rows(score(made, tested, seed=seed))
 
 
 @guarded

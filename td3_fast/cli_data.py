@@ -99,6 +99,7 @@ def data_generate(
     """Write sequences with planted structure."""
     from td3_fast.data import generate_interactions, write_interactions
 
+    check_inter("FILE", out)
     check_place(out, overwrite=overwrite)
     made = generate_interactions(
         num_users=users,
@@ -106,10 +107,16 @@ def data_generate(
         mean_length=mean_length,
         seed=seed,
         num_clusters=min(10, items),
-        min_length=min(5, int(mean_length)),
+        min_length=int(min(5, mean_length)),
     )
     write_interactions(made, out)
     say(f"{out}: {made!r}")
+
+
+def check_inter(what: str, out: Path) -> None:
+    """Refuse a name that says another format than the one that is written."""
+    if not out.name.endswith((".inter", ".inter.gz")):
+        raise ValueError(f"{what} is a RecBole file, .inter or .inter.gz, got {str(out)!r}")
 
 
 def check_place(out: Path, *, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from td3_fast.cli_data import Columns, Format, Seed, check_place
+from td3_fast.cli_data import Columns, Format, Seed, check_inter, check_place
 from td3_fast.cli_options import (
     MaxEpochs,
     Overwrite,
@@ -73,21 +73,22 @@ def export(
     from td3_fast.report import results_tables
     from td3_fast.summary import load_summary
 
-    if not out.name.endswith((".inter", ".inter.gz")):
-        raise ValueError(f"--out is a RecBole file, .inter or .inter.gz, got {str(out)!r}")
+    check_inter("--out", out)
     hard = HardConfig(draws=draws, temperature=1.0 if temperature is None else temperature, seed=seed)
     if draws is None and temperature is not None:
         raise ValueError("--temperature is of draws: add --draws, or leave it out")
     check_place(out, overwrite=overwrite)
     loaded = load_summary(summary)
+    split = None
+    if test is not None:
+        split = read_split(test, format=format, columns=columns, **filters_of(loaded))
+        check_data(loaded, split, test)
     with watching("nothing is written") as watcher:
         made = hard_interactions(loaded, hard, progress=watcher.interruptible)
     write_interactions(made, out)
     say(f"{out}: {_words(made)}")
-    if test is None:
+    if split is None:
         return
-    split = read_split(test, format=format, columns=columns, **filters_of(loaded))
-    check_data(loaded, split, test)
     fit = fit_config_of(loaded)
     if max_epochs is not None:
         fit = replace(fit, max_epochs=max_epochs)

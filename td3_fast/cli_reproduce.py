@@ -106,6 +106,9 @@ def reproduce(
     ] = 1,
     threads: Threads = None,
     device: Device = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what was made of these cells, and make it anew.")
+    ] = False,
 ) -> None:
     """Make the cells of a table of the paper and print them beside the paper's figures.
 
@@ -180,11 +183,13 @@ def reproduce(
     if tune:
         common["tune"] = TuneConfig()
     say(f"{split.interactions!r}; into {folder}")
+    if overwrite and table == "all":
+        (folder / "report.html").unlink(missing_ok=True)
     report = _Report(folder, dataset) if table == "all" else None
     places = dict.fromkeys(chosen, folder)
     if table == "all":
         places = {one: folder / f"table-{one}" for one in chosen}
-    elif size is not None and table not in OF_ONE_SIZE:
+    elif size is not None:
         places = {table: folder / size}  # beside the whole table, whose cells they are
     # of cells their own size is meant; that of the learners on the full data is the same in all tables
     common |= {"on_written": report.take} if report is not None else {}
@@ -198,11 +203,14 @@ def reproduce(
             for one in chosen
             if one != "5"
         }
+        if overwrite:
+            for work in works.values():
+                work.clear()
         with _ahead(list(works.values()), processes, watcher) as ahead:
             for one in chosen:
                 say(f"\ntable {one}" + (f": {len(cells[one])} cells" if cells[one] else ""))
                 if one == "5":
-                    _make_costs(dataset, own[one], watcher)
+                    _make_costs(dataset, own[one], watcher, overwrite=overwrite)
                 else:
                     _make_cells(works[one], watcher, ahead)
                 say(f"\nwritten: {places[one] / TABLE} and {places[one] / PAGE}")
@@ -316,11 +324,13 @@ def _ahead(works: Sequence[Reproduction], processes: int, watcher: Watcher) -> I
         yield ahead
 
 
-def _make_costs(dataset: str, own: dict[str, Any], watcher: Watcher) -> None:
+def _make_costs(dataset: str, own: dict[str, Any], watcher: Watcher, *, overwrite: bool) -> None:
     from td3_fast.cost import CostTable, in_words, speed_up
     from td3_fast.paper import published_costs
 
     work = CostTable(dataset=dataset, published=published_costs(dataset), watcher=watcher, **own)
+    if overwrite:
+        work.clear()
     costs = work.run(lambda step: watcher.say(f"step: {step[0]}, seed {step[1]}, number {step[2] + 1}"))
     watcher.progress("done", 1, 1, {})
     say()
@@ -345,7 +355,9 @@ def _make_cells(work: Reproduction, watcher: Watcher, ahead: Ahead | None) -> No
 
 
 def _words(figure: Figure) -> str:
-    words = f"{figure.cell.label:34} {figure.metric:8} {figure.mean:6.2f} ± {figure.sd:.2f}"
+    words = f"{figure.cell.label:34} {figure.metric:8} {figure.mean:6.2f}"
+    if figure.sd is not None:
+        words += f" ± {figure.sd:.2f}"
     if figure.of_full is not None:
         words += f"  {figure.of_full:5.1f} % of full"
     if figure.test is not None:

@@ -30,11 +30,12 @@ from td3_fast.run_folder import (
     RESULTS,
     SUMMARY,
     Watcher,
+    clear,
     environment,
     peak_memory_mib,
 )
 from td3_fast.summary import load_summary
-from td3_fast.table_files import check_place, write_table
+from td3_fast.table_files import check_place, clear_table, write_table
 from td3_fast.terminal import duration
 from td3_fast.training import Ranker, fit_examples, fresh_like
 
@@ -206,6 +207,13 @@ class CostTable:
                 costs = self._costs(measured)
                 self._write(costs, finished=len(measured), of=len(steps))
         return costs
+
+    def clear(self) -> None:
+        """Remove what was made of these steps, so that `run` makes all of it anew."""
+        clear_table(self.folder)
+        (self.folder / MEASURED).unlink(missing_ok=True)
+        for step in self._steps():
+            clear(self._work(step).folder)
 
     @property
     def gpu(self) -> str | None:

@@ -176,6 +176,11 @@ def learner_for(
     return learner
 
 
+def has_own_positions(summary: Summary, learner: str) -> bool:
+    """Whether learners of a class draw their position embeddings, for those that a summary carries are of another."""
+    return summary.metadata is not None and learner != summary.metadata.training.learner
+
+
 def untrained_learner(
     summary: Summary,
     *,
@@ -251,6 +256,7 @@ class _Evaluation:
         self.fit_options = fit_options
         self.config = config
         self.seed = seed
+        self._draws_positions = has_own_positions(summary, type(teacher).__name__)
         self._validation: Ranker | None = None
         self._carried: torch.Tensor | None = None
 
@@ -269,10 +275,10 @@ class _Evaluation:
         if name == "popularity":
             return popularity_scores(self.split, ranker)
         if name == "zero-step":
-            return ranker.metrics(fresh_like(self.teacher, seed=seed, share_items=True))
+            return ranker.metrics(self._fresh(seed, share_items=True))
         if name == "summary":
             frozen = self.fit_options.get("item_embedding") == "frozen"
-            learner = fresh_like(self.teacher, seed=seed, share_items=frozen)
+            learner = self._fresh(seed, share_items=frozen)
             if self.config.carry_embeddings and self._carried is not None:
                 with torch.no_grad():
                     learner.item_embeddings.copy_(self._carried)
@@ -289,12 +295,17 @@ class _Evaluation:
                 self.split.train, base, self.summary.num_users * self.summary.num_positions, seed=seed
             )
         if embeddings:
-            learner = fresh_like(self.teacher, seed=seed)
+            learner = self._fresh(seed)
         else:
             learner = build_learner(type(self.teacher).__name__, self.teacher.hyperparameters(), seed=seed)
             learner.to(self.teacher.item_embeddings.device)
         fit_examples(learner, training, self.validation, self.config.fit, seed=seed, progress=progress)
         return ranker.metrics(learner)
+
+    def _fresh(self, seed: int, *, share_items: bool = False) -> Learner:
+        return fresh_like(
+            self.teacher, seed=seed, share_items=share_items, draw_positions=self._draws_positions
+        )
 
 
 def chosen_users(train: Examples, how: str, num_interactions: int, *, seed: int) -> Examples:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from td3_fast.artefact import from_json, tensors_sha256
+from td3_fast.checkpoint import differences
 from td3_fast.data import Split
 from td3_fast.distill_config import Semantics
 from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, learner_for
@@ -86,12 +88,7 @@ class EvaluateRun:
             raise ValueError("nothing is to be tuned: give `tune`")
         if self._tried is not None:
             return self._tried
-        if self.summary.metadata is None:
-            raise ValueError("the summary does not say how it is used: set `summary.metadata`")
-        settings = self.tune.settings(self.summary.metadata.training.fit_options())
-        identity = self._identity()
-        common = {name: identity[name] for name in ("summary", "data", "seed")} | self._other_learner()
-        keys = [_hash({**common, "options": options, "protocol": self.tune.protocol}) for options in settings]
+        settings, keys = self._options_to_try(), self._trial_keys()
         make_folder(self.folder)
         with JsonLines(self.folder / TUNING) as trials:
             known: dict[tuple[int, int], Scores] = {
@@ -117,8 +114,25 @@ class EvaluateRun:
             )
         return self._tried
 
+    def _options_to_try(self) -> list[dict[str, Any]]:
+        assert self.tune is not None
+        if self.summary.metadata is None:
+            raise ValueError("the summary does not say how it is used: set `summary.metadata`")
+        return self.tune.settings(self.summary.metadata.training.fit_options())
+
+    def _trial_keys(self) -> list[str]:
+        assert self.tune is not None
+        identity = self._identity()
+        common = {name: identity[name] for name in ("summary", "data", "seed")} | self._other_learner()
+        return [
+            _hash({**common, "options": options, "protocol": self.tune.protocol})
+            for options in self._options_to_try()
+        ]
+
     def evaluate(self, *, overwrite: bool = False) -> list[Row]:
         """The rows, also written into the folder's results, and drawn.
+
+        overwrite: results of something else are replaced, and no finished run is taken from there.
 
         Raises:
             RunError: the folder holds results of something else, unless `overwrite`.
@@ -126,7 +140,11 @@ class EvaluateRun:
         """
         make_folder(self.folder)
         path = self.folder / RESULTS
+        if overwrite:
+            self._forget()
         distillation = None
+        if path.exists() and overwrite and not _are_results(path):
+            path.unlink()
         if path.exists():
             before = read_results(path)
             own = self._identity()
@@ -154,15 +172,22 @@ class EvaluateRun:
             fit_options = self.tried()[0].options
             key_of_summary = _hash({**self._identity(), "fit_options": fit_options})
         with JsonLines(self.folder / RUNS) as runs:
-            known: dict[tuple[str, int], Scores] = {
-                (entry["row"], entry["run"]): entry["scores"]
+            finished = [
+                entry
                 for entry in runs.entries
                 if entry.get("settings") == (key_of_summary if entry["row"] == "summary" else key)
+                and entry["row"] in self.rows
+            ]
+            known: dict[tuple[str, int], Scores] = {
+                (entry["row"], entry["run"]): entry["scores"] for entry in finished
             }
+            made_with = environment(self.summary.item_factors.device)
+            say_made_elsewhere(finished, made_with, self.watcher)
 
             def keep(row: str, run: int, scores: Scores) -> None:
                 settings = key_of_summary if row == "summary" else key
-                runs.write({"settings": settings, "row": row, "run": run, "scores": scores})
+                line = {"settings": settings, "row": row, "run": run, "scores": scores}
+                runs.write({**line, "made_with": made_with})
 
             return evaluate(
                 self.summary,
@@ -175,6 +200,26 @@ class EvaluateRun:
                 on_run=keep,
                 progress=self.watcher.interruptible,
             )
+
+    def _forget(self) -> None:
+        """Take what this evaluation would make again out of the folder's finished runs and trials."""
+        own = _hash(self._identity())
+        trials: set[str] = set()
+        summaries = {own}
+        if self.tune is not None:
+            trials = set(self._trial_keys())
+            summaries |= {
+                _hash({**self._identity(), "fit_options": options}) for options in self._options_to_try()
+            }
+
+        def keep(entry: Mapping[str, Any]) -> bool:
+            made_here = summaries if entry.get("row") == "summary" else {own}
+            return entry.get("settings") not in made_here or entry.get("row") not in self.rows
+
+        if (self.folder / RUNS).exists():
+            JsonLines(self.folder / RUNS, keep=keep).close()
+        if trials and (self.folder / TUNING).exists():
+            JsonLines(self.folder / TUNING, keep=lambda entry: entry.get("settings") not in trials).close()
 
     def settings(self) -> dict[str, Any]:
         """What a reader of the results has to know."""
@@ -222,6 +267,27 @@ class EvaluateRun:
         return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
 
 
+def say_made_elsewhere(
+    finished: Iterable[Mapping[str, Any]], made_with: Mapping[str, Any], watcher: Watcher
+) -> None:
+    """Tell the user of kept runs that other versions, threads or devices have made."""
+    others = [entry["made_with"] for entry in finished if entry.get("made_with", made_with) != made_with]
+    if others:
+        found = "; ".join(differences(others[0], made_with))
+        watcher.say(
+            f"note: {len(others)} kept runs were made otherwise, {found}; --overwrite makes them anew"
+        )
+
+
+def _are_results(path: Path) -> bool:
+    """Whether they are an evaluation's."""
+    try:
+        read_results(path)
+    except ValueError:
+        return False
+    return True
+
+
 def _hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -248,7 +314,8 @@ def check_data(summary: Summary, split: Split, source: str) -> None:
     if origin.fingerprint != split.interactions.fingerprint:
         raise RunError(
             f"{source} holds other interactions than the summary was distilled from, which were "
-            f"{origin.data!r} with the filters {origin.filters or 'none'}; data of that name from elsewhere may differ"
+            f"{origin.data!r} with the filters {origin.filters or 'none'}; data of that name from elsewhere, "
+            "or with its rows in another order, may differ"
         )
 
 
@@ -257,6 +324,12 @@ def score(learner: Learner, split: Split, *, seed: int = 0) -> list[Row]:
     ranker = Ranker(split.test, seed=derive_seed(seed, "ranker"))
     name = type(learner).__name__
     return [
-        Row(name=name, protocol=protocol, metrics=mean_and_sd([metrics]), recovery={})
+        Row(
+            name=name,
+            protocol=protocol,
+            metrics=mean_and_sd([metrics]),
+            recovery={},
+            runs={metric: [value] for metric, value in metrics.items()},
+        )
         for protocol, metrics in ranker.metrics(learner).items()
     ]

@@ -44,7 +44,8 @@ class Made:
         """What deviations are over."""
         if len(self.repeats) > 1:
             return f"{len(self.repeats)} {'distillations' if self.cell.row == 'summary' else 'seeds'}"
-        return f"{max(row.learners for row in self.repeats[0])} learners"
+        learners = max(row.learners for row in self.repeats[0])
+        return f"{learners} learner{'' if learners == 1 else 's'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Figure:
     protocol: str
     metric: str
     mean: float
-    sd: float
+    sd: float | None  # None: of one
     over: str  # "3 distillations", "3 learners"
     recovery: float | None  # in percent; None until the full data and the control are there
     of_full: float | None  # in percent of the same learner's on the full data; None until that is there
@@ -68,7 +69,7 @@ class Figure:
         cell, test = self.cell, self.test
         values = (
             cell.table, cell.dataset, cell.method, cell.size or "", cell.learner, self.protocol, self.metric,
-            round(self.mean, 3), round(self.sd, 3), self.over, _rounded(self.recovery, 1), _rounded(self.of_full, 1),
+            round(self.mean, 3), _rounded(self.sd, 3), self.over, _rounded(self.recovery, 1), _rounded(self.of_full, 1),
             self.against,
             *((None,) * 3 if test is None else (round(test.difference, 3), _significant(test.p_value), test.pairs)),
             *(self.paper or (None, None)),
@@ -101,7 +102,7 @@ def _of_cell(one: Made, made: Sequence[Made], protocol: str) -> list[Figure]:
                 protocol=protocol,
                 metric=metric,
                 mean=100 * summed["mean"],
-                sd=100 * summed["sd"],
+                sd=100 * summed["sd"] if len(values[metric]) > 1 else None,
                 over=one.over,
                 recovery=None if share is None else 100 * share,
                 of_full=of_full,

@@ -30,9 +30,11 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            error.filename = str(target)  # as where a disk is full
         raise
     sync_folder(target.parent)
 
@@ -72,7 +74,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes | bytearray | memor
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
     """Replace `path` by `content` in UTF-8, atomically; line ends are written as they are."""
-    write_bytes(path, content.encode())
+    write_bytes(path, encoded(content))
+
+
+def encoded(text: str) -> bytes:
+    """In UTF-8; what has no place there, as in names of files that are not, as JSON writes it."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:

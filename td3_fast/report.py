@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from td3_fast.evaluate import Row
-from td3_fast.files import write_bytes, write_json, write_text
+from td3_fast.files import encoded, write_bytes, write_json, write_text
 from td3_fast.summary_file import installed_versions
 
 METRICS = ("HR@10", "NDCG@10", "MRR@10")
@@ -43,7 +43,7 @@ class JsonLines:
         present = read_json_lines(path)
         kept = [entry for entry in present if keep(entry)]
         text = "".join(map(_line, kept))
-        if not Path(path).exists() or Path(path).read_bytes() != text.encode():
+        if not Path(path).exists() or Path(path).read_bytes() != encoded(text):
             write_text(path, text)
         self.entries = kept
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `__exit__`)
@@ -54,11 +54,15 @@ class JsonLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more is written."""
         self._file.close()
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one object."""
-        self._file.write(_line(entry).encode())
+        self._file.write(encoded(_line(entry)))
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

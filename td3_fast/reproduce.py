@@ -19,10 +19,10 @@ from td3_fast.paper import Cell
 from td3_fast.recipes import Recipe
 from td3_fast.reproduce_page import Section, document, section
 from td3_fast.run import Run
-from td3_fast.run_folder import PRETRAINED, SUMMARY, Watcher
+from td3_fast.run_folder import PRETRAINED, SUMMARY, Watcher, clear
 from td3_fast.side_by_side import Ahead, Step
 from td3_fast.summary import load_summary
-from td3_fast.table_files import check_place, write_table
+from td3_fast.table_files import check_place, clear_table, write_table
 from td3_fast.tune import TuneConfig
 
 
@@ -89,6 +89,12 @@ class Reproduction:
         """
         make_folder(self.folder)
         check_place(self.folder, table=self.cells[0].table, dataset=self.cells[0].dataset)
+
+    def clear(self) -> None:
+        """Remove what was made of these cells, so that `run` makes all of it anew."""
+        clear_table(self.folder)
+        for folder in {step.folder for step in self.steps()}:
+            clear(folder)
 
     def steps(self) -> list[Step]:
         """All that has to be done before the figures can be had, in the order of the cells."""

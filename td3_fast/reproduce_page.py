@@ -173,7 +173,8 @@ def _star(line: Line) -> str:
 
 
 def _cell(line: Line) -> str:
-    ours = f"{line['mean_percent']:.2f} ± {line['sd_percent']:.2f}{_star(line)}"
+    spread = "" if line["sd_percent"] is None else f" ± {line['sd_percent']:.2f}"
+    ours = f"{line['mean_percent']:.2f}{spread}{_star(line)}"
     paper = line["paper_mean_percent"]
     if paper is None:
         return ours
@@ -199,7 +200,7 @@ def _picture(lines: Sequence[Line]) -> str:
         aside, thick = (0.2, 0.38) if compared else (0.0, 0.7)
         axis.barh(
             [place - aside for place in places.values()], [line["mean_percent"] for line in chosen], thick,
-            xerr=[line["sd_percent"] for line in chosen], color=BLUE, label="here",
+            xerr=[line["sd_percent"] or 0.0 for line in chosen], color=BLUE, label="here",
         )  # fmt: skip
         if published:
             axis.barh(

@@ -49,7 +49,7 @@ from td3_fast.run_folder import (
     peak_memory_mib,
 )
 from td3_fast.summary import Summary, TuckerSummary, load_summary
-from td3_fast.training import Pretrained
+from td3_fast.training import Pretrained, check_examples
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
@@ -173,7 +173,7 @@ class Run:
 
     def baselines(self, *, rows: tuple[str, ...], seeds: int, overwrite: bool = False) -> list[Row]:
         """What a summary of the recipe's size has to beat, scored and written as by `EvaluateRun.evaluate`."""
-        if "summary" in rows:
+        if any(row == "summary" or row.startswith("hard") for row in rows):
             raise RunError("there is no summary among the baselines: evaluate one with `td3-fast evaluate`")
         asked = any(row == "zero-step" or row.endswith("+embeddings") for row in rows)
         if asked or self.pretrained_from is not None:  # which says what to train, too
@@ -233,6 +233,7 @@ class Run:
         self._settings = self._run_settings()
         present = check_free(self.folder, resume=resume, overwrite=overwrite)
         if overwrite:
+            check_examples(self.split)  # nothing is lost to a run that cannot begin
             for name in present:
                 (self.folder / name).unlink()
         path = self.folder / CHECKPOINT

@@ -28,6 +28,9 @@ class RunError(ValueError):
     """A run cannot begin; the message says why and what to do."""
 
 
+RUN_FILES = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS, TUNING, EPOCHS)
+
+
 class Stopped(Exception):
     """A run was asked to stop, and what it had done is on the disk."""
 
@@ -49,8 +52,7 @@ class Watcher:
 
 def check_free(folder: Path, *, resume: bool, overwrite: bool) -> list[str]:
     """The files of a run in `folder`; RunError where there are some and nobody said what to do with them."""
-    names = (SUMMARY, RESULTS, LOG, REPORT, CHECKPOINT, RUNS, TUNING, EPOCHS)
-    present = [name for name in names if (folder / name).exists()]
+    present = [name for name in RUN_FILES if (folder / name).exists()]
     if (folder / LOG).exists() and not (folder / LOG).stat().st_size:
         present.remove(LOG)  # of a run that was refused before its first step
     if present and not resume and not overwrite:
@@ -59,6 +61,12 @@ def check_free(folder: Path, *, resume: bool, overwrite: bool) -> list[str]:
             "--overwrite, or choose another folder"
         )
     return present
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of a run and its pretrained learner, and no others."""
+    for name in (*RUN_FILES, PRETRAINED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def draw(folder: Path, watcher: Watcher) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from td3_fast.checks import check_choices
 from td3_fast.data import Split
 from td3_fast.evaluate import Scores, learner_for, untrained_learner
@@ -291,5 +293,10 @@ def _trained(
         except FloatingPointError:  # a candidate like any other, and the last
             return learner, DIVERGED
         return learner, math.fsum(losses) / len(losses)
-    fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
+    try:
+        fit_examples(learner, split.train, ranker, config.fit, seed=seed, progress=progress)
+    except FloatingPointError:
+        with torch.no_grad():
+            for parameter in learner.parameters():
+                parameter.fill_(torch.nan)  # which ranks nothing well, as one left by training on the summary
     return learner, None

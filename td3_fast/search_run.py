@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from rich.table import Table
 from td3_fast.artefact import tensors_sha256
 from td3_fast.data import Split
 from td3_fast.evaluate import described_learner
-from td3_fast.evaluate_run import check_data
+from td3_fast.evaluate_run import check_data, say_made_elsewhere
 from td3_fast.files import make_folder, write_json
 from td3_fast.report import JsonLines, in_percent, versions
 from td3_fast.run_folder import RESULTS, RunError, Watcher, environment
@@ -64,6 +64,8 @@ class SearchRun:
     def run(self, *, overwrite: bool = False) -> list[Standing]:
         """The candidates, best first; `results.json` is written anew after each trial.
 
+        overwrite: what is there is replaced, finished trials of these candidates included.
+
         Raises:
             RunError: the folder holds results of something else, unless `overwrite`.
             Stopped: the watcher asked for it; finished trials are kept.
@@ -77,7 +79,18 @@ class SearchRun:
             )
         sources: tuple[Source, ...] = ("summary", "full")
         keys = {(c.name, source): self._key(c, source) for c in self.candidates for source in sources}
-        with JsonLines(self.folder / TRIALS) as lines:
+
+        def kept(entry: Mapping[str, Any]) -> bool:
+            key = keys.get((entry.get("candidate", ""), entry.get("source", "summary")))
+            return not overwrite or entry.get("settings") != key
+
+        made_with = environment(self.summary.item_factors.device)
+        with JsonLines(self.folder / TRIALS, keep=kept) as lines:
+            say_made_elsewhere(
+                (entry for entry in lines.entries if entry.get("settings") in keys.values()),
+                made_with,
+                self.watcher,
+            )
             trials: dict[TrialKey, Trial] = {
                 (entry["candidate"], entry["source"], entry["run"]): Trial(
                     entry["scores"], entry["seconds"], entry.get("loss")
@@ -92,7 +105,8 @@ class SearchRun:
                 entry = {"settings": keys[name, source], "candidate": name, "source": source, "run": run}
                 if trial.loss is not None:
                     entry["loss"] = trial.loss
-                lines.write({**entry, "scores": trial.scores, "seconds": round(trial.seconds, 3)})
+                seconds = round(trial.seconds, 3)
+                lines.write({**entry, "scores": trial.scores, "seconds": seconds, "made_with": made_with})
                 trials[where] = trial
                 self._write(trials)
 

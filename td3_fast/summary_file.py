@@ -114,6 +114,12 @@ class SummaryMetadata:
                 f"{len(item_ids)}: {remedy}"
             )
         for index, (own, other) in enumerate(zip(self.item_ids, item_ids, strict=True)):
+            if own != other and set(item_ids) == set(self.item_ids):
+                raise ValueError(
+                    f"item {index} is {own!r} in the summary and {str(other)!r} in the data, which have the same items "
+                    "in another order: they are numbered as they appear in the file, so give it with its rows in "
+                    "their first order"
+                )
             if own != other:
                 raise ValueError(
                     f"item {index} is {own!r} in the summary and {str(other)!r} in the data: {remedy}"

@@ -30,6 +30,12 @@ def check_place(folder: Path, *, table: str, dataset: str) -> None:
         raise RunError(f"{path} is of another table or other data: choose another folder")
 
 
+def clear_table(folder: Path) -> None:
+    """Remove the files of a table, where there are any."""
+    for name in (TABLE, PAGE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_table(folder: Path, fields: Sequence[str], lines: Sequence[Mapping[str, Any]], page: str) -> None:
     """Write `table.csv` and `table.html` anew."""
     text = io.StringIO()

@@ -63,7 +63,13 @@ class Interrupted(Exception):
 
 def say(text: str = "") -> None:
     """Print a line as it is."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    _print(console, text)
+
+
+def _print(to: Console, text: str) -> None:
+    """As it is, but for characters that the terminal does not have: a name of a file may hold any bytes."""
+    text = text.encode(to.encoding, errors="backslashreplace").decode(to.encoding)
+    to.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def guarded(command: Callable[..., Result]) -> Callable[..., Result]:
@@ -104,7 +110,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """In a sentence, without the line of code that it came from."""
-    _errors.print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+    _print(_errors, f"warning: {message}")
 
 
 def _is_for_users(error: Exception) -> bool:
@@ -117,7 +123,7 @@ def _is_for_users(error: Exception) -> bool:
 
 def fail(text: str, code: int) -> NoReturn:
     """End the command with a sentence and an exit code."""
-    _errors.print(text, highlight=False, markup=False, soft_wrap=True)
+    _print(_errors, text)
     raise typer.Exit(code)
 
 
@@ -177,7 +183,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line, above the bars."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _print(self._console, text)
 
     def progress(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """A `td3_fast.progress.Progress`."""

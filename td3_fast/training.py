@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from td3_fast.checks import check_choices, check_not_negative, check_positive, check_sizes
-from td3_fast.data import Batch, Examples, cut_batch, history_csr, sample_negatives, shuffled
+from td3_fast.data import Batch, Examples, Split, cut_batch, history_csr, sample_negatives, shuffled
 from td3_fast.ensemble import Ensemble
 from td3_fast.heap import HeapTrimmer
 from td3_fast.learners import FlatParameters, Learner, all_hyperparameters, build_learner
@@ -32,6 +32,25 @@ RANKED_AT_ONCE = 4096  # examples
 SELECTION_METRIC = "MRR@10"
 
 
+def check_examples(split: Split) -> None:
+    """ValueError where there is nothing to train on, or nothing to rank."""
+    _check_training(split.train)
+    _check_ranked(split.validation)
+
+
+def _check_training(train: Examples) -> None:
+    if len(train) == 0:
+        raise ValueError("there is no training example: every training sequence has fewer than 2 items")
+
+
+def _check_ranked(examples: Examples) -> None:
+    if len(examples) == 0:
+        raise ValueError(
+            "there is no example to rank: no user has 3 or more interactions, "
+            "so nothing was left out for validation and test"
+        )
+
+
 class Ranker:
     """Ranks the targets of fixed examples, under both protocols, for one learner after another.
 
@@ -46,11 +65,7 @@ class Ranker:
         protocols: tuple[Protocol, ...] = PROTOCOLS,
         tables: ItemTables = WHOLE,
     ) -> None:
-        if len(examples) == 0:
-            raise ValueError(
-                "there is no example to rank: no user has 3 or more interactions, "
-                "so nothing was left out for validation and test"
-            )
+        _check_ranked(examples)
         self.examples = examples
         self.protocols = protocols
         self._tables = tables
@@ -295,8 +310,7 @@ def fit_examples(
     ensemble: trained learners whose predictions are part of its targets. `state` continues an interrupted run;
     `on_step` sees the state after every batch, an epoch's last one after its validation.
     """
-    if len(train) == 0:
-        raise ValueError("there is no training example: every training sequence has fewer than 2 items")
+    _check_training(train)
     flat = FlatParameters(learner)
     if state is None:
         start = (flat.gather(learner.state_dict()), learner.item_embeddings.detach())
@@ -416,12 +430,20 @@ class Pretrained:
         )
 
 
-def fresh_like(learner: Learner, *, seed: int, share_items: bool = False) -> Learner:
+def fresh_like(
+    learner: Learner, *, seed: int, share_items: bool = False, draw_positions: bool = False
+) -> Learner:
     """A learner with the item and position embeddings of `learner` and an encoder drawn anew from `seed`.
 
     share_items: its item table is that of `learner` instead of a copy, for one whose table is not going to be trained.
+    draw_positions: position embeddings are drawn as well, for those of `learner` are nobody's.
     """
     table = learner.item_embeddings
+    if draw_positions:
+        fresh = build_learner(type(learner).__name__, learner.hyperparameters(), seed=seed)
+        fresh.to(table.device, next(p.dtype for n, p in learner.named_parameters() if n != "item_embeddings"))
+        fresh.item_embeddings = table if share_items else nn.Parameter(table.detach().clone())
+        return fresh
     fresh = copy.deepcopy(learner, {id(table): table} if share_items else {})
     fresh.reset_encoder(seed=seed)
     return fresh

@@ -14,7 +14,7 @@ from typing import Any
 
 from td3_fast.checks import check_choices
 from td3_fast.data import Split
-from td3_fast.evaluate import Scores, learner_for
+from td3_fast.evaluate import Scores, has_own_positions, learner_for
 from td3_fast.metrics import Metric, mean_and_sd
 from td3_fast.ops import derive_seed
 from td3_fast.progress import Progress, silent
@@ -119,7 +119,12 @@ def tune(
         if (number, run) in scores:
             return
         options, run_seed = settings[number], derive_seed(seed, "tune", run)
-        trained = fresh_like(teacher, seed=run_seed, share_items=options["item_embedding"] == "frozen")
+        trained = fresh_like(
+            teacher,
+            seed=run_seed,
+            share_items=options["item_embedding"] == "frozen",
+            draw_positions=has_own_positions(summary, type(teacher).__name__),
+        )
         with suppress(FloatingPointError):  # a learner of no finite numbers ranks nothing well
             summary.fit(trained, seed=run_seed, progress=progress, **options)
         scores[number, run] = ranker.metrics(trained)

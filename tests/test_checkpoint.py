@@ -185,6 +185,23 @@ def test_a_learner_comes_back_with_its_items(split: Split, tmp_path: Path) -> No
     assert equal(loaded.state_dict(), made.state_dict())
 
 
+def test_a_learner_comes_back_in_its_own_dtypes(split: Split, tmp_path: Path) -> None:
+    made = learner(split).double()
+    made.item_embeddings.data = made.item_embeddings.data.bfloat16()
+    save_learner(tmp_path / "l", made, item_ids=())
+    loaded, _ = load_learner(tmp_path / "l")
+    assert {name: p.dtype for name, p in loaded.named_parameters()} == {
+        name: p.dtype for name, p in made.named_parameters()
+    }
+    assert equal(loaded.state_dict(), made.state_dict())
+
+
+def test_a_learner_with_ids_of_other_items_is_refused(split: Split, tmp_path: Path) -> None:
+    save_learner(tmp_path / "l", learner(split), item_ids=["[PAD]", "a"])
+    with pytest.raises(CheckpointError, match="2 ids for"):
+        load_learner(tmp_path / "l")
+
+
 def test_settings_that_differ_are_named() -> None:
     now = {"data": "abc", "distill": {"epochs": 10, "semantics": {"shuffle": False}}, "seed": 1}
     assert differences(SETTINGS, SETTINGS) == []

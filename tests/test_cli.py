@@ -330,6 +330,27 @@ def test_overwriting_keeps_the_pretrained_learner_where_it_fits(
     assert (tmp_path / "pretrained.safetensors").read_bytes() != learned
 
 
+def test_a_run_that_cannot_begin_replaces_none(finished: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.csv"
+    short.write_text("user,item,time\n" + "".join(f"{u},{u + i},{i}\n" for u in range(9) for i in range(2)))
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    command = ["distill", short, *TINY, "--out", finished, "--overwrite"]
+    assert "no example to rank" in refusal(*command)
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_name_that_is_no_text_is_kept_as_it_is(data: Path, tmp_path: Path, undrawn: None) -> None:
+    named = tmp_path / os.fsdecode(b"donn\xe9es.inter")
+    try:
+        named.write_bytes(data.read_bytes())
+    except (OSError, UnicodeError):
+        pytest.skip("the file system has text alone for names")
+    result = run("distill", named, *TINY, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["distillation"]["settings"]["source"] == str(named)
+
+
 def test_a_pretrained_learner_of_elsewhere_is_taken_when_named(
     finished: Path, data: Path, tmp_path: Path, undrawn: None
 ) -> None:
@@ -437,6 +458,23 @@ def test_evaluate_writes_every_row_and_does_no_run_twice(
     monkeypatch.setattr(sys.modules["td3_fast.evaluate"], "fit_on_summary", never)
     assert run(*command, "--out", tmp_path).exit_code == 0
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == results["rows"]
+    anew = run(*command, "--out", tmp_path, "--overwrite")
+    assert anew.exit_code == 1
+    assert "a finished run was repeated" in str(anew.exception)
+
+
+def test_runs_that_were_made_otherwise_are_told_of(
+    finished: Path, data: Path, tmp_path: Path, undrawn: None
+) -> None:
+    command = ["evaluate", finished / "summary.safetensors", data, "--rows", "popularity", "--out", tmp_path]
+    assert "note:" not in run(*command).stdout
+    entries = read_json_lines(tmp_path / "evaluation.jsonl")
+    for entry in entries:
+        entry["made_with"]["torch"] = "1.13"
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert "note: 1 kept runs were made otherwise, torch was" in run(*command).stdout
+    assert run(*command, "--overwrite").exit_code == 0
+    assert "note:" not in run(*command).stdout
 
 
 def test_an_interrupted_evaluation_goes_on(
@@ -649,6 +687,21 @@ def test_without_a_recipe_that_of_the_name_is_taken_or_a_common_one(
     monkeypatch.setattr("td3_fast.run.Run.distill", stop)
     assert "by the recipe synthetic" in run("distill", "synthetic", "--out", tmp_path).stdout
     assert "by the recipe ml-100k" in run("distill", data, "--out", tmp_path).stdout
+
+
+def test_what_is_to_be_tested_on_is_read_before_anything_is_written(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.inter"
+    write_interactions(generate_interactions(num_users=9, num_items=12, mean_length=6, seed=4), other)
+    summary = finished / "summary.safetensors"
+    for command, out in (("fit", tmp_path / "learner"), ("export", tmp_path / "hard.inter")):
+        assert "the summary is over" in refusal(command, summary, "--out", out, "--test", other)
+        assert not out.exists()
+    baselines = ["baselines", data, "--recipe", "synthetic", "--out", tmp_path / "b"]
+    assert "no summary among the baselines" in refusal(*baselines, "--rows", "full,hard")
+    assert ".inter or .inter.gz" in refusal("data", "generate", tmp_path / "made.csv")
+    assert "finite" in refusal("data", "generate", tmp_path / "made.inter", "--mean-length", "inf")
 
 
 def test_data_and_artefacts_that_cannot_be_are_refused(finished: Path, data: Path, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from td3_fast.evaluate import (
     EvaluateConfig,
     chosen_users,
     evaluate,
+    has_own_positions,
     learner_for,
     popularity_scores,
 )
 from td3_fast.learners import LEARNERS, Learner, SASRec, SASRecConfig, build_learner
 from td3_fast.summary import Preprocessing, SummaryMetadata, TrainingRecipe, TuckerSummary
-from td3_fast.training import FitConfig, Ranker
+from td3_fast.training import FitConfig, Ranker, fresh_like
 
 FIT_OPTIONS = {"steps": 5, "learning_rate": 0.01, "batch_size": 4}
 
@@ -194,3 +195,29 @@ def test_unknown_row_is_refused() -> None:
 def test_rows_that_make_no_table_are_refused(rows: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvaluateConfig(rows=rows)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learners_of_another_class_have_positions_of_their_own(
+    split: Split, teacher: SASRec, name: str
+) -> None:
+    summary = with_metadata(
+        TuckerSummary.initialise(
+            users=5, positions=6, user_rank=2, position_rank=2, item_factors=teacher.item_embeddings, seed=0
+        ),
+        teacher,
+        split,
+    )
+    own = has_own_positions(summary, name)
+    assert own == (name != "SASRec")
+    made = learner_for(summary, name=name)
+    first, second, shared = (
+        fresh_like(made, seed=seed, share_items=share, draw_positions=own)
+        for seed, share in ((1, False), (2, False), (1, True))
+    )
+    assert shared.item_embeddings is made.item_embeddings
+    assert torch.equal(first.item_embeddings, made.item_embeddings)
+    for parameter, again in zip(first.parameters(), shared.parameters(), strict=True):
+        assert torch.equal(parameter, again)
+    if first.position_embeddings is not None:
+        assert torch.equal(first.position_embeddings, second.position_embeddings) != own

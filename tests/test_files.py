@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -128,3 +129,16 @@ def test_a_folder_is_made_with_those_around_it_unless_a_file_is_in_the_way(tmp_p
     for place in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(NotADirectoryError, match="file is a file: name a folder"):
             make_folder(place)
+
+
+def test_what_is_no_text_is_written_as_json_has_it(tmp_path):
+    name = b"donn\xe9es".decode(errors="surrogateescape")
+    write_json(tmp_path / "a.json", name)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == name
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="bin") as caught, open_atomically(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from td3_fast.cli import app
 
 README = Path(__file__).parents[1] / "README.md"
+COMMANDS = ("distill", "evaluate", "baselines", "fit", "export", "search", "reproduce", "demo")
 TEXT = README.read_text(encoding="utf-8")
 
 
@@ -41,8 +42,8 @@ def test_every_command_and_option_exists() -> None:
         for option in re.findall(r"--[a-z-]+", command):
             assert option in shown.stdout, command
     shown = "".join(
-        CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
-        for name in ("distill", "evaluate", "baselines", "fit", "export", "search", "reproduce", "demo")
+        CliRunner().invoke(app, [*name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+        for name in ([], *([name] for name in COMMANDS))
     )
     for option in set(re.findall(r"`(--[a-z-]+)", TEXT)):
         assert option in shown

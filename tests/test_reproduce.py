@@ -289,6 +289,25 @@ def test_a_recipe_as_published_has_nothing_beyond_the_paper() -> None:
     assert recipe_named("ciao").as_published().pretrain.pool_items
 
 
+def test_what_was_made_otherwise_is_made_anew_where_asked(split: Split, tmp_path: Path) -> None:
+    data = tmp_path / "log.inter"
+    write_interactions(split.interactions, data)
+    words = ["reproduce", "4", str(data), "--recipe", "synthetic", "--out", str(tmp_path), "--seeds", "1"]
+    words += ["--size", "6x6", "--max-epochs", "1"]
+    assert CliRunner().invoke(app, [*words, "--epochs", "1"]).exit_code == 0
+    lines = list(csv.DictReader((tmp_path / "6x6" / "table.csv").read_text().splitlines()))
+    assert {line["over"] for line in lines} == {"1 learner"}
+    assert {line["sd_percent"] for line in lines} == {""}
+    refused = CliRunner().invoke(app, [*words, "--epochs", "2"])
+    assert refused.exit_code == 2
+    assert "or --overwrite" in refused.stderr.replace("\n", " ")
+    again = CliRunner().invoke(app, [*words, "--epochs", "2", "--overwrite"])
+    assert again.exit_code == 0, again.stderr
+    metadata = load_summary(tmp_path / "cells" / "TD3-6x6-0" / "summary.safetensors").metadata
+    assert metadata is not None
+    assert metadata.settings["distill"]["epochs"] == 2
+
+
 def test_another_table_is_not_written_over(
     finished: tuple[Path, list[Figure]], split: Split, recipe: Recipe
 ) -> None:
@@ -415,7 +434,7 @@ def test_tables_that_share_a_pretrained_learner_ask_for_the_same(
         assert work.folder == work.shared / f"table-{work.cells[0].table}"
 
     monkeypatch.setattr("td3_fast.cli_reproduce._make_cells", note)
-    monkeypatch.setattr("td3_fast.cli_reproduce._make_costs", lambda *given: None)
+    monkeypatch.setattr("td3_fast.cli_reproduce._make_costs", lambda *given, **options: None)
     monkeypatch.setattr("td3_fast.cli_reproduce.read_split", lambda *args, **options: split)
     words = ["reproduce", "all", "log.inter", "--dataset", name, "--out", str(tmp_path)]
     result = CliRunner().invoke(app, words)

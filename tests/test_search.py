@@ -204,6 +204,24 @@ def test_a_candidate_that_diverges_is_the_last(
     assert len(found) == 3
 
 
+def test_a_candidate_that_diverges_on_the_data_is_the_last_there(
+    summary: TuckerSummary, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["td3_fast.search"]
+    fit = module.fit_examples
+
+    def diverging(learner: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(learner, SASRec):
+            raise FloatingPointError("the loss of batch 1 is not finite")
+        return fit(learner, *arguments, **options)
+
+    monkeypatch.setattr(module, "fit_examples", diverging)
+    found = search(summary, split, FEW, config=replace(CONFIG, full_seeds=1))
+    ranked = sorted(found, key=lambda standing: -standing.full["uni100"]["NDCG@10"]["mean"])
+    assert ranked[0].candidate == FEW[2]
+    assert ranked[-1].full["uni100"]["HR@20"]["mean"] == 0.0
+
+
 def test_names_tell_all_candidates_apart() -> None:
     names = [
         Candidate(

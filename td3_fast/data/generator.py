@@ -48,8 +48,12 @@ def generate_interactions(
     """
     if num_users < 1 or num_items < 1 or not 1 <= num_clusters <= num_items:
         raise ValueError("num_users and num_items must be at least 1, num_clusters between 1 and num_items")
-    if min_length < 1 or mean_length < min_length or num_successors < 1:
-        raise ValueError("min_length and num_successors must be at least 1, mean_length at least min_length")
+    if min_length < 1 or not min_length <= mean_length < float("inf") or num_successors < 1:
+        raise ValueError(
+            "min_length and num_successors must be at least 1, mean_length finite and at least min_length"
+        )
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     if min(follow, stray) < 0 or follow + stray > 1:
         raise ValueError("follow and stray must be probabilities with a sum of at most 1")
     generator = np.random.Generator(np.random.Philox(seed))

@@ -83,7 +83,8 @@ class Interactions:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over sequences and ids: equal exactly when the data are; the name does not count."""
+        """SHA-256 (hex) over sequences and ids, numbered by first appearance: that of another order of a file's rows is
+        another one. The name does not count."""
         digest = hashlib.sha256()
         digest.update(self.offsets.astype("<i8").tobytes())
         digest.update(self.items.astype("<i4").tobytes())
@@ -175,7 +176,8 @@ def filter_interactions(
         item_ids=interactions.item_ids[1:].tolist(),
     )
     name = name or interactions.name
-    return _select(log, name, min_item_interactions, min_user_interactions, filter_passes, repeats)
+    limits = (min_item_interactions, min_user_interactions, filter_passes)
+    return _select(log, name, *limits, repeats, timed=interactions.timed)
 
 
 def check_interactions(
@@ -251,7 +253,14 @@ def _read(
 
 
 def _select(
-    log: RawLog, name: str, min_item: int, min_user: int, filter_passes: int | None, repeats: Repeats
+    log: RawLog,
+    name: str,
+    min_item: int,
+    min_user: int,
+    filter_passes: int | None,
+    repeats: Repeats,
+    *,
+    timed: bool | None = None,
 ) -> Interactions:
     if min_item < 0 or min_user < 0:
         raise ValueError("min_item_interactions and min_user_interactions must not be negative")
@@ -269,7 +278,7 @@ def _select(
                 f"{name}: no interaction is left with min_item_interactions={min_item} and "
                 f"min_user_interactions={min_user}"
             )
-    return assemble(log, kept, name)
+    return assemble(log, kept, name, timed=timed)
 
 
 def _time_order(log: RawLog, kept: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +16,18 @@ from numpy.typing import NDArray
 PADDING = "[PAD]"
 NOUNS = {"user": "a user", "item": "an item"}
 _MAX_ID = 256  # characters; ids are kept in arrays as wide as the longest
-_INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_INTEGER = re.compile(r"([+-]?[0-9]{1,64})(?:\.0*)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?(?P<decimals>[0-9]*)|\.(?P<all>[0-9]+))(?P<power>[eE][+-]?[0-9]+)?")
+_EXACT = 2**53  # integers up to here are float64 numbers
 _DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"(?:[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,9})?)?(?:Z|[+-][0-9]{2}:[0-9]{2})?)?"
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+
+
+Number: TypeAlias = int | float | Decimal
 
 
 class DataError(ValueError):
@@ -46,7 +51,7 @@ class RawLog:
 
     users: NDArray[np.int32]  # (rows,)
     items: NDArray[np.int32]  # (rows,)
-    times: NDArray[Any] | None  # (rows,) int64 or float64, finite
+    times: NDArray[Any] | None  # (rows,) int64 or float64, finite, in the order of what was read
     user_ids: list[str]
     item_ids: list[str]
 
@@ -93,7 +98,7 @@ class TimeColumn:
 
     def __init__(self) -> None:
         self.dates: bool | None = None  # None: nothing came yet
-        self.values: list[int | float] = []
+        self.values: list[Number] = []
 
     def append(self, text: str) -> tuple[str, str] | None:
         """Add a time, or say what was expected and found instead of one."""
@@ -112,7 +117,7 @@ class TimeColumn:
     def taken(self) -> NDArray[Any]:
         """What came since the last call."""
         values, self.values = self.values, []
-        return np.array(values)
+        return times_of(values)
 
 
 def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:
@@ -136,7 +141,7 @@ def collect(blocks: Iterable[Rows], source: str, *, first_row: int) -> RawLog:
     return RawLog(
         users=np.concatenate(users),
         items=np.concatenate(items),
-        times=np.concatenate(times) if times else None,
+        times=_join_times(times) if times else None,
         user_ids=list(user_numbers),
         item_ids=list(item_numbers),
     )
@@ -157,22 +162,50 @@ def id_fault(role: str, text: str) -> tuple[str, str] | None:
     return None
 
 
-def parse_number(text: str) -> int | float | None:
-    """The finite number that `text` is, or None. Integers stay exact while they fit 64 bits."""
-    if _INTEGER.fullmatch(text):
-        integer = int(text)
-        return integer if abs(integer) < 2**63 else float(integer)
-    if not _NUMBER.fullmatch(text):
+def parse_number(text: str) -> Number | None:
+    """The finite number that `text` is, or None; as a float where no other number so written is the same float."""
+    if integer := _INTEGER.fullmatch(text):
+        return int(integer[1])
+    if not (number := _NUMBER.fullmatch(text)):
         return None
     value = float(text)
-    return value if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    decimals = len(number["decimals"] or number["all"] or "")
+    exact = len(text) <= 16 if number["power"] else tells_apart(abs(value), decimals)
+    return value if exact else Decimal(text)
 
 
-def parse_date(text: str) -> float | None:
-    """Seconds since 1970 of a date or a moment as ISO 8601 writes it, in UTC where it names no zone; or None."""
+def tells_apart(largest: float, decimals: int) -> bool:
+    """Whether numbers up to `largest` with so many decimals are different floats."""
+    return bool(np.spacing(largest) < 10.0**-decimals)
+
+
+def times_of(values: Sequence[Number]) -> NDArray[Any]:
+    """int64 or float64 where that holds them in their order, else objects."""
+    kinds = {type(value) for value in values}
+    integers = [value for value in values if isinstance(value, int)] if int in kinds else [0]
+    least, most = min(integers), max(integers)
+    if kinds <= {int}:
+        return np.array(values, dtype=np.int64 if least >= -(2**63) and most < 2**63 else object)
+    fits = Decimal not in kinds and least >= -_EXACT and most <= _EXACT
+    return np.array(values, dtype=np.float64 if fits else object)
+
+
+def _join_times(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """What `times_of` makes of all; where that is objects, their ranks."""
+    kinds = {part.dtype.kind for part in parts}
+    if len(kinds) == 1 and "O" not in kinds:
+        return np.concatenate(parts)
+    whole = times_of([value for part in parts for value in part.tolist()])
+    return whole if whole.dtype != object else np.unique(whole, return_inverse=True)[1].astype(np.int64)
+
+
+def parse_date(text: str) -> int | None:
+    """Nanoseconds since 1970 of a date or a moment as ISO 8601 writes it, in UTC where it names no zone; or None."""
     if not _DATE.fullmatch(text):
         return None
-    whole, dot, rest = text.replace("Z", "+00:00").partition(".")
+    whole, _, rest = text.replace("Z", "+00:00").partition(".")
     digits = re.match("[0-9]*", rest)
     fraction = digits.group() if digits else ""
     try:
@@ -180,7 +213,8 @@ def parse_date(text: str) -> float | None:
     except ValueError:
         return None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
-    return (moment - _EPOCH).total_seconds() + float("0" + dot + fraction if fraction else 0)
+    since = moment - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 10**9 + int(fraction.ljust(9, "0"))
 
 
 def show(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -27,6 +26,7 @@ from td3_fast.data.raw_log import (
     id_fault,
     parse_number,
     show,
+    times_of,
 )
 from td3_fast.data.text_table import Block, Layout, decode, parse_blocks, read_blocks, split_line
 
@@ -233,12 +233,11 @@ def _untyped(field: str, column: int, source: str) -> str:
 
 
 def _json_rows(blocks: Iterable[Block], source: str, columns: Columns | None) -> Iterator[Rows]:
-    """The keys are settled by the first object. Times may only be missing where `columns` says so."""
+    """The keys are settled by the first object: where it has no time, none is read."""
     keys: dict[str, str] = {}
-    blank = None
+    blank, times = None, TimeColumn()
     for block in blocks:
         ids = {"user": IdColumn("user"), "item": IdColumn("item")}
-        times: list[int | float] = []
         for number, line in enumerate(block.lines[:-1].split(b"\n"), block.first_line):
             if not line:
                 blank = blank or number
@@ -256,7 +255,7 @@ def _json_rows(blocks: Iterable[Block], source: str, columns: Columns | None) ->
                 if text.count(quoted) > 1 and _is_repeated(text, key):
                     raise DataError(source, number, text.rfind(quoted) + 1, f"{quoted} once", "it again")
                 fault = (
-                    _append_time(times, record[key])
+                    times.append(record[key] if isinstance(record[key], str) else json.dumps(record[key]))
                     if role == "timestamp"
                     else _append_id(ids[role], record[key])
                 )
@@ -265,14 +264,11 @@ def _json_rows(blocks: Iterable[Block], source: str, columns: Columns | None) ->
                     raise DataError(source, number, text.find(quoted) + 1, f"{expected} in {quoted}", found)
         if ids["user"].codes:
             users, items = (column.encoded() for column in ids.values())
-            yield Rows(users, items, np.array(times) if "timestamp" in keys else None)
+            yield Rows(users, items, times.taken() if "timestamp" in keys else None)
 
 
 def _json_keys(names: list[str], columns: Columns | None, source: str) -> dict[str, str]:
     places = _find_columns(names, columns, source)
-    if places.timestamp is None and not (columns and "timestamp" in columns):
-        expected = f"a key for the timestamp ({', '.join(_USUAL_NAMES['timestamp'])}, or what `columns` says)"
-        raise DataError(source, 1, 1, expected, f"the keys {', '.join(map(show, names[:12]))}")
     return {role: names[place] for role, place in places._asdict().items() if place is not None}
 
 
@@ -297,15 +293,6 @@ def _is_repeated(text: str, key: str) -> bool:
 
     json.loads(text, object_pairs_hook=keep)
     return sum(name == key for name, _ in pairs) > 1
-
-
-def _append_time(times: list[int | float], value: Any) -> tuple[str, str] | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = parse_number(str(value)) if abs(value) >= 2**63 else value
-        if number is not None and math.isfinite(number):
-            times.append(number)
-            return None
-    return "a finite number as timestamp", show(json.dumps(value))
 
 
 def _append_id(ids: IdColumn, value: Any) -> tuple[str, str] | None:
@@ -381,7 +368,9 @@ def _frame_times(column: pd.Series, place: int, source: str, first_row: int) -> 
     kind = column.dtype
     if pd.api.types.is_datetime64_any_dtype(kind) or pd.api.types.is_signed_integer_dtype(kind):
         return column.astype(np.int64).to_numpy()
-    if pd.api.types.is_float_dtype(kind) or pd.api.types.is_unsigned_integer_dtype(kind):
+    if pd.api.types.is_unsigned_integer_dtype(kind):
+        return times_of(column.tolist())
+    if pd.api.types.is_float_dtype(kind):
         values = column.to_numpy(dtype=np.float64)
         check(np.isfinite(values))
         return values

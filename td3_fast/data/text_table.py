@@ -18,7 +18,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from td3_fast.data.raw_log import DataError, EncodedIds, IdColumn, Rows, TimeColumn, id_fault, show
+from td3_fast.data.raw_log import (
+    DataError,
+    EncodedIds,
+    IdColumn,
+    Rows,
+    TimeColumn,
+    id_fault,
+    show,
+    tells_apart,
+)
 
 _BLOCK_BYTES = 1 << 23
 _BOM = b"\xef\xbb\xbf"
@@ -28,6 +37,8 @@ QUOTING = {",": "a comma", ";": "a semicolon"}  # separators of fields that may 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _FLOAT_BYTES = np.zeros(256, dtype=bool)
 _FLOAT_BYTES[list(b"0123456789+-.eE\0")] = True
+_POWERS = list(b"eE")
+_SHORT = 16  # bytes of a number with a point: all of at most 15 digits are different floats
 
 
 class Block(NamedTuple):
@@ -67,9 +78,8 @@ def read_blocks(stream: BinaryIO, source: str, *, must_be_gzip: bool) -> Iterato
     A byte-order mark and carriage returns before line feeds are dropped; a last line without its line feed
     gets it.
     """
-    magic = stream.read(2)
-    stream.seek(0)
     data: Any = stream
+    magic = data.peek(2)[:2]  # not read: a pipe has no way back
     if magic == _GZIP:
         data = gzip.GzipFile(fileobj=stream)
     elif must_be_gzip:
@@ -310,4 +320,13 @@ def _parse_times(
         values = text.view(f"S{longest}")[:, 0].astype(np.float64)
     except ValueError:
         return None
-    return values if np.isfinite(values).all() else None
+    if not np.isfinite(values).all():
+        return None
+    if longest > _SHORT:  # as `parse_number`, for all at once
+        if np.isin(text, _POWERS).any():
+            return None
+        point = (text == ord(".")).argmax(axis=1)
+        decimals = np.where((text == ord(".")).any(axis=1), lengths - point - 1, 0)
+        if not tells_apart(float(np.abs(values).max()), int(decimals.max())):
+            return None
+    return values

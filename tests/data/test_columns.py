@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_readers import as_lists, write
 
-from td3_fast.data import load_interactions
+from td3_fast.data import filter_interactions, generate_interactions, load_interactions
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,8 @@ def test_dates_keep_their_order_to_the_microsecond_and_from_block_to_block(
     lines = [f"a,i{n},2020-01-01T00:00:00.{n:06d}\n" for n in (5, 3, 4, 1, 2, 0)]
     path = write(tmp_path, "log.csv", "user,item,time\n" + "".join(lines))
     assert as_lists(path) == {"a": [f"i{n}" for n in range(6)]}
+
+
+def test_filters_keep_whether_there_were_times() -> None:
+    generated = generate_interactions(num_users=9, num_items=12, mean_length=6, seed=0)
+    assert filter_interactions(generated, min_user_interactions=2).timed == generated.timed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,58 @@ def test_without_times_the_order_of_the_file_counts(tmp_path: Path) -> None:
     assert as_lists(path) == {"1": ["b", "a"], "2": ["b"]}
 
 
+def test_times_of_json_are_numbers_or_dates_or_left_out(tmp_path: Path) -> None:
+    for name, times in (("a", ["2024-05-31", "2024-05-30"]), ("b", ["12", "3"]), ("c", [12.5, 3])):
+        records = [{"user": "1", "item": i, "timestamp": t} for i, t in zip("ba", times, strict=True)]
+        assert as_lists(write(tmp_path, f"{name}.jsonl", json_lines(records))) == {"1": ["a", "b"]}
+    path = write(tmp_path, "d.jsonl", json_lines([{"user": "1", "item": "b"}, {"user": "1", "item": "a"}]))
+    assert as_lists(path) == {"1": ["b", "a"]}
+    assert not load_interactions(path).timed
+
+
+NANOSECONDS = 1_700_000_000_000_000_000
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 23, 16])
+@pytest.mark.parametrize(
+    "times",
+    [
+        [f"2024-05-31T20:15:00.00000000{digit}" for digit in (9, 8, 7)],
+        [f"2024-05-31 20:15:00.00000000{digit}+02:00" for digit in (9, 8, 7)],
+        ["9999-12-31", "0001-01-02", "0001-01-01"],
+        [str(NANOSECONDS + 2), str(NANOSECONDS + 1), "1.5"],
+        [f"{NANOSECONDS + more}.0" for more in (2, 1, 0)],
+        [str(2**64 + more) for more in (2, 1, 0)],
+        [f"1700000000.12345{digit}" for digit in (9, 8, 7)],
+        [f"1700000000.12345678{digit}" for digit in (9, 8, 7)],
+        ["1.00000000000000000002", "1.00000000000000000001", "1"],
+        ["1e3", "2.5e2", "-1e1"],
+    ],
+    ids=lambda times: times[0],
+)
+def test_times_that_differ_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, times: list[str]
+) -> None:
+    monkeypatch.setattr(text_table, "_BLOCK_BYTES", block_bytes)
+    lines = "".join(f"1,{item},{time}\n" for item, time in zip("cba", times, strict=True))
+    assert as_lists(write(tmp_path, "log.csv", "user,item,time\n" + lines)) == {"1": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        np.array([NANOSECONDS + 2, NANOSECONDS + 1, NANOSECONDS], dtype=np.uint64),
+        np.array([2**64 - 1, 2**64 - 2, 0], dtype=np.uint64),
+        [f"2024-05-31 20:15:00.00000000{digit}" for digit in (9, 8, 7)],
+        pd.to_datetime([NANOSECONDS + 2, NANOSECONDS + 1, NANOSECONDS]),
+    ],
+    ids=["unsigned", "beyond int64", "text", "datetime"],
+)
+def test_times_of_a_frame_that_differ_are_told_apart(times: Any) -> None:
+    frame = pd.DataFrame({"user": [1, 1, 1], "item": list("cba"), "timestamp": times})
+    assert as_lists(frame) == {"1": ["a", "b", "c"]}
+
+
 def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
     lines = "".join(f"{row % 3}\ti{row}\t3\t{(row * 7 % 10) // 5}\n" for row in range(60))
     frame = pd.DataFrame({"user": np.arange(60) % 3, "item": [f"i{row}" for row in range(60)]})
@@ -150,7 +204,6 @@ def test_equal_times_keep_the_order_of_the_file(tmp_path: Path) -> None:
 NEEDED_FIELDS = "4 fields separated by tabs (user_id, item_id, rating, timestamp)"
 COMMAS = "3 fields separated by commas (user, item, time)"
 TIME = "a finite number or a date such as 2024-05-31 20:15:00 as timestamp"
-NUMBER = "a finite number as timestamp"
 MALFORMED = [
     # (id, file name, content, line, column, expected, found)
     ("empty file", "a.inter", "", 1, 1, "at least one interaction", "an empty file"),
@@ -382,15 +435,6 @@ MALFORMED = [
     ("cut JSON", "a.json", '{"user_id": "1"', 1, 16, "a JSON object", "a fault: Expecting ',' delimiter"),
     ("JSON array", "a.json", '["1", "2", 3]\n', 1, 1, "a JSON object", '\'["1", "2", 3]\''),
     ("JSON without user", "a.json", '{"asin": "2"}\n', 1, 1, "a column for the user", "'asin'"),
-    (
-        "JSON without time",
-        "a.json",
-        '{"user_id": "1", "asin": "2"}\n',
-        1,
-        1,
-        "a key for the timestamp",
-        "'user_id', 'a",
-    ),
 ]
 REVIEW = '{"user_id": "1", "asin": "2", "timestamp": 3}\n'
 MALFORMED += [
@@ -434,10 +478,11 @@ MALFORMED += [
             "without control",
             r"'\ud800'",
         ),
-        ("time as text", '{"user_id": "1", "asin": "2", "timestamp": "3"}', 31, NUMBER, "'\"3\"'"),
-        ("NaN time", '{"user_id": "1", "asin": "2", "timestamp": NaN}', 31, NUMBER, "'NaN'"),
-        ("infinite time", '{"user_id": "1", "asin": "2", "timestamp": 1e999}', 31, NUMBER, "'Infinity'"),
-        ("true as time", '{"user_id": "1", "asin": "2", "timestamp": true}', 31, NUMBER, "'true'"),
+        ("time left out", '{"user_id": "1", "asin": "2"}', 1, 'the key "timestamp"', "an object without it"),
+        ("time as words", '{"user_id": "1", "asin": "2", "timestamp": "now"}', 31, TIME, "'now'"),
+        ("NaN time", '{"user_id": "1", "asin": "2", "timestamp": NaN}', 31, TIME, "'NaN'"),
+        ("infinite time", '{"user_id": "1", "asin": "2", "timestamp": 1e999}', 31, TIME, "'Infinity'"),
+        ("true as time", '{"user_id": "1", "asin": "2", "timestamp": true}', 31, TIME, "'true'"),
         ("endless nesting", "[" * 100_000, 1, "a JSON object", "a fault: "),
         ("blank line", "\n" + REVIEW.strip(), 1, "a JSON object", "an empty line"),
     ]
@@ -680,3 +725,16 @@ def test_parquet_without_pyarrow_says_what_is_missing(
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match="needs pyarrow, the extra `parquet`"):
         load_interactions(write(tmp_path, "log.parquet", "PAR1"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_pipe_is_read_to_its_end(tmp_path: Path, compressed: bool) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    raw = (INTER + "alice\ty\t3\t5\n007\ty\t3\t20\n007\tx\t3\t10\n").encode()
+    content = gzip.compress(raw) if compressed else raw
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True)
+    writer.start()
+    assert as_lists(pipe, format="inter") == ALICE_AND_007
+    writer.join(timeout=10)
