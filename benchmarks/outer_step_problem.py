@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from td3_fast.data import Split
-from td3_fast.distill import Distiller, DistillState
+from td3_fast.distill import Distiller
 from td3_fast.distill_config import DistillConfig
+from td3_fast.distill_state import DistillState
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.training import Pretrained
 

@@ -20,9 +20,8 @@ from td3_fast.data import generate_interactions, leave_one_out
 from td3_fast.distill import Distiller, for_item_embedding
 from td3_fast.learners import build_learner
 from td3_fast.memory import plan_memory
-from td3_fast.ops import derive_seed
 from td3_fast.recipes import recipe_named
-from td3_fast.training import Pretrained, Ranker
+from td3_fast.training import Pretrained
 
 MOST_ITEMS = 2000
 
@@ -84,8 +83,7 @@ def main() -> None:
     for _ in range(given.steps):
         distiller.outer_step(state)
     stepped = resident("VmHWM") - before
-    ranker = Ranker(split.validation, seed=derive_seed(0, "ranker"), protocols=(config.selection,))
-    distiller.validate(state, ranker)
+    distiller.validation.metrics(distiller.summary(state.factors.parameters), state, epoch=1)
     peak = resident("VmHWM") - before
     if given.json:
         print(json.dumps({"planned": plan.total, "peak": peak, "stepped": stepped}))

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor
 
 from td3_fast.artefact import ArtefactError, from_json, read_artefact, write_artefact
-from td3_fast.distill import DistillState
+from td3_fast.distill_state import DistillState
 from td3_fast.ensemble import Member
 from td3_fast.learners import LEARNERS, Learner, as_written, build_learner, learner_named
 from td3_fast.pretrain import PretrainState

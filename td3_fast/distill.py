@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from td3_fast.data import ExamplesOnDevice, Split, shuffled
 from td3_fast.distill_config import DistillConfig, Limits
+from td3_fast.distill_state import DistillState, mean_of
 from td3_fast.initial import summary_of_sequences, training_sequences
 from td3_fast.learner_classes import OtherClass, PretrainedClass, to_width
 from td3_fast.objective import TeacherFeatures
@@ -27,57 +27,22 @@ from td3_fast.summary import (
     TrainingRecipe,
     TuckerSummary,
 )
-from td3_fast.training import SELECTION_METRIC, Pretrained, Ranker
+from td3_fast.training import Pretrained
 from td3_fast.trajectory import Follower, Trajectory
 from td3_fast.unroll import (
     TENSORS_PER_STEP,
     AdamConfig,
-    AdamState,
     FixedEmbeddings,
     ItemMixture,
     Lanes,
     adam_step_,
-    fit_on_summary,
     flat_pair,
     initial_state,
     make_mixture,
 )
+from td3_fast.validation import FOUND, Validation
 
-VALIDATION_LOSS = "validation_cross_entropy"
-DIVERGED = "diverged"  # learners of an epoch's validation whose loss was not finite, if any
 FIGURES = ("cross_entropy", "alignment", "inner", "window")  # of an outer step, means over its trajectories
-
-
-@dataclass(kw_only=True)
-class DistillState:
-    """Where a distillation stands: enough to go on with the same bits."""
-
-    factors: AdamState  # of the summary, in the order of `Summary.factors`
-    step: int = 0  # outer steps taken
-    carried: tuple[Tensor, ...] | None = (
-        None  # learners between outer steps, one after another, if not reloaded
-    )
-    validation_items: Tensor | None = None  # the item table between evaluations, where it is carried over
-    best: tuple[Tensor, ...] | None = None
-    best_epoch: int = 0
-    best_score: float = float("-inf")
-    history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
-    losses: list[dict[str, float]] = field(default_factory=list)  # of the current epoch's outer steps
-
-    def to(self, device: torch.device) -> DistillState:
-        """The same with every tensor on a device."""
-
-        def to(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-            return None if tensors is None else tuple(t.to(device) for t in tensors)
-
-        items = self.validation_items
-        return replace(
-            self,
-            factors=self.factors.to(device),
-            carried=to(self.carried),
-            validation_items=None if items is None else items.to(device),
-            best=to(self.best),
-        )
 
 
 class Distiller:
@@ -128,6 +93,15 @@ class Distiller:
         self._order: tuple[int, np.ndarray] | None = None
         self.form = self._initial_summary()  # says what the factors mean
         self.limits = self._choose_limits()
+        self.validation = Validation(
+            split=split,
+            config=config,
+            classes=self.classes,
+            seed=seed,
+            group=ranks.everyone,
+            tables=self.tables,
+            cached_limit=self.limits.cached_probabilities,
+        )
         features = TeacherFeatures(self.teacher, self.flat, tables=self.tables)
         # masks are drawn alike on every device, for the widths that the host cuts
         train_there = None
@@ -228,7 +202,7 @@ class Distiller:
             training=TrainingRecipe(
                 learner=self.pretrained.learner_name,
                 learner_config={**self.pretrained.learner_config, "num_items": log.num_items},
-                **self.fit_options(),
+                **self.config.fit_options(),
             ),
             metrics={name: value for name, value in best.items() if "@" in name},
             settings={"seed": self.seed, "distill": self.config.settings()},
@@ -436,62 +410,6 @@ class Distiller:
         state.losses.append(losses)
         return losses
 
-    @full_precision()
-    def validate(self, state: DistillState, ranker: Ranker, progress: Progress = silent) -> dict[str, float]:
-        """Validation metrics of learners trained on the summary as it stands: the mean of `validation_runs`, which the
-        classes share out, and of at least one of each class. `DIVERGED` counts those that could not be trained."""
-        config = self.config
-        epoch = state.step // self.steps_per_epoch
-        by_class: list[list[dict[str, float]]] = [[] for _ in self.classes]
-        runs = max(config.validation_runs, len(self.classes))
-        diverged = 0
-        for run in range(runs):
-            seed = derive_seed(self.seed, "validation", run)
-            of_class = run % len(self.classes)
-            learner = self.classes[of_class].fresh(seed=seed, share_items=config.item_embedding == "frozen")
-            if config.semantics.carry_embeddings and state.validation_items is not None:
-                with torch.no_grad():
-                    learner.item_embeddings.copy_(state.validation_items)
-            try:
-                fit_on_summary(
-                    learner,
-                    self.summary(state.factors.parameters),
-                    seed=seed,
-                    cached_limit=self.limits.cached_probabilities,
-                    tables=self.tables,
-                    **self.fit_options(),
-                )
-            except FloatingPointError:
-                diverged += 1
-            if config.semantics.carry_embeddings:
-                state.validation_items = learner.item_embeddings.detach().clone()
-            if config.semantics.redraw_negatives:
-                ranker.redraw_negatives(epoch * runs + run)
-            dropout_seed = (
-                derive_seed(seed, "dropout", epoch) if config.semantics.validation_dropout else None
-            )
-            metrics = ranker.metrics(learner, dropout_seed=dropout_seed)[config.selection]
-            if config.criterion == "cross_entropy":
-                metrics[VALIDATION_LOSS] = ranker.cross_entropy(learner, dropout_seed=dropout_seed)
-            by_class[of_class].append(metrics)
-        found = mean_of([mean_of(runs) for runs in by_class])
-        return self.ranks.everyone.first_of({**found, DIVERGED: diverged} if diverged else found)
-
-    def fit_options(self) -> dict[str, Any]:
-        """How a learner is trained on this summary, as `fit_on_summary` takes it."""
-        config = self.config
-        return {
-            "steps": config.inner_steps,
-            "learning_rate": config.learner_lr,
-            "weight_decay": config.learner_weight_decay,
-            "batch_size": config.users_per_step,
-            "item_embedding": config.item_embedding,
-            "augmentation": config.augmentation,
-            "middle_positions": config.middle_positions,
-            "dropout": config.inner_dropout,
-            "separate_passes": config.semantics.separate_passes,
-        }
-
     def run(
         self,
         state: DistillState | None = None,
@@ -501,12 +419,11 @@ class Distiller:
     ) -> DistillState:
         """Distil to the end, from the start or from `state`; `on_step` sees the state after every outer step."""
         state = state or self.initial_state()
-        ranker = self._ranker()
         while state.step < self.total_steps:
             losses = self.outer_step(state)
             progress("distill", state.step, self.total_steps, losses)
             if state.step % self.steps_per_epoch == 0:
-                self._end_epoch(state, ranker)
+                self._end_epoch(state)
                 progress("distill", state.step, self.total_steps, state.history[-1])
             if on_step is not None:
                 on_step(state)
@@ -522,41 +439,22 @@ class Distiller:
     ) -> DistillState:
         """The end of `run` where its steps led to these factors after each epoch; `history` has their losses."""
         state = self.initial_state()
-        ranker = self._ranker()
         for factors, entry in zip(epochs, history, strict=True):
             on_device = tuple(factor.to(self.items.device) for factor in factors)
             state.factors = state.factors._replace(parameters=on_device)
             state.step += self.steps_per_epoch
             # the rest of an entry is what validation found
-            found = ("epoch", VALIDATION_LOSS, DIVERGED)
-            of_steps = [name for name in entry if "@" not in name and name not in found]
+            of_steps = [name for name in entry if "@" not in name and name not in FOUND]
             state.losses.append({name: entry[name] for name in of_steps})
-            self._end_epoch(state, ranker)
+            self._end_epoch(state)
             progress("choose", state.step, self.total_steps, state.history[-1])
             if on_epoch is not None:
                 on_epoch(state)
         return state
 
-    def _ranker(self) -> Ranker:
-        return Ranker(
-            self.split.validation,
-            seed=derive_seed(self.seed, "ranker"),
-            protocols=(self.config.selection,),
-            tables=self.tables,
-        )
-
-    def _end_epoch(self, state: DistillState, ranker: Ranker) -> None:
-        metrics = self.validate(state, ranker)
-        epoch = state.step // self.steps_per_epoch
-        figures = {"epoch": epoch, **mean_of(state.losses), **metrics}
-        # a file of JSON has no place for others
-        state.history.append({name: value for name, value in figures.items() if math.isfinite(value)})
-        state.losses.clear()
-        by_loss = self.config.criterion == "cross_entropy"
-        score = -metrics[VALIDATION_LOSS] if by_loss else metrics[SELECTION_METRIC]
-        if DIVERGED not in metrics and score > state.best_score:
-            state.best_score, state.best_epoch = score, epoch
-            state.best = tuple(p.clone() for p in state.factors.parameters)
+    def _end_epoch(self, state: DistillState) -> None:
+        summary = self.summary(state.factors.parameters)
+        self.validation.end_epoch(summary, state, epoch=state.step // self.steps_per_epoch)
 
 
 def _check_ranks(config: DistillConfig, ranks: Ranks) -> None:
@@ -576,11 +474,6 @@ def _check_ranks(config: DistillConfig, ranks: Ranks) -> None:
             "a learner or item table that is carried from step to step is written into checkpoints as a whole: "
             "use the paper's semantics, or do not split the item tables"
         )
-
-
-def mean_of(figures: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure."""
-    return {name: sum(some[name] for some in figures) / len(figures) for name in figures[0]}
 
 
 def distill(

@@ -199,6 +199,20 @@ class DistillConfig:
             del settings["other_learners"]
         return settings
 
+    def fit_options(self) -> dict[str, Any]:
+        """How a learner is trained on the summary, as `fit_on_summary` takes it."""
+        return {
+            "steps": self.inner_steps,
+            "learning_rate": self.learner_lr,
+            "weight_decay": self.learner_weight_decay,
+            "batch_size": self.users_per_step,
+            "item_embedding": self.item_embedding,
+            "augmentation": self.augmentation,
+            "middle_positions": self.middle_positions,
+            "dropout": self.inner_dropout,
+            "separate_passes": self.semantics.separate_passes,
+        }
+
     def draw_window(self, generator: torch.Generator) -> tuple[int, int]:
         """(warm-up steps, differentiated steps) of one outer step."""
         if self.window_kind == "full":

@@ -24,7 +24,8 @@ from td3_fast.checkpoint import (
     save_pretrained,
 )
 from td3_fast.data import Split
-from td3_fast.distill import Distiller, DistillState, distill, for_item_embedding
+from td3_fast.distill import Distiller, distill, for_item_embedding
+from td3_fast.distill_state import DistillState
 from td3_fast.epochs import KeptEpochs, add_epoch, kept_epochs
 from td3_fast.evaluate import Row
 from td3_fast.evaluate_run import EvaluateRun

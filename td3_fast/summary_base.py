@@ -47,10 +47,8 @@ class Summary(nn.Module):
         normalize: Normalize,
         metadata: SummaryMetadata | None,
     ) -> None:
-        # a learner's are parameters
-        self.register_buffer("item_factors", item_factors.detach())
-        positions = None if position_embeddings is None else position_embeddings.detach()
-        self.register_buffer("position_embeddings", positions)
+        self.register_buffer("item_factors", _not_learned(item_factors))
+        self.register_buffer("position_embeddings", _not_learned(position_embeddings))
         self.normalize = normalize
         self.metadata = metadata
 
@@ -240,6 +238,15 @@ class Summary(nn.Module):
             return cls(**tensors, normalize=normalize, metadata=metadata)
         except ValueError as error:
             raise SummaryError(f"{path} is not a valid summary, {error}: save it anew") from error
+
+
+def _not_learned(table: Tensor | None) -> Tensor | None:
+    """Itself, but of a learner's parameter its values alone."""
+    return (
+        table.detach()
+        if isinstance(table, nn.Parameter) or (table is not None and table.requires_grad)
+        else table
+    )
 
 
 def check_normalize(normalize: str) -> None:

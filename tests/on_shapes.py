@@ -18,7 +18,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from td3_fast.distill import Distiller, DistillState
+from td3_fast.distill import Distiller
+from td3_fast.distill_state import DistillState
 from td3_fast.learners import LEARNERS
 from td3_fast.training import fresh_like
 from td3_fast.unroll import fit_on_summary
@@ -121,7 +122,7 @@ def test_training_on_a_summary_is_under_way_before_the_host_reads_its_losses(
     distiller, state = moved("SASRec", item_embedding="trained", **SHORT)
     summary = distiller.summary(state.factors.parameters)
     learner = distiller.pretrained.learner()
-    options = {**distiller.fit_options(), "record": mode.record if recorded else None}
+    options = {**distiller.config.fit_options(), "record": mode.record if recorded else None}
     assert first_read(lambda: fit_on_summary(learner, summary, **options)) == "fit_on_summary"
 
 

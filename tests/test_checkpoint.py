@@ -26,8 +26,9 @@ from td3_fast.checkpoint import (
     save_pretrained,
 )
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import DistillState, distill
+from td3_fast.distill import distill
 from td3_fast.distill_config import SEMANTICS, DistillConfig, with_semantics
+from td3_fast.distill_state import DistillState
 from td3_fast.learners import SASRec, SASRecConfig, build_learner
 from td3_fast.pretrain import PretrainConfig, PretrainState, pretrain
 from td3_fast.training import FitConfig, FitState, Pretrained

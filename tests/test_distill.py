@@ -15,8 +15,9 @@ from test_unroll import small_distiller
 
 from td3_fast.checkpoint import Checkpoint, save_checkpoint
 from td3_fast.data import Split, generate_interactions, leave_one_out
-from td3_fast.distill import Distiller, DistillState, distill
+from td3_fast.distill import Distiller, distill
 from td3_fast.distill_config import SEMANTICS, DistillConfig, Semantics, with_semantics
+from td3_fast.distill_state import DistillState
 from td3_fast.evaluate import learner_for
 from td3_fast.learners import SASRec, SASRecConfig
 from td3_fast.pretrain import PretrainConfig, pretrain
@@ -234,7 +235,7 @@ def test_the_weight_decay_of_learners_has_an_effect(split: Split, pretrained: Pr
     gradients = []
     for decay in (0.0, 0.5):
         distiller = Distiller(split, pretrained, replace(CONFIG, learner_weight_decay=decay), seed=0)
-        assert distiller.fit_options()["weight_decay"] == decay
+        assert distiller.config.fit_options()["weight_decay"] == decay
         gradients.append(distiller.meta_gradient(distiller.initial_state())[0])
     assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(*gradients, strict=True))
 
@@ -243,7 +244,7 @@ def test_the_weight_decay_of_learners_has_an_effect(split: Split, pretrained: Pr
 def diverging_at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Any]]:
     """Lets so many validations leave a learner without numbers; returns the list that learners are put in."""
     calls: list[Any] = []
-    fit = sys.modules["td3_fast.distill"].fit_on_summary
+    fit = sys.modules["td3_fast.validation"].fit_on_summary
 
     def of(count: int) -> list[Any]:
         def diverging(learner: Any, *arguments: Any, **options: Any) -> Any:
@@ -255,7 +256,7 @@ def diverging_at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[
                     parameter.fill_(torch.nan)
             raise FloatingPointError
 
-        monkeypatch.setattr(sys.modules["td3_fast.distill"], "fit_on_summary", diverging)
+        monkeypatch.setattr(sys.modules["td3_fast.validation"], "fit_on_summary", diverging)
         return calls
 
     return of

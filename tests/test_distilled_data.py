@@ -99,13 +99,13 @@ def test_a_detached_data_dict_holds_plain_tensors():
     assert all(type(value) is torch.Tensor and not value.requires_grad for value in data.values())
 
 
-def test_load_data_dict_copies_every_factor_in_place():
+def test_load_data_dict_copies_what_is_learned_in_place():
     summary, other = make_summary(), tensors()
     before = {name: value.data_ptr() for name, value in summary.data_dict().items()}
     summary.load_data_dict(other)
     for name, value in summary.data_dict().items():
         assert torch.equal(value, other[name])
-        assert value.data_ptr() == before[name]
+        assert (value.data_ptr() == before[name]) == (name != "V")  # which other summaries may share
 
 
 @pytest.mark.parametrize("change", [{"V": None}, {"G": torch.zeros(1, 2, 3)}, {"emb": torch.zeros(1)}])

@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_unroll import check_against_higher, small_distiller
 
-from td3_fast.distill import VALIDATION_LOSS, mean_of
 from td3_fast.distill_config import DistillConfig, with_semantics
+from td3_fast.distill_state import mean_of
 from td3_fast.learner_classes import OtherClass, to_width
 from td3_fast.learners import LEARNERS, build_learner
 from td3_fast.memory import plan_memory
+from td3_fast.validation import VALIDATION_LOSS
 
 ALL_OTHERS: dict[str, Any] = {"item_embedding": "frozen", "start": "fresh"}
 
@@ -55,7 +56,8 @@ def test_validation_is_the_mean_of_the_classes(monkeypatch: pytest.MonkeyPatch) 
         **ALL_OTHERS, other_learners=others_than("SASRec"), validation_runs=5, criterion="cross_entropy"
     )
     runs: list[tuple[str, float]] = []
-    ranker = distiller._ranker()
+    validation, summary = distiller.validation, distiller.summary(state.factors.parameters)
+    ranker = validation.ranker
     whole = ranker.cross_entropy
 
     def noted(learner: torch.nn.Module, **options: Any) -> float:
@@ -63,14 +65,14 @@ def test_validation_is_the_mean_of_the_classes(monkeypatch: pytest.MonkeyPatch) 
         return runs[-1][1]
 
     monkeypatch.setattr(ranker, "cross_entropy", noted)
-    metrics = distiller.validate(state, ranker)
+    metrics = validation.metrics(summary, state, epoch=1)
     names, (first, *of_others, second) = zip(*runs, strict=True)
     assert names == ("SASRec", *others_than("SASRec"), "SASRec")
     assert first != second
     assert metrics[VALIDATION_LOSS] == pytest.approx(((first + second) / 2 + sum(of_others)) / 4)
-    distiller.config = replace(distiller.config, validation_runs=1)
+    validation.config = replace(validation.config, validation_runs=1)
     runs.clear()
-    distiller.validate(state, ranker)
+    validation.metrics(summary, state, epoch=1)
     assert [name for name, _ in runs] == ["SASRec", *others_than("SASRec")]
 
 

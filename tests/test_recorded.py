@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from td3_fast.distill import Distiller, DistillState
+from td3_fast.distill import Distiller
+from td3_fast.distill_state import DistillState
 from td3_fast.training import fresh_like
 from td3_fast.unroll import Lanes, Recorder, called, fit_on_summary, initial_state
 
@@ -145,7 +146,9 @@ def test_training_on_a_summary_may_be_recorded(item_embedding: str) -> None:
     trained, losses = [], []
     for record in (None, called, taped):
         learner = fresh_like(distiller.teacher, seed=1)
-        losses.append(fit_on_summary(learner, summary, seed=2, record=record, **distiller.fit_options()))
+        losses.append(
+            fit_on_summary(learner, summary, seed=2, record=record, **distiller.config.fit_options())
+        )
         trained.append([p.detach() for p in learner.parameters()])
     assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-10)
     for direct, by_call, by_tape in zip(*trained, strict=True):

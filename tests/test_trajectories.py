@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_unroll import small_distiller
 
-from td3_fast.distill import Distiller, DistillState, Trajectory
+from td3_fast.distill import Distiller, Trajectory
 from td3_fast.distill_config import Semantics
+from td3_fast.distill_state import DistillState
 
 COUNT = 3
 

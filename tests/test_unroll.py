@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from td3_fast.data import generate_interactions, leave_one_out
-from td3_fast.distill import Distiller, DistillState
+from td3_fast.distill import Distiller
 from td3_fast.distill_config import DistillConfig, Semantics
+from td3_fast.distill_state import DistillState
 from td3_fast.learners import LEARNERS, build_learner
 from td3_fast.training import Pretrained
 from td3_fast.unroll import (

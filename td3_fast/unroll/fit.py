@@ -7,6 +7,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from td3_fast.learners import FlatParameters, Learner, check_encoder_dtype
 from td3_fast.ops import full_precision
@@ -65,8 +66,8 @@ def _check(learner: Learner, steps: int, batch_size: int, item_embedding: str) -
             )
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _memory_of(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def fit_on_summary(
         run = RecordedLoop(loop, start, items, mixture, steps=steps, window=1, record=record).run
     with torch.enable_grad():
         state, losses = run(initial_state(start), items, mixture, until=steps, progress=progress)
-    if item_embedding == "trained" and _share_memory(items, summary.item_factors):
+    if item_embedding == "trained" and _memory_of(items) == _memory_of(summary.item_factors):
         learner.item_embeddings.data = items.clone()
     flat.write(learner, *state.parameters)
     each: list[float] = losses.tolist()

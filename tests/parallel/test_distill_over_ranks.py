@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from td3_fast.data import Interactions, generate_interactions, leave_one_out
-from td3_fast.distill import Distiller, DistillState, distill
+from td3_fast.distill import Distiller, distill
 from td3_fast.distill_config import SEMANTICS, DistillConfig, Semantics
+from td3_fast.distill_state import DistillState
 from td3_fast.learners import build_learner
 from td3_fast.parallel import ALONE, Group, Ranks, grid
 from td3_fast.training import Pretrained

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from td3_fast.checkpoint import load_checkpoint
 from td3_fast.cli import app
 from td3_fast.data import generate_interactions, write_interactions
-from td3_fast.distill import DistillState
+from td3_fast.distill_state import DistillState
 from td3_fast.report import read_json_lines
 from td3_fast.summary import TuckerSummary
 
