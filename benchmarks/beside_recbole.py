@@ -61,7 +61,7 @@ def options(learner: str, folder: Path, seed: int, epochs: int, batch_size: int,
         "seed": seed,
         "use_gpu": False,
         "show_progress": False,
-        "state": "WARNING",
+        "state": "INFO",
     }
 
 
@@ -99,7 +99,7 @@ def figures(
     import torch
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
-    from recbole.utils import get_model, get_trainer, init_seed
+    from recbole.utils import get_model, get_trainer, init_logger, init_seed
 
     # RecBole reads back the checkpoint that it has just written, which holds an object of its configuration
     load = torch.load
@@ -118,12 +118,13 @@ def figures(
         train, valid, test = data_preparation(config, dataset)
         tokens = dataset.field2token_id["item_id"]
         if model is None:
+            init_logger(config)  # says how training goes
             model = get_model(learner)(config, train.dataset)
         trainer = get_trainer(config["MODEL_TYPE"], learner)(config, model)
         if not saved:
             torch.autograd.set_detect_anomaly(False)  # which importing one of its models has switched on
             began = time.perf_counter()
-            trainer.fit(train, valid, verbose=False, saved=True, show_progress=False)
+            trainer.fit(train, valid, verbose=True, saved=True, show_progress=False)
             found["seconds"] = round(time.perf_counter() - began)
             saved = trainer.saved_model_file
         own = trainer.evaluate(test, load_best_model=True, model_file=saved)
