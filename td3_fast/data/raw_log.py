@@ -195,7 +195,9 @@ def times_of(values: Sequence[Number]) -> NDArray[Any]:
 def _join_times(parts: list[NDArray[Any]]) -> NDArray[Any]:
     """What `times_of` makes of all; where that is objects, their ranks."""
     kinds = {part.dtype.kind for part in parts}
-    if len(kinds) == 1 and "O" not in kinds:
+    integers = [part for part in parts if part.dtype.kind == "i" and len(part)]
+    exact = all(part.min() >= -_EXACT and part.max() <= _EXACT for part in integers)
+    if "O" not in kinds and (len(kinds) == 1 or exact):
         return np.concatenate(parts)
     whole = times_of([value for part in parts for value in part.tolist()])
     return whole if whole.dtype != object else np.unique(whole, return_inverse=True)[1].astype(np.int64)
