@@ -209,7 +209,12 @@ class CostTable:
         return costs
 
     def clear(self) -> None:
-        """Remove what was made of these steps, so that `run` makes all of it anew."""
+        """Remove what was made of these steps, so that `run` makes all of it anew.
+
+        Raises:
+            RunError: the folder holds another table, or one of other data.
+        """
+        check_place(self.folder, table=TABLE, dataset=self.dataset)
         clear_table(self.folder)
         (self.folder / MEASURED).unlink(missing_ok=True)
         for step in self._steps():

@@ -75,9 +75,10 @@ class Validation:
                     tables=self.tables,
                     **config.fit_options(),
                 )
+                trained = True
             except FloatingPointError:
-                diverged += 1
-            if config.semantics.carry_embeddings:
+                diverged, trained = diverged + 1, False
+            if config.semantics.carry_embeddings and trained:
                 state.validation_items = learner.item_embeddings.detach().clone()
             if config.semantics.redraw_negatives:
                 self.ranker.redraw_negatives(epoch * runs + run)
@@ -89,7 +90,9 @@ class Validation:
                 metrics[VALIDATION_LOSS] = self.ranker.cross_entropy(learner, dropout_seed=dropout_seed)
             by_class[of_class].append(metrics)
         found = mean_of([mean_of(runs) for runs in by_class])
-        return self.group.first_of({**found, DIVERGED: diverged} if diverged else found)
+        # all processes name the same figures, whatever each has found
+        agreed = self.group.first_of({**found, DIVERGED: float(diverged)})
+        return agreed if agreed[DIVERGED] else {n: v for n, v in agreed.items() if n != DIVERGED}
 
     def end_epoch(self, summary: Summary, state: DistillState, *, epoch: int) -> None:
         """Enter an epoch into the state's history, and keep its factors where it is the best."""

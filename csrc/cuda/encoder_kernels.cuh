@@ -1,4 +1,4 @@
-// The encoder's kernels of one type; encoder.cuh has the passes.
+// The encoder's kernels of one type; encoder.cuh and those beside it have the passes.
 #pragma once
 
 #include "encoder_backward.cuh"

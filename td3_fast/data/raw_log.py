@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -173,7 +173,12 @@ def parse_number(text: str) -> Number | None:
         return None
     decimals = len(number["decimals"] or number["all"] or "")
     exact = len(text) <= 16 if number["power"] else tells_apart(abs(value), decimals)
-    return value if exact else Decimal(text)
+    if exact:
+        return value
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # a power beyond all measure
+        return None
 
 
 def tells_apart(largest: float, decimals: int) -> bool:
@@ -184,6 +189,8 @@ def tells_apart(largest: float, decimals: int) -> bool:
 def times_of(values: Sequence[Number]) -> NDArray[Any]:
     """int64 or float64 where that holds them in their order, else objects."""
     kinds = {type(value) for value in values}
+    if Decimal in kinds:  # what was read as a float is compared as it was written, too
+        values = [Decimal(repr(value)) if isinstance(value, float) else value for value in values]
     integers = [value for value in values if isinstance(value, int)] if int in kinds else [0]
     least, most = min(integers), max(integers)
     if kinds <= {int}:
