@@ -197,7 +197,7 @@ def reproduce(
         one: common | {"recipe": recipe_of(one, size=size if one == "5" else None), "folder": places[one]}
         for one in chosen
     }
-    with watching(go_on()) as watcher:
+    with watching(go_on(without="--overwrite")) as watcher:
         works = {
             one: _work(cells[one], own[one], watcher, recipe_of=partial(recipe_of, one), shared=folder)
             for one in chosen

@@ -82,7 +82,8 @@ class SearchRun:
 
         def kept(entry: Mapping[str, Any]) -> bool:
             key = keys.get((entry.get("candidate", ""), entry.get("source", "summary")))
-            return not overwrite or entry.get("settings") != key
+            made_here = entry.get("source") == "summary" or self.config.full_seeds > 0
+            return not (overwrite and made_here) or entry.get("settings") != key
 
         made_with = environment(self.summary.item_factors.device)
         with JsonLines(self.folder / TRIALS, keep=kept) as lines:
