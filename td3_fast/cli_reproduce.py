@@ -26,6 +26,7 @@ from td3_fast.cli_options import (
 from td3_fast.terminal import duration, guarded, say
 
 if TYPE_CHECKING:
+    from td3_fast.cost import CostTable
     from td3_fast.figures import Figure
     from td3_fast.paper import Cell
     from td3_fast.recipes import Recipe
@@ -107,7 +108,11 @@ def reproduce(
     threads: Threads = None,
     device: Device = "cpu",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove what was made of these cells, and make it anew.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Make these cells anew, and learners shared with others.",
+        ),
     ] = False,
 ) -> None:
     """Make the cells of a table of the paper and print them beside the paper's figures.
@@ -183,8 +188,6 @@ def reproduce(
     if tune:
         common["tune"] = TuneConfig()
     say(f"{split.interactions!r}; into {folder}")
-    if overwrite and table == "all":
-        (folder / "report.html").unlink(missing_ok=True)
     report = _Report(folder, dataset) if table == "all" else None
     places = dict.fromkeys(chosen, folder)
     if table == "all":
@@ -203,14 +206,20 @@ def reproduce(
             for one in chosen
             if one != "5"
         }
+        costs = _costs(dataset, own["5"], watcher) if "5" in chosen else None
         if overwrite:
-            for work in works.values():
+            all_works: list[Reproduction | CostTable] = [*works.values(), *([costs] if costs else [])]
+            for work in all_works:
+                work.check_place()
+            for work in all_works:
                 work.clear()
+            if report is not None:
+                report.clear()
         with _ahead(list(works.values()), processes, watcher) as ahead:
             for one in chosen:
                 say(f"\ntable {one}" + (f": {len(cells[one])} cells" if cells[one] else ""))
-                if one == "5":
-                    _make_costs(dataset, own[one], watcher, overwrite=overwrite)
+                if costs is not None and one == "5":
+                    _make_costs(costs, watcher)
                 else:
                     _make_cells(works[one], watcher, ahead)
                 say(f"\nwritten: {places[one] / TABLE} and {places[one] / PAGE}")
@@ -226,6 +235,11 @@ class _Report:
         self._shown = self.path.read_text(encoding="utf-8").count("<section ") if self.path.exists() else 0
         self._title = f"The tables of TD3 on {dataset}"
         self._sections: dict[str, Section] = {}
+
+    def clear(self) -> None:
+        """Of what older tables showed nothing is kept."""
+        self.path.unlink(missing_ok=True)
+        self._shown = 0
 
     def take(self, section: Section) -> None:
         """A table as it is now."""
@@ -324,13 +338,16 @@ def _ahead(works: Sequence[Reproduction], processes: int, watcher: Watcher) -> I
         yield ahead
 
 
-def _make_costs(dataset: str, own: dict[str, Any], watcher: Watcher, *, overwrite: bool) -> None:
-    from td3_fast.cost import CostTable, in_words, speed_up
+def _costs(dataset: str, own: dict[str, Any], watcher: Watcher) -> CostTable:
+    from td3_fast.cost import CostTable
     from td3_fast.paper import published_costs
 
-    work = CostTable(dataset=dataset, published=published_costs(dataset), watcher=watcher, **own)
-    if overwrite:
-        work.clear()
+    return CostTable(dataset=dataset, published=published_costs(dataset), watcher=watcher, **own)
+
+
+def _make_costs(work: CostTable, watcher: Watcher) -> None:
+    from td3_fast.cost import in_words, speed_up
+
     costs = work.run(lambda step: watcher.say(f"step: {step[0]}, seed {step[1]}, number {step[2] + 1}"))
     watcher.progress("done", 1, 1, {})
     say()

@@ -186,8 +186,7 @@ class CostTable:
             RunError: a file to be written is there and is of something else.
             Stopped: the watcher asked for it; what is done is kept.
         """
-        make_folder(self.folder)
-        check_place(self.folder, table=TABLE, dataset=self.dataset)
+        self.check_place()
         key = self._key()
         costs: list[Cost] = []
         steps = list(self._steps())
@@ -208,13 +207,15 @@ class CostTable:
                 self._write(costs, finished=len(measured), of=len(steps))
         return costs
 
-    def clear(self) -> None:
-        """Remove what was made of these steps, so that `run` makes all of it anew.
-
-        Raises:
-            RunError: the folder holds another table, or one of other data.
+    def check_place(self) -> None:
+        """Raises:
+        RunError: the folder holds another table, or one of other data.
         """
+        make_folder(self.folder)
         check_place(self.folder, table=TABLE, dataset=self.dataset)
+
+    def clear(self) -> None:
+        """Remove what was made of these steps, and all that was measured, so that `run` makes it anew."""
         clear_table(self.folder)
         (self.folder / MEASURED).unlink(missing_ok=True)
         for step in self._steps():

@@ -216,8 +216,9 @@ class Distiller:
         """
         if state.best is None:
             raise FloatingPointError(
-                f"after none of {len(state.history)} epochs could learners be trained on the summary: their loss was "
-                f"not finite; lower learner_lr ({self.config.learner_lr:g}) or summary_lr ({self.config.summary_lr:g})"
+                f"after none of {len(state.history)} epochs could all learners be trained on the summary, their loss "
+                f"was not finite: lower learner_lr ({self.config.learner_lr:g}) or summary_lr "
+                f"({self.config.summary_lr:g})"
             )
         summary = self.summary(state.best)
         summary.metadata = self.metadata(state)

@@ -13,7 +13,15 @@ from td3_fast.artefact import from_json, tensors_sha256
 from td3_fast.checkpoint import differences
 from td3_fast.data import Split
 from td3_fast.distill_config import Semantics
-from td3_fast.evaluate import ROWS, EvaluateConfig, Row, Scores, evaluate, learner_for
+from td3_fast.evaluate import (
+    ROWS,
+    EvaluateConfig,
+    Row,
+    Scores,
+    evaluate,
+    has_own_positions,
+    learner_for,
+)
 from td3_fast.files import make_folder
 from td3_fast.learners import Learner
 from td3_fast.metrics import mean_and_sd
@@ -264,7 +272,12 @@ class EvaluateRun:
         if self.teacher is None or metadata is None:
             return {}
         name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
-        return {} if name == metadata.training.learner else {"learner": name, "learner_config": config}
+        if not has_own_positions(self.summary, name):
+            return {}
+        drawn = (
+            {} if self.teacher.position_embeddings is None else {"positions": "drawn"}
+        )  # once all shared them
+        return {"learner": name, "learner_config": config, **drawn}
 
 
 def say_made_elsewhere(

@@ -91,12 +91,7 @@ class Reproduction:
         check_place(self.folder, table=self.cells[0].table, dataset=self.cells[0].dataset)
 
     def clear(self) -> None:
-        """Remove what was made of these cells, so that `run` makes all of it anew.
-
-        Raises:
-            RunError: the folder holds another table, or one of other data.
-        """
-        self.check_place()
+        """Remove what these cells are made of, so that `run` makes all of it anew."""
         clear_table(self.folder)
         for folder in {step.folder for step in self.steps()}:
             clear(folder)

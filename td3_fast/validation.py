@@ -49,6 +49,11 @@ class Validation:
             tables=self.tables,
         )
 
+    @property
+    def learners(self) -> int:
+        """After each epoch."""
+        return max(self.config.validation_runs, len(self.classes))
+
     @full_precision()
     def metrics(self, summary: Summary, state: DistillState, *, epoch: int) -> dict[str, float]:
         """The mean of `validation_runs` learners, which the classes share out, and of at least one of each class.
@@ -57,8 +62,7 @@ class Validation:
         """
         config = self.config
         by_class: list[list[dict[str, float]]] = [[] for _ in self.classes]
-        runs = max(config.validation_runs, len(self.classes))
-        diverged = 0
+        runs, diverged = self.learners, 0
         for run in range(runs):
             seed = derive_seed(self.seed, "validation", run)
             of_class = run % len(self.classes)
@@ -103,6 +107,7 @@ class Validation:
         state.losses.clear()
         by_loss = self.config.criterion == "cross_entropy"
         score = -metrics[VALIDATION_LOSS] if by_loss else metrics[SELECTION_METRIC]
-        if DIVERGED not in metrics and score > state.best_score:
+        all_diverged = metrics.get(DIVERGED, 0) >= self.learners
+        if not all_diverged and score > state.best_score:  # no number is not above
             state.best_score, state.best_epoch = score, epoch
             state.best = tuple(p.clone() for p in state.factors.parameters)

@@ -19,6 +19,7 @@ _MAX_ID = 256  # characters; ids are kept in arrays as wide as the longest
 _INTEGER = re.compile(r"([+-]?[0-9]{1,64})(?:\.0*)?")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?(?P<decimals>[0-9]*)|\.(?P<all>[0-9]+))(?P<power>[eE][+-]?[0-9]+)?")
 _EXACT = 2**53  # integers up to here are float64 numbers
+EXACT_DIGITS = 15  # numbers of so many are different float64 numbers
 _DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
     r"(?:[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,9})?)?(?:Z|[+-][0-9]{2}:[0-9]{2})?)?"
@@ -171,9 +172,10 @@ def parse_number(text: str) -> Number | None:
     value = float(text)
     if not math.isfinite(value):
         return None
+    digits = sum(map(str.isdigit, text)) - len(re.sub("[^0-9]", "", number["power"] or ""))
     decimals = len(number["decimals"] or number["all"] or "")
-    exact = len(text) <= 16 if number["power"] else tells_apart(abs(value), decimals)
-    if exact:
+    apart = number["power"] is None and tells_apart(abs(value), decimals)
+    if digits <= EXACT_DIGITS or apart or repr(value) == text:  # no other float is written like that
         return value
     try:
         return Decimal(text)

@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from td3_fast.data.raw_log import (
+    EXACT_DIGITS,
     DataError,
     EncodedIds,
     IdColumn,
@@ -38,7 +39,6 @@ _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _FLOAT_BYTES = np.zeros(256, dtype=bool)
 _FLOAT_BYTES[list(b"0123456789+-.eE\0")] = True
 _POWERS = list(b"eE")
-_SHORT = 16  # bytes of a number with a point: all of at most 15 digits are different floats
 
 
 class Block(NamedTuple):
@@ -322,11 +322,21 @@ def _parse_times(
         return None
     if not np.isfinite(values).all():
         return None
-    if longest > _SHORT:  # as `parse_number`, for all at once
-        if np.isin(text, _POWERS).any():
-            return None
+    return values if _are_exact(values, text, lengths) else None
+
+
+def _are_exact(values: NDArray[np.float64], text: NDArray[np.uint8], lengths: NDArray[np.int64]) -> bool:
+    """Whether `parse_number` has the same floats for these texts (rows, longest), for all at once."""
+    if text.shape[1] <= EXACT_DIGITS:
+        return True
+    powers = np.cumsum(np.isin(text, _POWERS), axis=1) > 0
+    digits = ((text >= ord("0")) & (text <= ord("9")) & ~powers).sum(axis=1)
+    if digits.max() <= EXACT_DIGITS:
+        return True
+    if not powers.any():
         point = (text == ord(".")).argmax(axis=1)
         decimals = np.where((text == ord(".")).any(axis=1), lengths - point - 1, 0)
-        if not tells_apart(float(np.abs(values).max()), int(decimals.max())):
-            return None
-    return values
+        if tells_apart(float(np.abs(values).max()), int(decimals.max())):
+            return True
+    # as Python and NumPy write a float, and no other
+    return bool((values.astype("S64") == np.ascontiguousarray(text).view(f"S{text.shape[1]}")[:, 0]).all())

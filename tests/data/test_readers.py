@@ -147,6 +147,15 @@ def test_times_of_json_are_numbers_or_dates_or_left_out(tmp_path: Path) -> None:
     assert not load_interactions(path).timed
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 23, 16])
+def test_equal_times_that_are_written_otherwise_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(text_table, "_BLOCK_BYTES", block_bytes)
+    lines = "1,b,1700000000.1\n1,a,1700000000.1000000000000000\n1,c,1700000000.10\n"
+    assert as_lists(write(tmp_path, "log.csv", "user,item,time\n" + lines)) == {"1": ["b", "a", "c"]}
+
+
 NANOSECONDS = 1_700_000_000_000_000_000
 
 
@@ -163,6 +172,8 @@ NANOSECONDS = 1_700_000_000_000_000_000
         [f"1700000000.12345{digit}" for digit in (9, 8, 7)],
         [f"1700000000.12345678{digit}" for digit in (9, 8, 7)],
         ["1700000000.1", "1700000000.09999995", "1700000000.0999999"],
+        ["9007199254740993", "9007199254740992", "1.5"],
+        ["1.700000120622795E12", "1.7000001206227949e12", "1.43E12"],
         ["1.00000000000000000002", "1.00000000000000000001", "1"],
         ["1e3", "2.5e2", "-1e1"],
     ],
