@@ -93,7 +93,8 @@ def distill(
         bool,
         typer.Option(
             "--improved",
-            help="Beyond the paper: frozen table, fresh starts, factors from sequences, choice on the full ranking.",
+            help="Beyond the paper: frozen table, fresh starts, factors from sequences, choice on the full "
+            "ranking among the later epochs.",
         ),
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the real examples.")] = None,
@@ -147,6 +148,10 @@ def distill(
         typer.Option(
             min=1, help="Learners trained and averaged for that choice, one of each class at least."
         ),
+    ] = None,
+    selection_start: Annotated[
+        float | None,
+        typer.Option(help="Share of the epochs after which the best is looked for, as in 0.5."),
     ] = None,
     no_alignment: Annotated[bool, typer.Option("--no-alignment", help="No feature space alignment.")] = False,
     no_augmentation: Annotated[
@@ -284,6 +289,7 @@ def distill(
         "selection": selection,
         "criterion": criterion,
         "validation_runs": validation_runs,
+        "selection_start": selection_start,
         "alignment": 0.0 if no_alignment else None,
         "augmentation": False if no_augmentation else None,
         "middle_positions": middle_positions,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from td3_fast.checks import check_choices, check_not_negative, check_positive, check_sizes
+from td3_fast.checks import check_choices, check_not_negative, check_positive, check_rates, check_sizes
 from td3_fast.learners import learner_named
 from td3_fast.training import Protocol
 from td3_fast.unroll import CACHED_PROBABILITIES_LIMIT, KEPT_STATES_LIMIT, ItemEmbedding
@@ -111,6 +111,7 @@ class DistillConfig:
         "MRR@10"  # of the learners whose mean chooses the best epoch, on the validation part
     )
     validation_runs: int = 1
+    selection_start: float = 0.0  # share of the epochs after which the best is looked for
     micro_batch: int = (
         1024  # real examples per pass, shortest histories first; more where a GPU makes no embeddings
     )
@@ -138,6 +139,7 @@ class DistillConfig:
         check_not_negative(self, "summary_weight_decay", "learner_weight_decay", "alignment")
         if self.initial == "sequences" and self.summary == "farzi":
             raise ValueError('a Farzi summary starts from noise: use initial="noise"')
+        check_rates(self, "selection_start")
         if self.growth_limit is not None and not self.growth_limit > 1:
             raise ValueError(f"DistillConfig.growth_limit must be above 1, got {self.growth_limit}")
         if self.growth_limit is not None and self.engine == "higher":
@@ -193,10 +195,11 @@ class DistillConfig:
             )
 
     def settings(self) -> dict[str, Any]:
-        """What a distillation depends on; as it was before classes took turns, where there is one."""
+        """What a distillation depends on; without what came later, where it changes nothing."""
         settings = asdict(self)
-        if not self.other_learners:
-            del settings["other_learners"]
+        for name in ("other_learners", "selection_start"):
+            if not settings[name]:
+                del settings[name]
         return settings
 
     def fit_options(self) -> dict[str, Any]:

@@ -99,7 +99,10 @@ class Validation:
         return agreed if agreed[DIVERGED] else {n: v for n, v in agreed.items() if n != DIVERGED}
 
     def end_epoch(self, summary: Summary, state: DistillState, *, epoch: int) -> None:
-        """Enter an epoch into the state's history, and keep its factors where it is the best."""
+        """Enter an epoch into the state's history, and keep its factors where it is the best.
+
+        From `selection_start` on none is compared with those before it, which are kept until then.
+        """
         metrics = self.metrics(summary, state, epoch=epoch)
         figures = {"epoch": epoch, **mean_of(state.losses), **metrics}
         # a file of JSON has no place for others
@@ -107,6 +110,8 @@ class Validation:
         state.losses.clear()
         by_loss = self.config.criterion == "cross_entropy"
         score = -metrics[VALIDATION_LOSS] if by_loss else metrics[SELECTION_METRIC]
+        if epoch == 1 + int(self.config.selection_start * self.config.epochs):
+            state.best_score = float("-inf")
         all_diverged = metrics.get(DIVERGED, 0) >= self.learners
         if not all_diverged and score > state.best_score:  # no number is not above
             state.best_score, state.best_epoch = score, epoch

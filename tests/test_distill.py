@@ -137,6 +137,26 @@ def test_outer_loss_falls(split: Split, pretrained: Pretrained) -> None:
     assert state.best_score == state.history[best]["MRR@10"]
 
 
+@pytest.mark.parametrize(("start", "first"), [(0.0, 1), (0.5, 4), (0.8, 5)])
+def test_the_best_epoch_is_looked_for_among_the_later_ones(
+    split: Split, pretrained: Pretrained, start: float, first: int
+) -> None:
+    distiller = Distiller(split, pretrained, replace(CONFIG, epochs=6, selection_start=start), seed=0)
+    state = distiller.initial_state()
+    found = iter([0.9, 0.2, 0.8, 0.3, 0.5, 0.4])
+
+    def metrics(*given: Any, **options: Any) -> dict[str, float]:
+        return {"MRR@10": next(found)}
+
+    distiller.validation.metrics = metrics  # type: ignore[method-assign]
+    best = []
+    for epoch in range(1, 7):
+        state.losses.append({"loss": 1.0})
+        distiller.validation.end_epoch(distiller.form, state, epoch=epoch)
+        best.append(state.best_epoch)
+    assert best == {1: [1, 1, 1, 1, 1, 1], 4: [1, 1, 1, 4, 5, 5], 5: [1, 1, 1, 1, 5, 5]}[first]
+
+
 def test_cross_entropy_may_choose_the_best_epoch(split: Split, pretrained: Pretrained) -> None:
     config = replace(CONFIG, epochs=6, item_embedding="frozen", criterion="cross_entropy", validation_runs=2)
     _, state = distill(split, pretrained, config, seed=0)
@@ -181,6 +201,7 @@ def test_divergence_is_an_error(split: Split, pretrained: Pretrained) -> None:
         ({"positions": 1}, "at least 2 positions"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"item_embedding": "frozen", "semantics": SEMANTICS["authors"]}, "carry_embeddings"),
+        ({"selection_start": 1.0}, r"selection_start must lie in \[0, 1\), got 1.0"),
         ({"growth_limit": 1.0}, "growth_limit must be above 1, got 1.0"),
         ({"growth_limit": 3.0, "engine": "higher"}, 'engine="native"'),
         ({"item_embedding": "train"}, "item_embedding must be one of 'frozen', 'trained', got 'train'"),
