@@ -124,8 +124,8 @@ def parse_size(size: str) -> tuple[int, int]:
 # Beyond the paper; it raised NDCG on ml-100k (benchmarks/results). The item table frozen, since a short training on few
 # synthetic users harms it more than it helps the encoder; learners that start and end as those trained on the finished
 # summary do, half of their steps differentiated and none with the noise of dropout; factors that start at sequences of
-# the log; a choice on the full ranking that no single lucky run decides, nor an early epoch by chance: on held-out halves
-# of the validation part the later epochs are worth more. Ranks as large as the paper tries. Where real
+# the log; a choice on the full ranking that no single lucky run decides, nor an early epoch by chance: on held-out
+# halves of the validation part the later epochs are worth more. Ranks as large as the paper tries. Where real
 # batches are small, the gradient of so long a window is noisy, and explodes in the first epochs: it is cut short there,
 # and the outer rate falls with the root of the batch, as Adam's should (Malladi et al., 2022, arXiv:2205.10287). With a
 # rate of 0.01 in the inner loop, as ml-1m has it, the gradient of the long window grows and the loss rises from the
