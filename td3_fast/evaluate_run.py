@@ -274,9 +274,8 @@ class EvaluateRun:
         name, config = type(self.teacher).__name__, self.teacher.hyperparameters()
         if not has_own_positions(self.summary, name):
             return {}
-        drawn = (
-            {} if self.teacher.position_embeddings is None else {"positions": "drawn"}
-        )  # once all shared them
+        # runs of before, whose learners all shared their positions, have no such entry
+        drawn = {} if self.teacher.position_embeddings is None else {"positions": "drawn"}
         return {"learner": name, "learner_config": config, **drawn}
 
 

@@ -43,6 +43,7 @@ def test_python_snippets_run_one_after_the_other(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "summaries").symlink_to(ROOT / "summaries")
     names: dict[str, Any] = {"__name__": page.stem}
     for snippet in blocks(page, "python"):
         exec(compile(snippet, str(page), "exec"), names)
