@@ -1,4 +1,5 @@
-"""Products of kept probabilities with a narrow table and with a cotangent, beside the general matrix product.
+"""Products of kept probabilities with a narrow table and with a cotangent, and those of cotangents and tables that they
+weigh, beside the general matrix product.
 
 Of a flat summary, and of a sharp one, whose smallest probabilities are no normal numbers of float32.
 """
@@ -16,13 +17,14 @@ PARAMETERS = {
         "acceptance": [(2_500, 3_417, 32), (2_500, 20_000, 64)],
         "full": [(2_500, 100_000, 64)],
     },
-    "product": ["with a table", "with a cotangent"],
+    "product": ["with a table", "with a cotangent", "weighing 8 pairs"],
     "scores": ["flat", "sharp"],
     "variant": ["fused", "dense eager"],
 }
 # Of scores: largest beside smallest of a row as in a summary of ml-1m after 150 outer steps, about e^60.
 SPREAD = {"flat": 0.1, "sharp": 15.0}
 COTANGENT = 1e-6  # of the size that real ones have
+PAIRS = 8
 
 
 def make_run(variant, product, scores, size, device):
@@ -33,6 +35,14 @@ def make_run(variant, product, scores, size, device):
         return torch.randn(shape, generator=generator).to(device)
 
     probabilities = torch.softmax(SPREAD[scores] * draw(rows, n), dim=-1)
+    if product == "weighing 8 pairs":
+        cotangents, tables = (
+            [COTANGENT * draw(rows, d) for _ in range(PAIRS)],
+            [draw(n, d) for _ in range(PAIRS)],
+        )
+        if variant == "fused":
+            return lambda: (ops.weigh_products(probabilities, cotangents, tables),)
+        return lambda: ((torch.cat(cotangents, dim=1) @ torch.cat(tables, dim=1).T).mul_(probabilities),)
     other = draw(n, d) if product == "with a table" else COTANGENT * draw(rows, d)
     if variant == "fused":
         function = ops.mix_items if product == "with a table" else ops.mix_items_transposed
@@ -49,5 +59,5 @@ def test_mix_items(size, product, scores, variant, device, measure):
         make_run(variant, product, scores, size, device),
         make_run("fused", product, scores, size, device),
         make_run("dense eager", product, scores, size, device)(),
-        flops=2 * rows * n * d,
+        flops=2 * rows * n * d * (PAIRS if product == "weighing 8 pairs" else 1),
     )

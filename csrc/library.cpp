@@ -208,8 +208,10 @@ TORCH_LIBRARY(td3_fast, m) {
       tags);
 
   m.set_python_module("td3_fast.ops.mix_items");
+  m.def("item_probabilities(Tensor queries, Tensor keys) -> Tensor", tags);
   m.def("mix_items(Tensor probabilities, Tensor items) -> Tensor", tags);
   m.def("mix_items_transposed(Tensor probabilities, Tensor cotangent) -> Tensor", tags);
+  m.def("weigh_products(Tensor probabilities, Tensor[] cotangents, Tensor[] tables) -> Tensor", tags);
 
   m.set_python_module("td3_fast.ops.target_rank");
   m.def(

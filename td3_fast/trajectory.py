@@ -99,6 +99,7 @@ class Follower:
             separate_passes=config.semantics.separate_passes,
             restart_batches_at=trajectory.warm_up if config.semantics.restart_batches else None,
             tables=self.tables,
+            flat=self.flat,
         )
 
     def objective(self, trajectory: Trajectory) -> OuterObjective:

@@ -32,8 +32,10 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
   m.impl("random_words_of_sites", random_words_of_sites);
   m.impl("sum_rows_by_id", sum_rows_by_id);
   m.impl("next_item_gradient", next_item_gradient);
+  m.impl("item_probabilities", item_probabilities);
   m.impl("mix_items", mix_items);
   m.impl("mix_items_transposed", mix_items_transposed);
+  m.impl("weigh_products", weigh_products);
   m.impl("target_rank", target_rank);
   m.impl("candidate_rank", candidate_rank);
 }
@@ -52,8 +54,10 @@ TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
   m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
   m.impl("adam_adjoint_", torch::autograd::autogradNotImplementedFallback());
   m.impl("next_item_gradient", torch::autograd::autogradNotImplementedFallback());
+  m.impl("item_probabilities", torch::autograd::autogradNotImplementedFallback());
   m.impl("mix_items", torch::autograd::autogradNotImplementedFallback());
   m.impl("mix_items_transposed", torch::autograd::autogradNotImplementedFallback());
+  m.impl("weigh_products", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace td3_fast::cpu

@@ -187,8 +187,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
                                                               at::IntArrayRef sizes,
                                                               bool trained);
 
+Tensor item_probabilities(const Tensor& queries, const Tensor& keys);
 Tensor mix_items(const Tensor& probabilities, const Tensor& items);
 Tensor mix_items_transposed(const Tensor& probabilities, const Tensor& cotangent);
+Tensor weigh_products(const Tensor& probabilities, at::TensorList cotangents, at::TensorList tables);
 
 Tensor target_rank(const Tensor& hidden,
                    const Tensor& item_embeddings,

@@ -92,6 +92,10 @@ struct Tile {
   // the weighted sum are rescaled to it, and the tile is added to sum.
   void (*online_softmax)(T* scores, int64_t items, T* maximum, T* sum, T* weighted, int64_t width);
 
+  // out[i] = softmax(scores)[i] for i < count, which out may end with; scores, which are overwritten, up to
+  // the end of their last panel.
+  void (*softmax)(T* scores, int64_t count, T* out);
+
   // scores become exp(scores - logsumexp - remainder); remainder may be null, for zero.
   void (*probabilities)(T* scores, int64_t items, const T* logsumexp, const T* remainder);
 

@@ -267,6 +267,42 @@ void online_softmax(T* scores, int64_t items, T* maximum, T* sum, T* weighted, i
 }
 
 template <typename T>
+void softmax(T* scores, int64_t count, T* out) {
+  constexpr int64_t P = kPanel<T>;
+  constexpr int V = kVectorsPerPanel;
+  const int64_t end = (count + P - 1) / P * P;
+  for (int64_t i = count; i < end; ++i) scores[i] = -__builtin_inf();
+  Lanes<T> peak(scores), total{};
+  for (int64_t i = P; i < end; i += P) {
+    const Lanes<T> s(scores + i);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) peak.v[v] = s.v[v] > peak.v[v] ? s.v[v] : peak.v[v];
+  }
+  T largest = peak.v[0][0], sum = 0;
+  for (int64_t lane = 1; lane < P; ++lane) {
+    const T of_lane = peak.v[lane / kLanes<T>][lane % kLanes<T>];
+    largest = of_lane > largest ? of_lane : largest;
+  }
+  for (int64_t i = 0; i < end; i += P) {
+    Lanes<T> s(scores + i);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      s.v[v] = exponential(s.v[v] - largest);
+      total.v[v] += s.v[v];
+    }
+    s.store(scores + i);
+  }
+  for (int64_t lane = 0; lane < P; ++lane) sum += total.v[lane / kLanes<T>][lane % kLanes<T>];
+  const T factor = 1 / sum;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    *reinterpret_cast<UnalignedVector<T>*>(out + i) =
+        *reinterpret_cast<const Vector<T>*>(scores + i) * factor;
+  }
+  for (; i < count; ++i) out[i] = scores[i] * factor;
+}
+
+template <typename T>
 void probabilities(T* scores, int64_t items, const T* logsumexp, const T* remainder) {
   constexpr int64_t P = kPanel<T>;
   const Lanes<T> high(logsumexp);
@@ -460,6 +496,7 @@ constexpr Tile<T> kTile = {TD3_FAST_STRING(TD3_FAST_INSTRUCTION_SET),
                            wide_product<T>,
                            sum_rows<T>,
                            online_softmax<T>,
+                           softmax<T>,
                            probabilities<T>,
                            scale<T>,
                            largest<T>,

@@ -27,7 +27,7 @@ from td3_fast.ops.item_cross_entropy import (
 )
 from td3_fast.ops.library import FusedUnavailableWarning, build_facts, has_fused
 from td3_fast.ops.look_up import look_up
-from td3_fast.ops.mix_items import mix_items, mix_items_transposed
+from td3_fast.ops.mix_items import item_probabilities, mix_items, mix_items_transposed, weigh_products
 from td3_fast.ops.next_item_gradient import (
     EXAMPLES_AT_ONCE,
     SMALL_TABLE,
@@ -73,6 +73,7 @@ __all__ = [
     "inner_gradient",
     "item_cross_entropy",
     "item_logsumexp",
+    "item_probabilities",
     "kept_score_bytes",
     "known_gradient",
     "look_up",
@@ -91,4 +92,5 @@ __all__ = [
     "transformer_encoder",
     "tucker_queries",
     "tucker_soft_embedding",
+    "weigh_products",
 ]

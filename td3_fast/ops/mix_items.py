@@ -1,9 +1,19 @@
-"""Products of kept probabilities with item tables that are much narrower than the catalogue is long."""
+"""Probabilities that are kept, and their products with item tables much narrower than the catalogue is long."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from td3_fast.ops.library import has_fused, register_fake
+
+
+def item_probabilities(queries: Tensor, keys: Tensor) -> Tensor:
+    """``softmax(queries @ keys.T)``: (rows, rank), (n, rank) -> (rows, n). Not differentiable."""
+    if _fused(queries, keys):
+        probabilities: Tensor = torch.ops.td3_fast.item_probabilities(queries, keys)
+        return probabilities
+    return torch.softmax(queries @ keys.T, dim=-1)
 
 
 def mix_items(probabilities: Tensor, items: Tensor) -> Tensor:
@@ -26,10 +36,30 @@ def mix_items_transposed(probabilities: Tensor, cotangent: Tensor) -> Tensor:
     return probabilities.T @ cotangent
 
 
-def _fused(probabilities: Tensor, other: Tensor) -> bool:
-    if torch.is_grad_enabled() and (probabilities.requires_grad or other.requires_grad):
-        raise RuntimeError("mix_items has no derivative: detach its inputs, or use soft_embedding")
-    return probabilities.device.type == "cpu" and has_fused("cpu")
+def weigh_products(probabilities: Tensor, cotangents: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+    """``probabilities * sum(c @ t.T)`` over pairs of a cotangent c (rows, d) and a table t (n, d), at least one pair:
+    (rows, n). Not differentiable.
+
+    Where each ``c`` is the cotangent of ``mix_items(probabilities, t)``, the gradient of the scores, of which the
+    probabilities are the softmax, is this less the probabilities times its sums over rows.
+    """
+    if _fused(probabilities, *cotangents, *tables):
+        weighted: Tensor = torch.ops.td3_fast.weigh_products(probabilities, cotangents, tables)
+        return weighted
+    return (torch.cat(list(cotangents), dim=1) @ torch.cat(list(tables), dim=1).T).mul_(probabilities)
+
+
+def _fused(first: Tensor, *others: Tensor) -> bool:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (first, *others)):
+        raise RuntimeError(
+            "probabilities that are kept have no derivative: detach the inputs, or use soft_embedding"
+        )
+    return first.device.type == "cpu" and has_fused("cpu")
+
+
+@register_fake("td3_fast::item_probabilities")
+def _(queries: Tensor, keys: Tensor) -> Tensor:
+    return queries.new_empty(queries.shape[0], keys.shape[0])
 
 
 @register_fake("td3_fast::mix_items")
@@ -40,3 +70,8 @@ def _(probabilities: Tensor, items: Tensor) -> Tensor:
 @register_fake("td3_fast::mix_items_transposed")
 def _(probabilities: Tensor, cotangent: Tensor) -> Tensor:
     return cotangent.new_empty(probabilities.shape[1], cotangent.shape[1])
+
+
+@register_fake("td3_fast::weigh_products")
+def _(probabilities: Tensor, cotangents: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+    return probabilities.new_empty(probabilities.shape)

@@ -15,6 +15,7 @@ from td3_fast.ops import (
     Normalize,
     item_cross_entropy,
     item_logsumexp,
+    item_probabilities,
     look_up,
     normalized_embedding,
     soft_embedding,
@@ -105,7 +106,8 @@ class WholeTables:
         return target_rank(hidden, table, target, candidates=candidates, excluded=excluded)
 
     def probabilities(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return torch.softmax(queries.detach() @ keys.T, dim=-1)
+        rows = queries.detach().flatten(0, -2)
+        return item_probabilities(rows, keys.detach()).view(*queries.shape[:-1], len(keys))
 
     def total(self, partial: Tensor) -> Tensor:
         return partial

@@ -8,6 +8,7 @@ last to first.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +108,7 @@ class InnerLoop:
     )
     restart_batches_at: int | None = None  # the step at which the cycle of users starts over
     tables: ItemTables = WHOLE  # where the rows of item tables are
+    flat: FlatParameters | None = None  # of the learner, where it is there
 
     def __post_init__(self) -> None:
         if self.num_positions < 2:
@@ -118,6 +120,10 @@ class InnerLoop:
                 f"a summary of {self.num_positions} positions needs a learner with max_len >= "
                 f"{self.num_positions - 1}, got {self.learner.max_len}"
             )
+
+    @functools.cached_property
+    def _flat(self) -> FlatParameters:
+        return FlatParameters(self.learner) if self.flat is None else self.flat
 
     def batch(self, step: int) -> Tensor:
         """The synthetic users of a step, cyclic and in order: (b,) int64, not to be written to."""
@@ -167,6 +173,14 @@ class InnerLoop:
             _sizes(count, self.adam),
         )
 
+    def _inputs_of(self, steps: range, device: torch.device) -> Iterator[StepInputs]:
+        """`inputs` of steps that follow one another, on a device."""
+        if len(steps) == 0:
+            return
+        *tensors, sizes = (field[steps.start :] for field in self.first_inputs(steps.stop))
+        for users, targets, seeds, size in zip(*(t.unbind() for t in tensors), sizes.tolist(), strict=True):
+            yield StepInputs(users, targets, seeds, size).to(device)
+
     def passes(self, inputs: StepInputs) -> list[tuple[Tensor, DropoutStream | None]]:
         """The encoder passes of a step: their target positions (b, k), and their dropout if there is any."""
         parts = inputs.targets.split(1, dim=1) if self.separate_passes else (inputs.targets,)
@@ -204,16 +218,16 @@ class InnerLoop:
 
         items: (n, d), the table where `state` holds none. Returns the last state and the loss of each step.
         """
-        flat = FlatParameters(self.learner)
         losses: list[Tensor] = []
-        first = state.step
-        for step in range(first, until):
-            inputs = self.inputs(step).to(items.device)
-            evaluated = self.evaluate(flat, state.parameters, items, mixture, inputs, create_graph=False)
+        steps = range(state.step, until)
+        for taken, inputs in enumerate(self._inputs_of(steps, items.device), start=1):
+            evaluated = self.evaluate(
+                self._flat, state.parameters, items, mixture, inputs, create_graph=False
+            )
             state = adam_step_(state, evaluated.gradients, self.adam, inputs.size)
             losses.append(evaluated.loss)
             if progress is not silent:
-                progress("fit", step + 1 - first, until - first, {"loss": float(evaluated.loss)})
+                progress("fit", taken, len(steps), {"loss": float(evaluated.loss)})
         return state, torch.stack(losses) if losses else items.new_empty(0)
 
     def run_window(
@@ -247,12 +261,12 @@ class InnerLoop:
     def _keep_steps(
         self, state: AdamState, items: Tensor, mixture: ItemMixture, *, until: int
     ) -> tuple[AdamState, list[WindowStep]]:
-        flat = FlatParameters(self.learner)
         steps: list[WindowStep] = []
-        while state.step < until:
+        for inputs in self._inputs_of(range(state.step, until), items.device):
             before = state.clone()
-            inputs = self.inputs(state.step).to(items.device)
-            evaluated = self.evaluate(flat, before.parameters, items, mixture, inputs, create_graph=True)
+            evaluated = self.evaluate(
+                self._flat, before.parameters, items, mixture, inputs, create_graph=True
+            )
             steps.append(WindowStep(before, evaluated))
             state = adam_step_(state, evaluated.gradients, self.adam, inputs.size)
         return state, steps

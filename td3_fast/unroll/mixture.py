@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from td3_fast.ops import mix_items, mix_items_transposed
+from td3_fast.ops import mix_items, mix_items_transposed, weigh_products
 from td3_fast.parallel import WHOLE, ItemTables
 
 if TYPE_CHECKING:
@@ -174,7 +174,8 @@ class CachedMixture(_Constants):
         return rows.flatten(0, 1)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
-        return self._tables.total(mix_items(self._rows(users), items)).unflatten(0, (len(users), -1))
+        mixed = self._tables.total(mix_items(self._rows(users), items))
+        return mixed.view(users.shape[0], -1, items.shape[1])
 
     def embed_transposed(self, users: Tensor, cotangent: Tensor) -> Tensor:
         return mix_items_transposed(self._rows(users), cotangent.flatten(0, 1))
@@ -192,9 +193,9 @@ class CachedMixture(_Constants):
             noted = self._noted.pop(users)
             index = beside(torch.tensor(users, device="cpu"), self._gradient)
             rows = self._rows(index)
-            cotangents, tables = (torch.cat(parts, dim=1) for parts in zip(*noted, strict=True))
-            del noted
-            weighted = (cotangents @ tables.T).mul_(rows)
+            cotangents, tables = zip(*noted, strict=True)
+            weighted = weigh_products(rows, cotangents, tables)
+            del noted, cotangents, tables
             # the softmax's derivative, with the row sums taken out after the product with the keys
             shares = self._tables.total(weighted.sum(-1, keepdim=True))
             gradient = self._tables.total(
@@ -221,9 +222,9 @@ def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
     if users.device.type != "cpu":
         return tensor[users]
     chosen = users.tolist()
-    first = chosen[0] if chosen else 0
-    following = 0 <= first <= len(tensor) - len(chosen) and chosen == list(range(first, first + len(chosen)))
-    return tensor[first : first + len(chosen)] if following else tensor[users]
+    count, first = len(chosen), chosen[0] if chosen else 0
+    following = 0 <= first <= tensor.shape[0] - count and chosen == list(range(first, first + count))
+    return tensor.narrow(0, first, count) if following else tensor[users]
 
 
 def pinned(tensor: Tensor) -> Tensor:

@@ -78,10 +78,12 @@ def test_every_instruction_set_gives_the_same_derivatives(dtype):
         # not the square: that of a norm's outputs is the same for all inputs
         to_given = torch.autograd.grad(encoded.pow(3).sum(), given, create_graph=True)
         twice = torch.autograd.grad(sum(x.square().sum() for x in to_given), given)
+        chosen = ops.item_probabilities(table[:40], table)
         mixed = ops.mix_items(probabilities, table)
         sums = ops.mix_items_transposed(probabilities, mixed)
+        weighted = ops.weigh_products(probabilities, [mixed, mixed[:, :5]], [table, table[:, :5]])
         return [embedding.detach(), logsumexp.detach(), *(x.detach() for x in first), *second, ranks,
-                step.loss, step.parameters, step.items, step.embeds, *moved, mixed, sums,
+                step.loss, step.parameters, step.items, step.embeds, *moved, chosen, mixed, sums, weighted,
                 encoded.detach(), *(x.detach() for x in to_given), *twice]  # fmt: skip
 
     try:

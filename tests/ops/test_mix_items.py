@@ -1,10 +1,10 @@
-"""Products of kept probabilities with narrow tables."""
+"""Probabilities that are kept, their products with narrow tables, and those that they weigh."""
 
 import pytest
 import torch
 
 from td3_fast import ops
-from td3_fast.ops import mix_items, mix_items_transposed
+from td3_fast.ops import item_probabilities, mix_items, mix_items_transposed, weigh_products
 
 SIZES = [
     (1, 1, 1),
@@ -18,6 +18,34 @@ SIZES = [
 ]
 # panels of columns, full and not, over several parts of the depth, and more items than stay in cache
 SIZES += [(130, 300, 17), (130, 300, 50), (70, 300, 24), (70, 300, 48), (70, 3000, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.1, 30.0])
+@pytest.mark.parametrize(("rows", "n", "rank"), [*SIZES, (30, 20_000, 5), (5, 16, 16), (5, 17, 16)])
+def test_probabilities(rows: int, n: int, rank: int, spread: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = spread * torch.randn(rank, rows, generator=generator, dtype=dtype).T
+    keys = torch.randn(n, rank, generator=generator, dtype=dtype)
+    made = item_probabilities(queries, keys)
+    assert (made.shape, made.dtype) == ((rows, n), dtype)
+    scores = queries.double() @ keys.double().T
+    expected = scores.softmax(-1)
+    # of scores that were rounded, its own and the row's largest, and of the exponential, which ends at the least normal
+    # number
+    added = queries.double().abs() @ keys.double().abs().T
+    largest = added.max(-1, keepdim=True).values if n else added
+    bound = expected * (8 * largest + 16) * torch.finfo(dtype).eps + 2 * torch.finfo(dtype).tiny
+    assert bool(((made - expected).abs() <= bound).all())
+
+
+def test_probabilities_of_what_is_not_finite() -> None:
+    queries, keys = torch.randn(4, 3), torch.randn(40, 3)
+    queries[1] = torch.nan
+    queries[2, 0] = torch.inf
+    made = item_probabilities(queries, keys)
+    assert bool(made[1:3].isnan().all())
+    assert bool(made[[0, 3]].isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -38,6 +66,26 @@ def test_equals_the_product(rows: int, n: int, d: int, dtype: torch.dtype) -> No
         assert bool(((made - expected).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pairs", [1, 3, 70])
+@pytest.mark.parametrize(("rows", "n", "d"), SIZES)
+def test_weighed_products(rows: int, n: int, d: int, pairs: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(rows + 2, n, generator=generator, dtype=dtype)[1:-1]
+    cotangents, tables = (
+        [torch.randn(d, of, generator=generator, dtype=dtype).T for _ in range(pairs)] for of in (rows, n)
+    )
+    # a pair of another width, which is none of the vectors'
+    cotangents.append(torch.randn(rows, 3, generator=generator, dtype=dtype))
+    tables.append(torch.randn(n, 3, generator=generator, dtype=dtype))
+    weighted = weigh_products(probabilities, cotangents, tables)
+    left, right = (torch.cat(matrices, dim=1).double() for matrices in (cotangents, tables))
+    expected = probabilities.double() * (left @ right.T)
+    bound = 4 * torch.finfo(dtype).eps * probabilities.double() * (left.abs() @ right.abs().T)
+    assert (weighted.shape, weighted.dtype) == (expected.shape, dtype)
+    assert bool(((weighted - expected).abs() <= bound).all())
+
+
 @pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
 def test_equal_bits_on_any_number_of_threads() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +95,14 @@ def test_equal_bits_on_any_number_of_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((mix_items(probabilities, items), mix_items_transposed(probabilities, cotangent)))
+            results.append(
+                (
+                    mix_items(probabilities, items),
+                    mix_items_transposed(probabilities, cotangent),
+                    weigh_products(probabilities, [cotangent, -cotangent[:, :3]], [items, items[:, :3]]),
+                    item_probabilities(cotangent, items),
+                )
+            )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -83,8 +138,26 @@ def test_schemas_and_refusals() -> None:
     probabilities, items = torch.rand(4, 6), torch.randn(6, 3)
     torch.library.opcheck(torch.ops.td3_fast.mix_items.default, (probabilities, items))
     torch.library.opcheck(torch.ops.td3_fast.mix_items_transposed.default, (probabilities, torch.randn(4, 3)))
+    torch.library.opcheck(torch.ops.td3_fast.item_probabilities.default, (torch.randn(4, 3), items))
+    pairs = ([torch.randn(4, 3), torch.randn(4, 2)], [items, torch.randn(6, 2)])
+    torch.library.opcheck(torch.ops.td3_fast.weigh_products.default, (probabilities, *pairs))
     with pytest.raises(RuntimeError, match="no derivative"):
         mix_items(probabilities, items.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="no derivative"):
+        weigh_products(probabilities, [torch.randn(4, 3)], [items.clone().requires_grad_()])
+    with pytest.raises(RuntimeError, match="no derivative"):
+        item_probabilities(torch.randn(4, 3), items.clone().requires_grad_())
+    with pytest.raises(ValueError, match="queries"):
+        item_probabilities(torch.randn(4, 2), items)
+    for cotangents, tables, match in (
+        ([], [], "one at least"),
+        ([torch.randn(4, 3)], [items, items], "as many cotangents"),
+        ([torch.randn(4, 2)], [items], "as wide as its table"),
+        ([torch.randn(5, 3)], [items], "of rows rows"),
+        ([torch.randn(4, 3)], [items[:5]], "of n rows"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            weigh_products(probabilities, cotangents, tables)
     with pytest.raises(NotImplementedError, match="mix_items"):
         torch.func.jvp(lambda table: mix_items(probabilities, table), (items,), (items,))
     with pytest.raises(ValueError, match="probabilities"):
