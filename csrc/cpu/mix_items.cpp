@@ -86,12 +86,14 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   const Tensor mixed = fresh({rows, d}, kType<T>);
   if (n == 0) return mixed.zero_();
   const ColumnPanels<T> packed(items);
-  const int64_t tasks = ceil_div(rows, kRowsPerTask), workers = num_workers(tasks, rows * n * d);
+  const int64_t workers = num_workers(ceil_div(rows, kRowsPerTask), rows * n * d);
+  const Chunks chunks{rows,
+                      ceil_div(ceil_div(rows, kRowsPerTask), workers) * workers};  // none has less to do
   const Scratch<T> scratch(workers * kRowsPerTask * W);
   const T* from = p.const_data_ptr<T>();
   T* to = mixed.mutable_data_ptr<T>();
-  run_tasks(tasks, workers, [&](int64_t task, int64_t worker) {
-    const int64_t first = task * kRowsPerTask, count = std::min(kRowsPerTask, rows - first);
+  run_tasks(chunks.count, workers, [&](int64_t chunk, int64_t worker) {
+    const int64_t first = chunks.begin(chunk), count = chunks.begin(chunk + 1) - first;
     for (int64_t column = 0; column < d; column += W) {
       const Sums<T> sums(to + first * d, count, d, column, scratch.data() + worker * kRowsPerTask * W);
       for (int64_t item = 0; item < n; item += kDepthOfMix) {

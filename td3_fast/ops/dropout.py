@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 
@@ -123,13 +124,19 @@ def random_words_of_sites(
     """
     if use_fused(backend, seed.device):
         words: Tensor = torch.ops.td3_fast.random_words_of_sites(seed, first_site, counts)
-        # the operator draws whole blocks
-        sizes = [size for count in counts for size in (count, -count % WORDS_PER_BLOCK)]
-        return list(torch.split_with_sizes(words, sizes)[::2])
+        return list(torch.split_with_sizes(words, _with_gaps(tuple(counts)))[::2])
     return [_reference(seed, first_site + i, count) for i, count in enumerate(counts)]
 
 
 WORDS_PER_BLOCK = 8
+
+
+@functools.lru_cache(maxsize=64)
+def _with_gaps(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Each count and what is left of its last block: whole blocks are drawn."""
+    return tuple(size for count in counts for size in (count, -count % WORDS_PER_BLOCK))
+
+
 MASK = 2**32 - 1
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -45,7 +45,7 @@ def has_fused(device: torch.device | str = "cpu") -> bool:
     """Whether fused kernels are built for the type of ``device``."""
     if _kernels is None:
         return False
-    kind = torch.device(device).type
+    kind = (device if isinstance(device, torch.device) else torch.device(device)).type
     return kind != "cuda" or _built_for_cuda
 
 

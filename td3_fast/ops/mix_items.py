@@ -50,11 +50,14 @@ def weigh_products(probabilities: Tensor, cotangents: Sequence[Tensor], tables: 
 
 
 def _fused(first: Tensor, *others: Tensor) -> bool:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (first, *others)):
+    needs_gradient = first.requires_grad
+    for tensor in others:
+        needs_gradient = needs_gradient or tensor.requires_grad
+    if needs_gradient and torch.is_grad_enabled():
         raise RuntimeError(
             "probabilities that are kept have no derivative: detach the inputs, or use soft_embedding"
         )
-    return first.device.type == "cpu" and has_fused("cpu")
+    return first.is_cpu and has_fused(first.device)
 
 
 @register_fake("td3_fast::item_probabilities")

@@ -168,16 +168,26 @@ def dropout_words(
     """The random words of each place where the encoder drops, in the order of its modules; empty without dropout."""
     if dropout is None:
         return []
+    sites, counts = _dropout_sites(shape, batch, length, asked)
+    words = dropout.words_of_masks(counts, device=device)
+    if len(words) == len(sites):
+        return words
+    drawn = iter(words)
+    return [next(drawn) if drops else torch.empty(0, dtype=torch.int16, device=device) for drops in sites]
+
+
+@functools.lru_cache(maxsize=64)
+def _dropout_sites(
+    shape: EncoderShape, batch: int, length: int, asked: int
+) -> tuple[tuple[bool, ...], tuple[int, ...]]:
+    """Whether the encoder drops at each place where it may, and the elements of each place where it does."""
     hidden, attention = shape.hidden_dropout, shape.attention_dropout
     sites = [(batch * length * shape.width, hidden)]
     for layer in range(shape.layers):
         rows = asked if layer == shape.layers - 1 else length
         sites.append((batch * shape.heads * rows * length, attention))
         sites += [(batch * rows * shape.width, hidden)] * 2
-    drawn = iter(dropout.words_of_masks([count for count, rate in sites if rate != 0.0], device=device))
-    return [
-        torch.empty(0, dtype=torch.int16, device=device) if rate == 0.0 else next(drawn) for _, rate in sites
-    ]
+    return tuple(rate != 0.0 for _, rate in sites), tuple(count for count, rate in sites if rate != 0.0)
 
 
 def packed_sizes(shape: EncoderShape) -> list[int]:

@@ -177,8 +177,10 @@ class InnerLoop:
         """`inputs` of steps that follow one another, on a device."""
         if len(steps) == 0:
             return
-        *tensors, sizes = (field[steps.start :] for field in self.first_inputs(steps.stop))
-        for users, targets, seeds, size in zip(*(t.unbind() for t in tensors), sizes.tolist(), strict=True):
+        *fields, sizes = self.first_inputs(steps.stop)
+        assert isinstance(sizes, Tensor)
+        rows = (field[steps.start :].unbind() for field in fields)
+        for users, targets, seeds, size in zip(*rows, sizes[steps.start :].tolist(), strict=True):
             yield StepInputs(users, targets, seeds, size).to(device)
 
     def passes(self, inputs: StepInputs) -> list[tuple[Tensor, DropoutStream | None]]:

@@ -159,6 +159,7 @@ class CachedMixture(_Constants):
         self._tables = tables
         self._queries = queries.detach() if learned_keys else None
         self._probabilities = tables.probabilities(queries, item_factors)
+        self._latest: tuple[Tensor, Tensor] | None = None
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         self._noted_bytes = 0
         self._gradient = torch.zeros_like(queries)
@@ -166,12 +167,17 @@ class CachedMixture(_Constants):
 
     def apart(self) -> Self:
         apart = super().apart()
-        apart._noted = {}
+        apart._noted, apart._latest = {}, None
         return apart
 
     def _rows(self, users: Tensor) -> Tensor:
-        rows = self._probabilities[users] if self.by_index else rows_of(self._probabilities, users)
-        return rows.flatten(0, 1)
+        """The probabilities of the users; of those that are asked for again they are at hand, as in all of a step."""
+        if self.by_index:
+            return self._probabilities[users].flatten(0, 1)
+        if self._latest is None or self._latest[0] is not users:
+            self._latest = None  # before others are made
+            self._latest = (users, rows_of(self._probabilities, users).flatten(0, 1))
+        return self._latest[1]
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         mixed = self._tables.total(mix_items(self._rows(users), items))
@@ -210,6 +216,7 @@ class CachedMixture(_Constants):
 
     def gradient(self) -> Tensor:
         self._add_noted()
+        self._latest = None
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
         if self._of_keys is None:
             return gradient
