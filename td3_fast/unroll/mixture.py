@@ -159,7 +159,9 @@ class CachedMixture(_Constants):
         self._tables = tables
         self._queries = queries.detach() if learned_keys else None
         self._probabilities = tables.probabilities(queries, item_factors)
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, int | None] | None = (
+            None  # users, and the first where they follow one another
+        )
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         self._noted_bytes = 0
         self._gradient = torch.zeros_like(queries)
@@ -167,17 +169,21 @@ class CachedMixture(_Constants):
 
     def apart(self) -> Self:
         apart = super().apart()
-        apart._noted, apart._latest = {}, None
+        apart._noted = {}
         return apart
 
     def _rows(self, users: Tensor) -> Tensor:
-        """The probabilities of the users; of those that are asked for again they are at hand, as in all of a step."""
         if self.by_index:
             return self._probabilities[users].flatten(0, 1)
-        if self._latest is None or self._latest[0] is not users:
-            self._latest = None  # before others are made
-            self._latest = (users, rows_of(self._probabilities, users).flatten(0, 1))
-        return self._latest[1]
+        if (
+            self._latest is None or self._latest[0] is not users
+        ):  # a step asks for the same ones again and again
+            self._latest = (users, first_of(users, self._probabilities))
+        first = self._latest[1]
+        rows = (
+            self._probabilities[users] if first is None else self._probabilities.narrow(0, first, len(users))
+        )
+        return rows.flatten(0, 1)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
         mixed = self._tables.total(mix_items(self._rows(users), items))
@@ -216,7 +222,6 @@ class CachedMixture(_Constants):
 
     def gradient(self) -> Tensor:
         self._add_noted()
-        self._latest = None
         gradient, self._gradient = self._gradient, torch.zeros_like(self._gradient)
         if self._of_keys is None:
             return gradient
@@ -224,14 +229,15 @@ class CachedMixture(_Constants):
         return flat_pair(gradient, of_keys)
 
 
-def rows_of(tensor: Tensor, users: Tensor) -> Tensor:
-    """`tensor[users]`, on the CPU as a view where the users follow one another."""
+def first_of(users: Tensor, tensor: Tensor) -> int | None:
+    """The first of users that follow one another, so that a view has their rows of a tensor; None on a GPU, which is
+    not asked."""
     if users.device.type != "cpu":
-        return tensor[users]
+        return None
     chosen = users.tolist()
     count, first = len(chosen), chosen[0] if chosen else 0
     following = 0 <= first <= tensor.shape[0] - count and chosen == list(range(first, first + count))
-    return tensor.narrow(0, first, count) if following else tensor[users]
+    return first if following else None
 
 
 def pinned(tensor: Tensor) -> Tensor:
