@@ -164,7 +164,8 @@ def test_outer_step(
 
     _, peak = with_peak(step, torch.device("cpu"))
     benchmark.group = f"outer step, ml-100k size, {item_embedding} items"
-    benchmark.pedantic(step, rounds=1 if small and engine != "native" else 3, warmup_rounds=0)
+    rounds = 9 if engine == "native" else 1 if small else 3
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=0)
     report(benchmark, engine, peak, add_row)
 
 

@@ -21,7 +21,7 @@ using at::Tensor;
 
 // Two threads share even the few groups of an inner step.
 constexpr int64_t kMinChunks = 2, kMaxChunks = 16;
-constexpr int64_t kGroupsPerChunk = 4;
+constexpr int64_t kGroupsPerChunk = 2;
 
 template <typename Run>
 auto with_type(const Tensor& inputs, const Run& run) {

@@ -86,9 +86,8 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   const Tensor mixed = fresh({rows, d}, kType<T>);
   if (n == 0) return mixed.zero_();
   const ColumnPanels<T> packed(items);
-  const int64_t workers = num_workers(ceil_div(rows, kRowsPerTask), rows * n * d);
-  const Chunks chunks{rows,
-                      ceil_div(ceil_div(rows, kRowsPerTask), workers) * workers};  // none has less to do
+  const int64_t tasks = ceil_div(rows, kRowsPerTask), workers = num_workers(tasks, rows * n * d);
+  const Chunks chunks{rows, ceil_div(tasks, workers) * workers};  // as many for each worker
   const Scratch<T> scratch(workers * kRowsPerTask * W);
   const T* from = p.const_data_ptr<T>();
   T* to = mixed.mutable_data_ptr<T>();
@@ -184,7 +183,9 @@ Tensor weigh(const Tensor& probabilities, at::TensorList cotangents, at::TensorL
   }
   const std::vector<int64_t> columns = first_columns(tables);
   const int64_t panel_bytes = std::max<int64_t>(depth, 1) * W * static_cast<int64_t>(sizeof(T));
-  const int64_t panels = std::clamp<int64_t>(kBytesOfTables / panel_bytes, 1, kPanelsOfTables);
+  const int64_t of_thread = ceil_div(ceil_div(n, W), at::get_num_threads());
+  const int64_t panels =
+      std::clamp<int64_t>(std::min(kBytesOfTables / panel_bytes, of_thread), 1, kPanelsOfTables);
   const int64_t tasks = ceil_div(n, panels * W), workers = num_workers(tasks, rows * n * depth);
   const int64_t of_tables = panels * depth * W, of_sums = kRowsPerTask * panels * W;
   const Scratch<T> scratch(workers * (of_tables + of_sums));

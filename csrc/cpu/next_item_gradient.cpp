@@ -2,6 +2,9 @@
 // every item and pulled back a few hundred at a time: as many as the halves of an encoder pass can be kept
 // for, so that the first is not made twice.
 
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/index_select.h>
+
 #include "../class_cross_entropy.h"
 #include "encoder_calls.h"
 #include "registration.h"
@@ -10,7 +13,7 @@
 namespace td3_fast::cpu {
 namespace {
 
-constexpr int64_t kSequencesAtOnce = 512;
+constexpr int64_t kSequencesAtOnce = 256;
 
 // The random words of some of the sequences.
 std::vector<Tensor> words_of(at::TensorList words, int64_t batch, int64_t first, int64_t count) {
@@ -52,12 +55,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
     all.check_causal();
     const int64_t at_once = KeptPass<T>::most_sequences(all.sizes, std::min(batch, kSequencesAtOnce));
     KeptPass<T> pass(all.sizes, at_once, false);
+    const int64_t each = ids.size(1) * width;
+    const Scratch<T> of_embeds(at_once * each), of_grad_embeds(trained ? at_once * each : 0);
+    const auto sequences_in = [&](const Scratch<T>& scratch, int64_t count) {
+      return at::from_blob(scratch.data(), {count, ids.size(1), width}, kType<T>);
+    };
     for (int64_t first = 0; first < batch; first += at_once) {
       const int64_t count = std::min(at_once, batch - first);
       const Tensor own_ids = ids.narrow(0, first, count), own_targets = targets.narrow(0, first, count);
       const Tensor own_positions = positions.narrow(0, first, count);
       const std::vector<Tensor> own_words = words_of(words, batch, first, count);
-      const Tensor embeds = items.index_select(0, own_ids.view(-1)).view({count, -1, width});
+      const Tensor embeds = sequences_in(of_embeds, count);
+      Tensor rows = embeds.view({-1, width});
+      at::index_select_out(rows, items, 0, own_ids.view(-1));
       const EncoderOptions options(parameters, embeds, own_positions, own_words, sizes);
       EncoderInputs<T> in(options, parameters, embeds, own_positions, own_words);
       const Tensor hidden = items.new_empty({count, width});
@@ -82,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
       Tensor grad_embeds;
       if (trained) {
         grad_items.add_(own_grad_items);
-        grad_embeds = embeds.new_empty(embeds.sizes());
+        grad_embeds = sequences_in(of_grad_embeds, count);
         in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
       }
       pass.backward(options, own_grad_parameters);
