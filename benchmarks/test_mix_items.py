@@ -17,14 +17,14 @@ PARAMETERS = {
         "acceptance": [(2_500, 3_417, 32), (2_500, 20_000, 64)],
         "full": [(2_500, 100_000, 64)],
     },
-    "product": ["with a table", "with a cotangent", "weighing 8 pairs"],
+    "product": ["with a table", "with a cotangent", "weighing pairs"],
     "scores": ["flat", "sharp"],
     "variant": ["fused", "dense eager"],
 }
 # Of scores: largest beside smallest of a row as in a summary of ml-1m after 150 outer steps, about e^60.
 SPREAD = {"flat": 0.1, "sharp": 15.0}
 COTANGENT = 1e-6  # of the size that real ones have
-PAIRS = 8
+PAIRS = 8  # of a cotangent and a table, of those that are weighed
 
 
 def make_run(variant, product, scores, size, device):
@@ -35,11 +35,9 @@ def make_run(variant, product, scores, size, device):
         return torch.randn(shape, generator=generator).to(device)
 
     probabilities = torch.softmax(SPREAD[scores] * draw(rows, n), dim=-1)
-    if product == "weighing 8 pairs":
-        cotangents, tables = (
-            [COTANGENT * draw(rows, d) for _ in range(PAIRS)],
-            [draw(n, d) for _ in range(PAIRS)],
-        )
+    if product == "weighing pairs":
+        cotangents = [COTANGENT * draw(rows, d) for _ in range(PAIRS)]
+        tables = [draw(n, d) for _ in range(PAIRS)]
         if variant == "fused":
             return lambda: (ops.weigh_products(probabilities, cotangents, tables),)
         return lambda: ((torch.cat(cotangents, dim=1) @ torch.cat(tables, dim=1).T).mul_(probabilities),)
@@ -59,5 +57,5 @@ def test_mix_items(size, product, scores, variant, device, measure):
         make_run(variant, product, scores, size, device),
         make_run("fused", product, scores, size, device),
         make_run("dense eager", product, scores, size, device)(),
-        flops=2 * rows * n * d * (PAIRS if product == "weighing 8 pairs" else 1),
+        flops=2 * rows * n * d * (PAIRS if product == "weighing pairs" else 1),
     )

@@ -55,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
     all.check_causal();
     const int64_t at_once = KeptPass<T>::most_sequences(all.sizes, std::min(batch, kSequencesAtOnce));
     KeptPass<T> pass(all.sizes, at_once, false);
+    // scratch, which the thread keeps from call to call
     const int64_t each = ids.size(1) * width;
     const Scratch<T> of_embeds(at_once * each), of_grad_embeds(trained ? at_once * each : 0);
     const auto sequences_in = [&](const Scratch<T>& scratch, int64_t count) {

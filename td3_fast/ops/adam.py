@@ -18,7 +18,7 @@ def has_one_pass_adam(*tensors: Tensor, size: float | Tensor) -> bool:
         return False
     if device.type not in ("cpu", "cuda") or dtype not in (torch.float32, torch.float64):
         return False
-    # a loop, in a third of the time of all(): this is asked in every step of an inner loop
+    # no generator: this is asked in every step of an inner loop
     for tensor in tensors:
         if tensor.dtype is not dtype or tensor.device != device or not tensor.is_contiguous():
             return False

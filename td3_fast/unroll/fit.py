@@ -107,6 +107,7 @@ def fit_on_summary(
     """
     _check(learner, steps, batch_size, item_embedding)
     items = learner.item_embeddings.detach()
+    flat = FlatParameters(learner)
     loop = InnerLoop(
         learner=learner,
         num_users=summary.num_users,
@@ -119,8 +120,8 @@ def fit_on_summary(
         dropout=dropout,
         separate_passes=separate_passes,
         tables=tables,
+        flat=flat,
     )
-    flat = FlatParameters(learner)
     theta = flat.gather(learner.state_dict())
     start: tuple[Tensor, ...]
     mixture: ItemMixture

@@ -159,9 +159,8 @@ class CachedMixture(_Constants):
         self._tables = tables
         self._queries = queries.detach() if learned_keys else None
         self._probabilities = tables.probabilities(queries, item_factors)
-        self._latest: tuple[Tensor, int | None] | None = (
-            None  # users, and the first where they follow one another
-        )
+        # the users asked for last, and the first of them where they follow one another
+        self._latest: tuple[Tensor, int | None] | None = None
         self._noted: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         self._noted_bytes = 0
         self._gradient = torch.zeros_like(queries)
@@ -175,14 +174,11 @@ class CachedMixture(_Constants):
     def _rows(self, users: Tensor) -> Tensor:
         if self.by_index:
             return self._probabilities[users].flatten(0, 1)
-        if (
-            self._latest is None or self._latest[0] is not users
-        ):  # a step asks for the same ones again and again
+        # a step asks for the same users again and again
+        if self._latest is None or self._latest[0] is not users:
             self._latest = (users, first_of(users, self._probabilities))
-        first = self._latest[1]
-        rows = (
-            self._probabilities[users] if first is None else self._probabilities.narrow(0, first, len(users))
-        )
+        first, all_rows = self._latest[1], self._probabilities
+        rows = all_rows[users] if first is None else all_rows.narrow(0, first, len(users))
         return rows.flatten(0, 1)
 
     def embed(self, users: Tensor, items: Tensor) -> Tensor:
