@@ -24,7 +24,10 @@ PARAMETERS = {
 # Of scores: largest beside smallest of a row as in a summary of ml-1m after 150 outer steps, about e^60.
 SPREAD = {"flat": 0.1, "sharp": 15.0}
 COTANGENT = 1e-6  # of the size that real ones have
-PAIRS = 8  # of a cotangent and a table, of those that are weighed
+PAIRS, RANK = (
+    8,
+    16,
+)  # of a cotangent and a table, of those that are weighed, and of the keys they are summed by
 
 
 def make_run(variant, product, scores, size, device):
@@ -37,10 +40,15 @@ def make_run(variant, product, scores, size, device):
     probabilities = torch.softmax(SPREAD[scores] * draw(rows, n), dim=-1)
     if product == "weighing pairs":
         cotangents = [COTANGENT * draw(rows, d) for _ in range(PAIRS)]
-        tables = [draw(n, d) for _ in range(PAIRS)]
+        tables, keys = [draw(n, d) for _ in range(PAIRS)], draw(n, RANK)
         if variant == "fused":
-            return lambda: (ops.weigh_products(probabilities, cotangents, tables),)
-        return lambda: ((torch.cat(cotangents, dim=1) @ torch.cat(tables, dim=1).T).mul_(probabilities),)
+            return lambda: ops.weigh_products(probabilities, cotangents, tables, keys)[:2]
+
+        def weigh():
+            weighted = (torch.cat(cotangents, dim=1) @ torch.cat(tables, dim=1).T).mul_(probabilities)
+            return weighted @ keys, weighted.sum(-1, keepdim=True)
+
+        return weigh
     other = draw(n, d) if product == "with a table" else COTANGENT * draw(rows, d)
     if variant == "fused":
         function = ops.mix_items if product == "with a table" else ops.mix_items_transposed

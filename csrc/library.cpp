@@ -181,6 +181,23 @@ TORCH_LIBRARY(td3_fast, m) {
       "int[] sizes, Tensor? users=None) -> (Tensor grad_parameters, Tensor grad_items, Tensor grad_embeds)",
       tags);
 
+  // On the CPU alone. A state is a parameter and its moments, or those of the encoder and then of the table.
+  m.set_python_module("td3_fast.ops.inner_steps");
+  m.def(
+      "inner_steps_(Tensor(a!)[] state, Tensor source, Tensor items, Tensor users, Tensor targets, "
+      "Tensor seeds, float[] step_sizes, float[] rates, int[] sizes) -> Tensor losses",
+      tags);
+  m.def(
+      "kept_inner_steps(Tensor[] state, Tensor source, Tensor items, Tensor users, Tensor targets, "
+      "Tensor seeds, float[] step_sizes, float[] rates, int[] sizes) "
+      "-> (Tensor losses, Tensor[] states, Tensor[] gradients, Tensor[] to_embeds, Tensor[] saved)",
+      tags);
+  m.def(
+      "pull_back_inner_steps_(Tensor(a!)[] adjoint, Tensor[] states, Tensor[] gradients, Tensor[] to_embeds, "
+      "Tensor[] saved, Tensor source, Tensor items, Tensor users, Tensor targets, float[] step_sizes, "
+      "float[] rates, int[] sizes, float? limit=None) -> (Tensor[] cotangents, Tensor[] tables, bool beyond)",
+      tags);
+
   m.set_python_module("td3_fast.ops.adam");
   m.def(
       "adam_step_(Tensor(a!) parameter, Tensor(b!) first_moment, Tensor(c!) second_moment, Tensor gradient, "
@@ -211,7 +228,10 @@ TORCH_LIBRARY(td3_fast, m) {
   m.def("item_probabilities(Tensor queries, Tensor keys) -> Tensor", tags);
   m.def("mix_items(Tensor probabilities, Tensor items) -> Tensor", tags);
   m.def("mix_items_transposed(Tensor probabilities, Tensor cotangent) -> Tensor", tags);
-  m.def("weigh_products(Tensor probabilities, Tensor[] cotangents, Tensor[] tables) -> Tensor", tags);
+  m.def(
+      "weigh_products(Tensor probabilities, Tensor[] cotangents, Tensor[] tables, Tensor keys, "
+      "Tensor? queries=None) -> (Tensor by_keys, Tensor of_rows, Tensor of_items)",
+      tags);
 
   m.set_python_module("td3_fast.ops.target_rank");
   m.def(

@@ -20,11 +20,13 @@ from td3_fast.parallel import WHOLE, Group, ItemTables
 from td3_fast.unroll import (
     AdamConfig,
     CudaGraphs,
+    FusedLoop,
     InnerLoop,
     ItemMixture,
     RecordedLoop,
     Recorder,
     initial_state,
+    may_be_fused,
     may_be_recorded,
     pull_back_with_higher,
     stride_of,
@@ -118,9 +120,13 @@ class Follower:
             there=self.train_there,
         )
 
-    def _engine(self, trajectory: Trajectory, mixture: ItemMixture, lane: int) -> InnerLoop | RecordedLoop:
+    def _engine(
+        self, trajectory: Trajectory, mixture: ItemMixture, lane: int
+    ) -> InnerLoop | FusedLoop | RecordedLoop:
         """What takes the steps of a trajectory on a lane."""
         loop, config = self.inner_loop(trajectory), self.config
+        if self.recorder is None and may_be_fused(loop, trajectory.start, self.items, mixture):
+            return FusedLoop(loop)
         window = config.inner_steps if config.window_kind == "full" else config.window
         size = sum(p.nbytes for p in trajectory.start)
         kept_whole = stride_of(window, size, self.limits.kept_states) == window

@@ -11,7 +11,8 @@
 namespace td3_fast::cpu {
 namespace {
 
-constexpr int64_t kElementsPerTask = 32768;
+// Elements by which tensors are cut, and how many of these are worth a thread.
+constexpr int64_t kElements = 2048, kWorthAThread = 8;
 
 // run(zero, rates, first, count) for ranges of elements.
 template <typename Run>
@@ -23,13 +24,9 @@ void for_elements(const Tensor& like,
   const auto typed = [&](auto zero) {
     using T = decltype(zero);
     const AdamRates<T> of_type = rounded_rates<T>(rates[0], rates[1], rates[2], rates[3], step);
-    // cut by the number of elements alone: same bits on any number of threads
-    const int64_t tasks = ceil_div(like.numel(), kElementsPerTask);
-    over_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task * kElementsPerTask;
-        run(zero, of_type, first, std::min(kElementsPerTask, like.numel() - first));
-      }
+    over_ranges(ceil_div(like.numel(), kElements), kWorthAThread, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kElements;
+      run(zero, of_type, first, std::min(end * kElements, like.numel()) - first);
     });
   };
   like.scalar_type() == at::kDouble ? typed(double{}) : typed(float{});

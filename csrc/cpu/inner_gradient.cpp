@@ -2,7 +2,10 @@
 // of its outputs against soft embeddings, and the encoder backwards, whose forward pass is made once unless
 // there is too much to keep.
 
+#include "inner_gradient.h"
+
 #include "encoder_calls.h"
+#include "mix_items.h"
 #include "registration.h"
 
 namespace td3_fast::cpu {
@@ -126,21 +129,18 @@ Tensor nothing(const Tensor& like) {
   return like.new_empty({0});
 }
 
-}  // namespace
-
 // Gradients of mean over rows of logsumexp(h E^T) - h x, h the outputs and x the embeds at the targets. Those
 // of items and embeds only where `trained`. `saved` is what the derivative needs: the outputs and all of
 // item_logsumexp_forward.
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
-                                                                               const Tensor& embeds_in,
-                                                                               const Tensor& targets,
-                                                                               const Tensor& items,
-                                                                               at::TensorList words,
-                                                                               at::IntArrayRef sizes,
-                                                                               bool trained,
-                                                                               const OptionalTensor& users) {
-  const Tensor embeds = embeds_of(embeds_in, users);
-  const StepOptions step(parameters, embeds, targets, words, sizes);
+constexpr size_t kSaved = 5;
+
+StepGradient gradient_of(const StepOptions& step,
+                         const Tensor& parameters,
+                         const Tensor& embeds,
+                         const Tensor& targets,
+                         const Tensor& items,
+                         at::TensorList words,
+                         bool trained) {
   return with_type(embeds, [&](auto zero) {
     using T = decltype(zero);
     EncoderInputs<T> in(step.encoder, parameters, step.histories, step.positions, words);
@@ -168,29 +168,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(c
     }
     pass.backward(step.encoder, grad_parameters);
     if (trained) add_to_targets<T>(grad_embeds, targets, hidden, -share);
-    return std::make_tuple(loss, grad_parameters, grad_items, grad_embeds,
-                           std::vector<Tensor>{hidden, logsumexp, remainder, mean, probabilities});
+    return StepGradient{
+        loss, grad_parameters, grad_items, grad_embeds, {hidden, logsumexp, remainder, mean, probabilities}};
   });
 }
 
 // The derivative of those gradients where parameters, items and embeds move by their tangents; equally the
-// gradients of what the tangents and those gradients have as inner product. That of items only where these
-// have a tangent.
-std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_parameters,
-                                                          const OptionalTensor& tangent_items,
-                                                          const OptionalTensor& tangent_embeds,
-                                                          const Tensor& parameters,
-                                                          const Tensor& embeds_in,
-                                                          const Tensor& targets,
-                                                          const Tensor& items,
-                                                          at::TensorList saved,
-                                                          at::TensorList words,
-                                                          at::IntArrayRef sizes,
-                                                          const OptionalTensor& users) {
-  const Tensor embeds = embeds_of(embeds_in, users);
-  const StepOptions step(parameters, embeds, targets, words, sizes);
-  TORCH_CHECK_VALUE(saved.size() == 5, "expected the 5 tensors that inner_gradient saved, got ",
-                    saved.size());
+// gradients of what the tangents and those gradients have as inner product: of parameters, items, where these
+// have a tangent, and embeds.
+std::tuple<Tensor, Tensor, Tensor> derivative_of(const StepOptions& step,
+                                                 const Tensor& tangent_parameters,
+                                                 const OptionalTensor& tangent_items,
+                                                 const OptionalTensor& tangent_embeds,
+                                                 const Tensor& parameters,
+                                                 const Tensor& embeds,
+                                                 const Tensor& targets,
+                                                 const Tensor& items,
+                                                 at::TensorList saved,
+                                                 at::TensorList words) {
   TORCH_CHECK_VALUE(tangent_parameters.sizes() == parameters.sizes() &&
                         (!tangent_items || tangent_items->sizes() == items.sizes()) &&
                         (!tangent_embeds || tangent_embeds->sizes() == embeds.sizes()),
@@ -226,6 +221,118 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
     add_to_targets<T>(to_embeds, targets, moved_hidden, -share);
     return std::make_tuple(to_parameters, moved_grad_items, to_embeds);
   });
+}
+
+// The probabilities (b ζ, n) of a step's users.
+Tensor rows_of(const InnerStep& step) {
+  return embeds_of(step.source, step.users).contiguous().view({-1, step.source.size(2)});
+}
+
+// P (n, d) of a step's users, (b, ζ, d).
+Tensor mixed(const InnerStep& step, const Tensor& items) {
+  return mix_items(rows_of(step), items).view({step.users.size(0), step.source.size(1), items.size(1)});
+}
+
+// The elements of a step's dropout sites, none where nothing is dropped.
+std::vector<int64_t> words_of_sites(const EncoderOptions& encoder) {
+  std::vector<int64_t> counts(1 + 3 * encoder.sizes.layers);
+  for (size_t site = 0; site < counts.size(); ++site) {
+    counts[site] = encoder.dropped(site) > 0 ? encoder.site_size(site) : 0;
+  }
+  return counts;
+}
+
+// The random words of all sites that drop, drawn from a seed (1,), or none without one.
+Tensor draw_words(const EncoderOptions& encoder, const Tensor& seed) {
+  if (seed.numel() == 0) return seed.new_empty({0}, at::kShort);
+  std::vector<int64_t> counts = words_of_sites(encoder);
+  counts.erase(std::remove(counts.begin(), counts.end(), 0), counts.end());
+  return random_words_of_sites(seed, 0, counts);
+}
+
+// Those of each site.
+std::vector<Tensor> split_words(const EncoderOptions& encoder, const Tensor& words) {
+  std::vector<Tensor> sites;
+  if (words.numel() == 0) return sites;
+  int64_t first = 0;
+  for (const int64_t count : words_of_sites(encoder)) {
+    sites.push_back(words.narrow(0, first, count));
+    first += blocks_of_words(count) * kWordsPerBlock;
+  }
+  return sites;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
+                                                                               const Tensor& embeds_in,
+                                                                               const Tensor& targets,
+                                                                               const Tensor& items,
+                                                                               at::TensorList words,
+                                                                               at::IntArrayRef sizes,
+                                                                               bool trained,
+                                                                               const OptionalTensor& users) {
+  const Tensor embeds = embeds_of(embeds_in, users);
+  const StepOptions step(parameters, embeds, targets, words, sizes);
+  const StepGradient made = gradient_of(step, parameters, embeds, targets, items, words, trained);
+  return {made.loss, made.parameters, made.items, made.embeds, made.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_parameters,
+                                                          const OptionalTensor& tangent_items,
+                                                          const OptionalTensor& tangent_embeds,
+                                                          const Tensor& parameters,
+                                                          const Tensor& embeds_in,
+                                                          const Tensor& targets,
+                                                          const Tensor& items,
+                                                          at::TensorList saved,
+                                                          at::TensorList words,
+                                                          at::IntArrayRef sizes,
+                                                          const OptionalTensor& users) {
+  const Tensor embeds = embeds_of(embeds_in, users);
+  const StepOptions step(parameters, embeds, targets, words, sizes);
+  TORCH_CHECK_VALUE(saved.size() == kSaved, "expected the ", kSaved,
+                    " tensors that inner_gradient saved, got ", saved.size());
+  return derivative_of(step, tangent_parameters, tangent_items, tangent_embeds, parameters, embeds, targets,
+                       items, saved, words);
+}
+
+// Saved are what inner_gradient saves, the random words and, where they are made here, the embeds.
+StepGradient gradient_of_step(const InnerStep& step, const Tensor& parameters, const Tensor& items) {
+  const Tensor embeds = step.mixes ? mixed(step, items) : embeds_of(step.source, step.users);
+  const StepOptions options(parameters, embeds, step.targets, {}, step.sizes);
+  const Tensor words = draw_words(options.encoder, step.seed);
+  StepGradient made = gradient_of(options, parameters, embeds, step.targets, items,
+                                  split_words(options.encoder, words), step.mixes);
+  made.saved.push_back(words);
+  if (step.mixes) {
+    made.saved.push_back(embeds);
+    add_to_items(step, made.items, made.embeds);
+  }
+  return made;
+}
+
+std::tuple<Tensor, Tensor, Tensor> derivative_of_step(const InnerStep& step,
+                                                      const Tensor& parameters,
+                                                      const Tensor& items,
+                                                      const Tensor& tangent_parameters,
+                                                      const OptionalTensor& tangent_items,
+                                                      at::TensorList saved) {
+  const Tensor &words = saved[kSaved],
+               embeds = step.mixes ? saved[kSaved + 1] : embeds_of(step.source, step.users);
+  const StepOptions options(parameters, embeds, step.targets, {}, step.sizes);
+  OptionalTensor tangent_embeds;
+  if (tangent_items) tangent_embeds = mixed(step, *tangent_items);
+  return derivative_of(options, tangent_parameters, tangent_items, tangent_embeds, parameters, embeds,
+                       step.targets, items, saved, split_words(options.encoder, words));
+}
+
+int64_t saved_by_step(bool mixes) {
+  return kSaved + (mixes ? 2 : 1);
+}
+
+void add_to_items(const InnerStep& step, const Tensor& sums, const Tensor& to_embeds) {
+  add_items_transposed(sums, rows_of(step), to_embeds.view({-1, to_embeds.size(2)}));
 }
 
 }  // namespace td3_fast::cpu

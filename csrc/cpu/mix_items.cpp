@@ -1,15 +1,12 @@
-// Probabilities that are kept, their products with a narrow item table and what the derivative of those
-// weighs, on the CPU.
+// Probabilities that are kept, and their products with a narrow item table, on the CPU.
 //
 // The table, or the rows' cotangent, is packed into panels of kWide columns once; the probabilities are read
 // in place, once for every panel.
 
-#include <ATen/ops/cat.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "../checks.h"
+#include "mix_items.h"
 #include "panels.h"
 #include "registration.h"
 
@@ -17,24 +14,12 @@ namespace td3_fast::cpu {
 namespace {
 
 constexpr int64_t kRowsPerTask = 24;
-constexpr int64_t kDepthOfMix = 256;  // items, so that their part of the packed table stays in cache
 // Of the transposed product: rows whose probabilities are read side by side, and items of which a panel of
 // sums stays in cache while all rows pass.
 constexpr int64_t kDepth = 64, kItemsInCache = 2048;
-// Of the weighed products: panels of items to a task, at most, and bytes of their packed tables.
-constexpr int64_t kPanelsOfTables = 4, kBytesOfTables = int64_t{512} << 10;
 // Of the probabilities: bytes of scores that wait for their row's sum, the fewest rows whose scores do, and
 // what a softmax costs of an element, in multiply-adds.
 constexpr int64_t kBytesOfScores = int64_t{256} << 10, kFewestRows = 6, kWorkOfSoftmax = 16;
-
-void check(const Tensor& probabilities, const Tensor& other, int64_t axis) {
-  TORCH_CHECK_VALUE(probabilities.dim() == 2 && other.dim() == 2 &&
-                        probabilities.size(axis) == other.size(0) &&
-                        probabilities.scalar_type() == other.scalar_type() &&
-                        (other.scalar_type() == at::kFloat || other.scalar_type() == at::kDouble),
-                    "expected probabilities (rows, n) and a matrix of ", axis == 0 ? "rows" : "n",
-                    " rows, both float32 or float64, got ", probabilities.sizes(), " and ", other.sizes());
-}
 
 // A matrix in panels of kWide columns: as it is where it is one such panel and lies aligned, else packed.
 template <typename T>
@@ -55,25 +40,31 @@ class ColumnPanels {
   const T* data_;
 };
 
-// Where sums of a panel of columns are taken: in place where its vectors end with the rows of the result,
-// else in scratch, as of the last panel alone can be.
+// Where sums of a panel of columns are taken: in place where its vectors end with the rows of the result and
+// nothing is there that they are added to, else in scratch.
 template <typename T>
 struct Sums {
   T *result, *at;  // where they belong, and where they are taken
   int64_t rows, width, lanes, stride;
+  bool adds;
 
-  Sums(T* to, int64_t num_rows, int64_t columns, int64_t first_column, T* scratch)
+  Sums(T* to, int64_t num_rows, int64_t columns, int64_t first_column, T* scratch, bool add = false)
       : result(to + first_column),
         rows(num_rows),
         width(columns),
-        lanes(std::min(kWide<T>, columns - first_column)) {
-    const bool in_place = lanes % kPanel<T> == 0;
+        lanes(std::min(kWide<T>, columns - first_column)),
+        adds(add) {
+    const bool in_place = lanes % kPanel<T> == 0 && !adds;
     at = in_place ? result : scratch;
     stride = in_place ? width : kWide<T>;
   }
   void write() const {
     if (at == result) return;
-    for (int64_t row = 0; row < rows; ++row) std::copy_n(at + row * stride, lanes, result + row * width);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* sum = at + row * stride;
+      T* out = result + row * width;
+      for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = adds ? out[lane] + sum[lane] : sum[lane];
+    }
   }
 };
 
@@ -105,28 +96,36 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   return mixed;
 }
 
-// Each task reads along the rows, several side by side. Every item's sum runs over the rows in their order,
-// so that chunks of items may depend on the number of threads, and the bits do not.
+// P^T cotangent, written to contiguous sums (n, d) or, once it is whole, added to them. Each task reads along the rows, several
+// side by side. Every item's sum runs over the rows in their order, so that chunks of items may depend on the
+// number of threads, and the bits do not.
 template <typename T>
-Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
+void mix_transposed(const Tensor& probabilities,
+                    const Tensor& cotangent,
+                    const Tensor& sums_of_items,
+                    bool add) {
   constexpr int64_t W = kWide<T>;
   const Tile<T>& t = tile<T>();
   const Tensor p = probabilities.contiguous();
   const int64_t rows = p.size(0), n = p.size(1), d = cotangent.size(1);
-  const Tensor sums_of_items = fresh({n, d}, kType<T>);
-  if (rows == 0 || sums_of_items.numel() == 0) return sums_of_items.zero_();
+  if (rows == 0 || sums_of_items.numel() == 0) {
+    if (!add) sums_of_items.zero_();
+    return;
+  }
   const ColumnPanels<T> packed(cotangent);
   const int64_t most_workers = num_workers(n, rows * n * d);
   const Chunks chunks{
       n, std::max(ceil_div(n, kItemsInCache), std::min(n, most_workers > 1 ? 2 * most_workers : 1))};
-  const int64_t workers = std::min(most_workers, chunks.count), scratch_size = chunks.largest() * W;
+  const int64_t workers = std::min(most_workers, chunks.count), of_panel = chunks.largest() * W;
+  const int64_t scratch_size = add ? ceil_div(d, W) * of_panel : of_panel;
   const Scratch<T> scratch(workers * scratch_size);
   const T* from = p.const_data_ptr<T>();
   T* to = sums_of_items.mutable_data_ptr<T>();
   run_tasks(chunks.count, workers, [&](int64_t chunk, int64_t worker) {
     const int64_t first = chunks.begin(chunk), count = chunks.begin(chunk + 1) - first;
     const auto sums_of = [&](int64_t column) {
-      return Sums<T>(to + first * d, count, d, column, scratch.data() + worker * scratch_size);
+      T* own = scratch.data() + worker * scratch_size + (add ? column / W * of_panel : 0);
+      return Sums<T>(to + first * d, count, d, column, own, add);
     };
     for (int64_t row = 0; row < rows; row += kDepth) {
       // all panels while these rows' probabilities are at hand
@@ -138,84 +137,6 @@ Tensor mix_transposed(const Tensor& probabilities, const Tensor& cotangent) {
     }
     for (int64_t column = 0; column < d; column += W) sums_of(column).write();
   });
-  return sums_of_items;
-}
-
-// Where the columns of several matrices begin in all of them side by side; the last number is their width.
-std::vector<int64_t> first_columns(at::TensorList matrices) {
-  std::vector<int64_t> first{0};
-  for (const Tensor& matrix : matrices) first.push_back(first.back() + matrix.size(1));
-  return first;
-}
-
-// Items [first, first + count) of tables (n, d) side by side, as [column][kWide items]; zeros beyond the
-// last.
-template <typename T>
-void pack_items(const std::vector<const T*>& tables,
-                const std::vector<int64_t>& columns,
-                int64_t first,
-                int64_t count,
-                T* to) {
-  constexpr int64_t W = kWide<T>;
-  if (count < W) std::fill_n(to, columns.back() * W, T(0));
-  for (size_t t = 0; t < tables.size(); ++t) {
-    const int64_t width = columns[t + 1] - columns[t];
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const T* row = tables[t] + (first + lane) * width;
-      T* out = to + columns[t] * W + lane;
-      for (int64_t column = 0; column < width; ++column) out[column * W] = row[column];
-    }
-  }
-}
-
-template <typename T>
-Tensor weigh(const Tensor& probabilities, at::TensorList cotangents, at::TensorList tables) {
-  constexpr int64_t W = kWide<T>;
-  const Tile<T>& t = tile<T>();
-  const Tensor p = probabilities.contiguous(), beside = at::cat(cotangents, 1);
-  const int64_t rows = p.size(0), n = p.size(1), depth = beside.size(1);
-  const Tensor weighted = fresh({rows, n}, kType<T>);
-  std::vector<Tensor> held;
-  std::vector<const T*> sources;
-  for (const Tensor& table : tables) {
-    held.push_back(table.contiguous());
-    sources.push_back(held.back().const_data_ptr<T>());
-  }
-  const std::vector<int64_t> columns = first_columns(tables);
-  const int64_t panel_bytes = std::max<int64_t>(depth, 1) * W * static_cast<int64_t>(sizeof(T));
-  const int64_t of_thread = ceil_div(ceil_div(n, W), at::get_num_threads());
-  const int64_t panels =
-      std::clamp<int64_t>(std::min(kBytesOfTables / panel_bytes, of_thread), 1, kPanelsOfTables);
-  const int64_t tasks = ceil_div(n, panels * W), workers = num_workers(tasks, rows * n * depth);
-  const int64_t of_tables = panels * depth * W, of_sums = kRowsPerTask * panels * W;
-  const Scratch<T> scratch(workers * (of_tables + of_sums));
-  const T *from = beside.const_data_ptr<T>(), *weight = p.const_data_ptr<T>();
-  T* to = weighted.mutable_data_ptr<T>();
-  run_tasks(tasks, workers, [&](int64_t task, int64_t worker) {
-    T* packed = scratch.data() + worker * (of_tables + of_sums);
-    T* sums = packed + of_tables;
-    const int64_t first = task * panels * W, count = std::min(panels * W, n - first);
-    for (int64_t item = 0; item < count; item += W) {
-      pack_items(sources, columns, first + item, std::min(W, count - item), packed + item * depth);
-    }
-    for (int64_t row = 0; row < rows; row += kRowsPerTask) {
-      const int64_t rows_here = std::min(kRowsPerTask, rows - row);
-      if (depth == 0) std::fill_n(sums, of_sums, T(0));
-      for (int64_t k = 0; k < depth; k += kDepthOfMix) {
-        for (int64_t item = 0; item < count; item += W) {
-          t.wide_product(from + row * depth + k, depth, Walk::kRows, rows_here,
-                         std::min(kDepthOfMix, depth - k), packed + item * depth + k * W, sums + item,
-                         panels * W, W, k > 0);
-        }
-      }
-      for (int64_t i = 0; i < rows_here; ++i) {
-        const int64_t at = (row + i) * n + first;
-        const T* sum = sums + i * panels * W;
-        for (int64_t item = 0; item < count; ++item) to[at + item] = weight[at + item] * sum[item];
-      }
-    }
-  });
-  return weighted;
 }
 
 template <typename T>
@@ -251,6 +172,11 @@ Tensor softmax_of_products(const Tensor& queries_in, const Tensor& keys_in) {
   return probabilities;
 }
 
+void mix_transposed_into(const Tensor& sums, const Tensor& probabilities, const Tensor& cotangent, bool add) {
+  cotangent.scalar_type() == at::kDouble ? mix_transposed<double>(probabilities, cotangent, sums, add)
+                                         : mix_transposed<float>(probabilities, cotangent, sums, add);
+}
+
 }  // namespace
 
 Tensor item_probabilities(const Tensor& queries, const Tensor& keys) {
@@ -264,30 +190,20 @@ Tensor item_probabilities(const Tensor& queries, const Tensor& keys) {
 }
 
 Tensor mix_items(const Tensor& probabilities, const Tensor& items) {
-  check(probabilities, items, 1);
+  check_probabilities(probabilities, items, 1);
   return items.scalar_type() == at::kDouble ? mix<double>(probabilities, items)
                                             : mix<float>(probabilities, items);
 }
 
 Tensor mix_items_transposed(const Tensor& probabilities, const Tensor& cotangent) {
-  check(probabilities, cotangent, 0);
-  return cotangent.scalar_type() == at::kDouble ? mix_transposed<double>(probabilities, cotangent)
-                                                : mix_transposed<float>(probabilities, cotangent);
+  check_probabilities(probabilities, cotangent, 0);
+  const Tensor sums = cotangent.new_empty({probabilities.size(1), cotangent.size(1)});
+  mix_transposed_into(sums, probabilities, cotangent, false);
+  return sums;
 }
 
-Tensor weigh_products(const Tensor& probabilities, at::TensorList cotangents, at::TensorList tables) {
-  TORCH_CHECK_VALUE(!cotangents.empty() && cotangents.size() == tables.size(),
-                    "expected as many cotangents as tables, one at least, got ", cotangents.size(), " and ",
-                    tables.size());
-  for (size_t i = 0; i < tables.size(); ++i) {
-    check(probabilities, cotangents[i], 0);
-    check(probabilities, tables[i], 1);
-    TORCH_CHECK_VALUE(cotangents[i].size(1) == tables[i].size(1),
-                      "expected a cotangent as wide as its table, got ", cotangents[i].sizes(), " and ",
-                      tables[i].sizes());
-  }
-  return probabilities.scalar_type() == at::kDouble ? weigh<double>(probabilities, cotangents, tables)
-                                                    : weigh<float>(probabilities, cotangents, tables);
+void add_items_transposed(const Tensor& sums, const Tensor& probabilities, const Tensor& cotangent) {
+  mix_transposed_into(sums, probabilities, cotangent, true);
 }
 
 }  // namespace td3_fast::cpu

@@ -26,6 +26,9 @@ TORCH_LIBRARY_IMPL(td3_fast, CPU, m) {
   m.impl("gru_double_backward", gru_double_backward);
   m.impl("inner_gradient", inner_gradient);
   m.impl("inner_gradient_tangent", inner_gradient_tangent);
+  m.impl("inner_steps_", inner_steps_);
+  m.impl("kept_inner_steps", kept_inner_steps);
+  m.impl("pull_back_inner_steps_", pull_back_inner_steps_);
   m.impl("adam_step_", adam_step_);
   m.impl("adam_adjoint_", adam_adjoint_);
   m.impl("random_words", random_words);
@@ -51,6 +54,9 @@ TORCH_LIBRARY_IMPL(td3_fast, Autograd, m) {
   m.impl("gru_double_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("inner_gradient", torch::autograd::autogradNotImplementedFallback());
   m.impl("inner_gradient_tangent", torch::autograd::autogradNotImplementedFallback());
+  m.impl("inner_steps_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("kept_inner_steps", torch::autograd::autogradNotImplementedFallback());
+  m.impl("pull_back_inner_steps_", torch::autograd::autogradNotImplementedFallback());
   m.impl("adam_step_", torch::autograd::autogradNotImplementedFallback());
   m.impl("adam_adjoint_", torch::autograd::autogradNotImplementedFallback());
   m.impl("next_item_gradient", torch::autograd::autogradNotImplementedFallback());

@@ -155,6 +155,40 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
                                                           at::IntArrayRef sizes,
                                                           const OptionalTensor& users);
 
+Tensor inner_steps_(at::TensorList state,
+                    const Tensor& source,
+                    const Tensor& items,
+                    const Tensor& users,
+                    const Tensor& targets,
+                    const Tensor& seeds,
+                    at::ArrayRef<double> step_sizes,
+                    at::ArrayRef<double> rates,
+                    at::IntArrayRef sizes);
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>
+kept_inner_steps(at::TensorList state,
+                 const Tensor& source,
+                 const Tensor& items,
+                 const Tensor& users,
+                 const Tensor& targets,
+                 const Tensor& seeds,
+                 at::ArrayRef<double> step_sizes,
+                 at::ArrayRef<double> rates,
+                 at::IntArrayRef sizes);
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, bool> pull_back_inner_steps_(
+    at::TensorList adjoint,
+    at::TensorList states,
+    at::TensorList gradients,
+    at::TensorList to_embeds,
+    at::TensorList saved,
+    const Tensor& source,
+    const Tensor& items,
+    const Tensor& users,
+    const Tensor& targets,
+    at::ArrayRef<double> step_sizes,
+    at::ArrayRef<double> rates,
+    at::IntArrayRef sizes,
+    std::optional<double> limit);
+
 void adam_step_(const Tensor& parameter,
                 const Tensor& first_moment,
                 const Tensor& second_moment,
@@ -190,7 +224,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> next_item_gradient(const Tensor& para
 Tensor item_probabilities(const Tensor& queries, const Tensor& keys);
 Tensor mix_items(const Tensor& probabilities, const Tensor& items);
 Tensor mix_items_transposed(const Tensor& probabilities, const Tensor& cotangent);
-Tensor weigh_products(const Tensor& probabilities, at::TensorList cotangents, at::TensorList tables);
+std::tuple<Tensor, Tensor, Tensor> weigh_products(const Tensor& probabilities,
+                                                  at::TensorList cotangents,
+                                                  at::TensorList tables,
+                                                  const Tensor& keys,
+                                                  const OptionalTensor& queries);
 
 Tensor target_rank(const Tensor& hidden,
                    const Tensor& item_embeddings,

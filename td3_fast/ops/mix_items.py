@@ -36,17 +36,35 @@ def mix_items_transposed(probabilities: Tensor, cotangent: Tensor) -> Tensor:
     return probabilities.T @ cotangent
 
 
-def weigh_products(probabilities: Tensor, cotangents: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
-    """``probabilities * sum(c @ t.T)`` over pairs of a cotangent c (rows, d) and a table t (n, d), at least one pair:
-    (rows, n). Not differentiable.
+def weigh_products(
+    probabilities: Tensor,
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    keys: Tensor,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of ``W = probabilities * sum(c @ t.T)`` over pairs of a cotangent c (rows, d) and a table t (n, d), at least
+    one pair, without (rows, n) numbers in memory on the CPU. Not differentiable.
 
-    Where each ``c`` is the cotangent of ``mix_items(probabilities, t)``, the gradient of the scores, of which the
-    probabilities are the softmax, is this less the probabilities times its sums over rows.
+    Where each ``c`` is the cotangent of ``mix_items(probabilities, t)``, and the probabilities are the softmax of
+    ``queries @ keys.T``, the gradient of these scores is W less the probabilities times its sums over items.
+
+    Args:
+        keys: (n, rank).
+        queries: (rows, rank), or None.
+
+    Returns:
+        ``W @ keys`` (rows, rank), the sums over items (rows, 1), and ``W.T @ queries`` (n, rank) or None.
     """
-    if _fused(probabilities, *cotangents, *tables):
-        weighted: Tensor = torch.ops.td3_fast.weigh_products(probabilities, cotangents, tables)
-        return weighted
-    return (torch.cat(list(cotangents), dim=1) @ torch.cat(list(tables), dim=1).T).mul_(probabilities)
+    if _fused(probabilities, *cotangents, *tables, keys, *(() if queries is None else (queries,))):
+        sums: tuple[Tensor, Tensor, Tensor]
+        sums = torch.ops.td3_fast.weigh_products(probabilities, cotangents, tables, keys, queries)
+        by_keys, of_rows, of_items = sums
+        return by_keys, of_rows, None if queries is None else of_items
+    weighted = torch.cat(list(cotangents), dim=1) @ torch.cat(list(tables), dim=1).T
+    weighted *= probabilities
+    by_queries = None if queries is None else weighted.T @ queries
+    return weighted @ keys, weighted.sum(-1, keepdim=True), by_queries
 
 
 def _fused(first: Tensor, *others: Tensor) -> bool:
@@ -76,5 +94,13 @@ def _(probabilities: Tensor, cotangent: Tensor) -> Tensor:
 
 
 @register_fake("td3_fast::weigh_products")
-def _(probabilities: Tensor, cotangents: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
-    return probabilities.new_empty(probabilities.shape)
+def _(
+    probabilities: Tensor,
+    cotangents: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    keys: Tensor,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, rank = probabilities.shape[0], keys.shape[1]
+    items = 0 if queries is None else keys.shape[0]
+    return keys.new_empty(rows, rank), keys.new_empty(rows, 1), keys.new_empty(items, rank)

@@ -2,6 +2,7 @@
 
 from td3_fast.unroll.adam import AdamConfig, AdamState, adam_adjoint_, adam_step_, initial_state
 from td3_fast.unroll.fit import CACHED_PROBABILITIES_LIMIT, fit_on_summary, make_mixture
+from td3_fast.unroll.fused import FusedLoop, may_be_fused
 from td3_fast.unroll.higher import pull_back_with_higher
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding, middle_places
 from td3_fast.unroll.lanes import Lanes
@@ -37,6 +38,7 @@ __all__ = [
     "CachedMixture",
     "CudaGraphs",
     "FixedEmbeddings",
+    "FusedLoop",
     "GraphsUnavailableWarning",
     "InnerLoop",
     "ItemEmbedding",
@@ -56,6 +58,7 @@ __all__ = [
     "initial_state",
     "lazy_adam_step_",
     "make_mixture",
+    "may_be_fused",
     "may_be_recorded",
     "middle_places",
     "pull_back_with_higher",

@@ -15,6 +15,7 @@ from td3_fast.parallel import WHOLE, ItemTables
 from td3_fast.progress import Progress, silent
 from td3_fast.summary import Summary
 from td3_fast.unroll.adam import AdamConfig, initial_state
+from td3_fast.unroll.fused import FusedLoop, may_be_fused
 from td3_fast.unroll.inner import InnerLoop, ItemEmbedding
 from td3_fast.unroll.mixture import (
     CachedMixture,
@@ -143,6 +144,8 @@ def fit_on_summary(
     run = loop.run
     if record is not None and tables is WHOLE and may_be_recorded(start):
         run = RecordedLoop(loop, start, items, mixture, steps=steps, window=1, record=record).run
+    elif may_be_fused(loop, start, items, mixture):
+        run = FusedLoop(loop).run
     with torch.enable_grad():
         state, losses = run(initial_state(start), items, mixture, until=steps, progress=progress)
     if item_embedding == "trained" and _memory_of(items) == _memory_of(summary.item_factors):

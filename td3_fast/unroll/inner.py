@@ -122,7 +122,8 @@ class InnerLoop:
             )
 
     @functools.cached_property
-    def _flat(self) -> FlatParameters:
+    def flat_parameters(self) -> FlatParameters:
+        """The learner's encoder as one vector."""
         return FlatParameters(self.learner) if self.flat is None else self.flat
 
     def batch(self, step: int) -> Tensor:
@@ -224,7 +225,7 @@ class InnerLoop:
         steps = range(state.step, until)
         for taken, inputs in enumerate(self._inputs_of(steps, items.device), start=1):
             evaluated = self.evaluate(
-                self._flat, state.parameters, items, mixture, inputs, create_graph=False
+                self.flat_parameters, state.parameters, items, mixture, inputs, create_graph=False
             )
             state = adam_step_(state, evaluated.gradients, self.adam, inputs.size)
             losses.append(evaluated.loss)
@@ -267,7 +268,7 @@ class InnerLoop:
         for inputs in self._inputs_of(range(state.step, until), items.device):
             before = state.clone()
             evaluated = self.evaluate(
-                self._flat, before.parameters, items, mixture, inputs, create_graph=True
+                self.flat_parameters, before.parameters, items, mixture, inputs, create_graph=True
             )
             steps.append(WindowStep(before, evaluated))
             state = adam_step_(state, evaluated.gradients, self.adam, inputs.size)
@@ -291,7 +292,7 @@ class InnerLoop:
         trained = len(parameters) > 1
         table = (parameters[1] if trained else items).detach()
         shape = flat.fused_shape(parameters[0])
-        if shape is not None and self._takes_one_call:
+        if shape is not None and self.takes_one_call:
             evaluated = self._in_one_call(
                 shape, parameters[0].detach(), table, mixture, inputs, trained=trained, known=gradient
             )
@@ -307,13 +308,14 @@ class InnerLoop:
         return evaluated if create_graph else evaluated._replace(second_order=None)
 
     @property
-    def _takes_one_call(self) -> bool:
+    def takes_one_call(self) -> bool:
+        """Whether one pass of the encoder is all of a step, and all items are here."""
         return not self.separate_passes and self.tables is WHOLE
 
     def gradient_is_enough(self, flat: FlatParameters, parameters: tuple[Tensor, ...], items: Tensor) -> bool:
         """Whether `evaluate` takes the gradient of a step that was taken before, in place of taking it again."""
         return (
-            self._takes_one_call
+            self.takes_one_call
             and flat.fused_shape(parameters[0]) is not None
             and gradient_is_enough(parameters[0], items, self.targets(0), trained=len(parameters) > 1)
         )

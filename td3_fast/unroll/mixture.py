@@ -48,6 +48,10 @@ class ItemMixture(Embeddings, Protocol):
     Tables, E among them, may be split over processes: X is then common to these, and so is what `gradient` gives.
     """
 
+    @property
+    def probabilities(self) -> Tensor | None:
+        """(μ, ζ, n), where X is their product with the table and they are there, of all items."""
+
     def twin(self) -> Self:
         """The same mixture, to be embedded by, which reads its constants from tensors of its own: what a captured graph
         reads again whenever it is replayed, after `assign`. It never reads a tensor on the host."""
@@ -78,6 +82,10 @@ class _Constants(ABC):
 
     @property
     def whole(self) -> Tensor | None:
+        return None
+
+    @property
+    def probabilities(self) -> Tensor | None:
         return None
 
     def twin(self) -> Self:
@@ -166,6 +174,10 @@ class CachedMixture(_Constants):
         self._gradient = torch.zeros_like(queries)
         self._of_keys = torch.zeros_like(self._keys) if learned_keys else None
 
+    @property
+    def probabilities(self) -> Tensor | None:
+        return self._probabilities if self._tables is WHOLE else None
+
     def apart(self) -> Self:
         apart = super().apart()
         apart._noted = {}
@@ -202,18 +214,15 @@ class CachedMixture(_Constants):
             index = beside(torch.tensor(users, device="cpu"), self._gradient)
             rows = self._rows(index)
             cotangents, tables = zip(*noted, strict=True)
-            weighted = weigh_products(rows, cotangents, tables)
+            queries = None if self._queries is None else self._queries[index].flatten(0, 1)
+            by_keys, of_rows, of_items = weigh_products(rows, cotangents, tables, self._keys, queries)
             del noted, cotangents, tables
-            # the softmax's derivative, with the row sums taken out after the product with the keys
-            shares = self._tables.total(weighted.sum(-1, keepdim=True))
-            gradient = self._tables.total(
-                mix_items(weighted, self._keys) - shares * mix_items(rows, self._keys)
-            )
+            # the softmax's derivative, with the sums over items taken out after the product with the keys
+            shares = self._tables.total(of_rows)
+            gradient = self._tables.total(by_keys - shares * mix_items(rows, self._keys))
             self._gradient.index_add_(0, index, gradient.unflatten(0, (len(users), -1)))
-            if self._queries is not None and self._of_keys is not None:
-                queries = self._queries[index].flatten(0, 1)
-                self._of_keys += mix_items_transposed(weighted, queries)
-                self._of_keys -= mix_items_transposed(rows, shares * queries)
+            if queries is not None and of_items is not None and self._of_keys is not None:
+                self._of_keys += of_items.sub_(mix_items_transposed(rows, shares * queries))
         self._noted_bytes = 0
 
     def gradient(self) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from td3_fast.learners import FlatParameters
 from td3_fast.ops import for_inner_gradient
 from td3_fast.progress import Progress, silent
 from td3_fast.unroll.adam import AdamState, adam_step_
@@ -149,7 +148,7 @@ class RecordedLoop:
         losses: bool = True,
     ) -> None:
         self._loop = loop
-        self._flat = FlatParameters(loop.learner)
+        self._flat = loop.flat_parameters
         # whether a step is pulled back by the gradient that it was taken with, which is kept then
         self._keeps_gradients = loop.gradient_is_enough(self._flat, parameters, items)
         self._items = for_inner_gradient(items) if self._keeps_gradients else items

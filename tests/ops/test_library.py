@@ -81,9 +81,10 @@ def test_every_instruction_set_gives_the_same_derivatives(dtype):
         chosen = ops.item_probabilities(table[:40], table)
         mixed = ops.mix_items(probabilities, table)
         sums = ops.mix_items_transposed(probabilities, mixed)
-        weighted = ops.weigh_products(probabilities, [mixed, mixed[:, :5]], [table, table[:, :5]])
+        pairs = [mixed, mixed[:, :5]], [table, table[:, :5]]
+        weighted = ops.weigh_products(probabilities, *pairs, table[:, :3], mixed[:, :3])
         return [embedding.detach(), logsumexp.detach(), *(x.detach() for x in first), *second, ranks,
-                step.loss, step.parameters, step.items, step.embeds, *moved, chosen, mixed, sums, weighted,
+                step.loss, step.parameters, step.items, step.embeds, *moved, chosen, mixed, sums, *weighted,
                 encoded.detach(), *(x.detach() for x in to_given), *twice]  # fmt: skip
 
     try:

@@ -68,8 +68,12 @@ def test_equals_the_product(rows: int, n: int, d: int, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pairs", [1, 3, 70])
+@pytest.mark.parametrize("with_queries", [True, False])
+@pytest.mark.parametrize("rank", [0, 3, 16, 31, 32, 50])
 @pytest.mark.parametrize(("rows", "n", "d"), SIZES)
-def test_weighed_products(rows: int, n: int, d: int, pairs: int, dtype: torch.dtype) -> None:
+def test_weighed_products(
+    rows: int, n: int, d: int, rank: int, with_queries: bool, pairs: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(rows + 2, n, generator=generator, dtype=dtype)[1:-1]
     cotangents, tables = (
@@ -78,12 +82,22 @@ def test_weighed_products(rows: int, n: int, d: int, pairs: int, dtype: torch.dt
     # a pair of another width, which is none of the vectors'
     cotangents.append(torch.randn(rows, 3, generator=generator, dtype=dtype))
     tables.append(torch.randn(n, 3, generator=generator, dtype=dtype))
-    weighted = weigh_products(probabilities, cotangents, tables)
+    keys, queries = (torch.randn(rank, of, generator=generator, dtype=dtype).T for of in (n, rows))
+    made = weigh_products(probabilities, cotangents, tables, keys, queries if with_queries else None)
     left, right = (torch.cat(matrices, dim=1).double() for matrices in (cotangents, tables))
-    expected = probabilities.double() * (left @ right.T)
-    bound = 4 * torch.finfo(dtype).eps * probabilities.double() * (left.abs() @ right.abs().T)
-    assert (weighted.shape, weighted.dtype) == (expected.shape, dtype)
-    assert bool(((weighted - expected).abs() <= bound).all())
+    weighted = probabilities.double() * (left @ right.T)
+    added = probabilities.double() * (left.abs() @ right.abs().T)
+    expected = [weighted @ keys.double(), weighted.sum(-1, keepdim=True)]
+    bounds = [added @ keys.double().abs(), added.sum(-1, keepdim=True)]
+    if with_queries:
+        expected.append(weighted.T @ queries.double())
+        bounds.append(added.T @ queries.double().abs())
+    else:
+        assert made[2] is None
+    for sums, of_doubles, bound in zip(made, expected, bounds, strict=False):
+        assert sums is not None
+        assert (sums.shape, sums.dtype) == (of_doubles.shape, dtype)
+        assert bool(((sums - of_doubles).abs() <= 8 * torch.finfo(dtype).eps * bound).all())
 
 
 @pytest.mark.skipif(not ops.has_fused("cpu"), reason="needs the compiled kernels")
@@ -99,8 +113,14 @@ def test_equal_bits_on_any_number_of_threads() -> None:
                 (
                     mix_items(probabilities, items),
                     mix_items_transposed(probabilities, cotangent),
-                    weigh_products(probabilities, [cotangent, -cotangent[:, :3]], [items, items[:, :3]]),
                     item_probabilities(cotangent, items),
+                    *weigh_products(
+                        probabilities,
+                        [cotangent, -cotangent[:, :3]],
+                        [items, items[:, :3]],
+                        items[:, :7],
+                        cotangent[:, :7],
+                    ),
                 )
             )
     finally:
@@ -140,11 +160,13 @@ def test_schemas_and_refusals() -> None:
     torch.library.opcheck(torch.ops.td3_fast.mix_items_transposed.default, (probabilities, torch.randn(4, 3)))
     torch.library.opcheck(torch.ops.td3_fast.item_probabilities.default, (torch.randn(4, 3), items))
     pairs = ([torch.randn(4, 3), torch.randn(4, 2)], [items, torch.randn(6, 2)])
-    torch.library.opcheck(torch.ops.td3_fast.weigh_products.default, (probabilities, *pairs))
+    keys, queries = torch.randn(6, 2), torch.randn(4, 2)
+    for others in ((keys,), (keys, queries)):
+        torch.library.opcheck(torch.ops.td3_fast.weigh_products.default, (probabilities, *pairs, *others))
     with pytest.raises(RuntimeError, match="no derivative"):
         mix_items(probabilities, items.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="no derivative"):
-        weigh_products(probabilities, [torch.randn(4, 3)], [items.clone().requires_grad_()])
+        weigh_products(probabilities, [torch.randn(4, 3)], [items.clone().requires_grad_()], keys)
     with pytest.raises(RuntimeError, match="no derivative"):
         item_probabilities(torch.randn(4, 3), items.clone().requires_grad_())
     with pytest.raises(ValueError, match="queries"):
@@ -157,7 +179,14 @@ def test_schemas_and_refusals() -> None:
         ([torch.randn(4, 3)], [items[:5]], "of n rows"),
     ):
         with pytest.raises(ValueError, match=match):
-            weigh_products(probabilities, cotangents, tables)
+            weigh_products(probabilities, cotangents, tables, keys)
+    for others, match in (
+        ((keys[:5],), "of n rows"),
+        ((keys, queries[:3]), "of rows rows"),
+        ((keys, torch.randn(4, 3)), "as wide as the keys"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            weigh_products(probabilities, *pairs, *others)
     with pytest.raises(NotImplementedError, match="mix_items"):
         torch.func.jvp(lambda table: mix_items(probabilities, table), (items,), (items,))
     with pytest.raises(ValueError, match="probabilities"):
