@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../adam_arguments.h"
+#include "adam_step.h"
 #include "panels.h"
 #include "registration.h"
 
@@ -47,6 +48,26 @@ void adam_step_(const Tensor& parameter,
     adam<T>().step(of_type, count, parameter.mutable_data_ptr<T>() + first,
                    first_moment.mutable_data_ptr<T>() + first, second_moment.mutable_data_ptr<T>() + first,
                    gradient.const_data_ptr<T>() + first);
+  });
+}
+
+void adam_step_from(const std::array<const Tensor*, 3>& state,
+                    const std::array<const Tensor*, 3>& to,
+                    const Tensor& gradient,
+                    at::ArrayRef<double> rates) {
+  check_adam({state[0], state[1], state[2], to[0], to[1], to[2], &gradient}, rates, {});
+  for_elements(gradient, rates, {}, [&](auto zero, const auto& of_type, int64_t first, int64_t count) {
+    using T = decltype(zero);
+    // a piece at a time, so that it is copied to where it stays at hand
+    for (int64_t at = first, left = count; left > 0; at += kElements, left -= kElements) {
+      const int64_t here = std::min(left, kElements);
+      T* of[3];
+      for (int i = 0; i < 3; ++i) {
+        of[i] = to[i]->mutable_data_ptr<T>() + at;
+        std::copy_n(state[i]->const_data_ptr<T>() + at, here, of[i]);
+      }
+      adam<T>().step(of_type, here, of[0], of[1], of[2], gradient.const_data_ptr<T>() + at);
+    }
   });
 }
 

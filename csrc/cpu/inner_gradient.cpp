@@ -4,6 +4,8 @@
 
 #include "inner_gradient.h"
 
+#include <numeric>
+
 #include "encoder_calls.h"
 #include "mix_items.h"
 #include "registration.h"
@@ -114,6 +116,16 @@ double product_with_targets(const Tensor& embeds, const Tensor& targets, const T
   return sum;
 }
 
+// Of rows, in double precision as the product is.
+template <typename T>
+Tensor mean_loss(const Tensor& logsumexp, double product) {
+  const T* of_row = logsumexp.const_data_ptr<T>();
+  const double sum = std::accumulate(of_row, of_row + logsumexp.numel(), -product);
+  const Tensor loss = logsumexp.new_empty({});
+  *loss.mutable_data_ptr<T>() = static_cast<T>(sum / static_cast<double>(logsumexp.numel()));
+  return loss;
+}
+
 // embeds (μ, ζ, d) of the users: a view where they follow one another.
 Tensor embeds_of(const Tensor& embeds, const OptionalTensor& users) {
   if (!users) return embeds;
@@ -123,6 +135,13 @@ Tensor embeds_of(const Tensor& embeds, const OptionalTensor& users) {
   bool following = chosen.dim() == 1 && count > 0 && user[0] >= 0 && user[0] <= embeds.size(0) - count;
   for (int64_t i = 1; following && i < count; ++i) following = user[i] == user[0] + i;
   return following ? embeds.narrow(0, user[0], count) : embeds.index_select(0, chosen);
+}
+
+template <typename T>
+Tensor zeros_like(const Tensor& tensor) {
+  const Tensor zeros = fresh(tensor.sizes(), kType<T>);
+  std::fill_n(zeros.mutable_data_ptr<T>(), zeros.numel(), T(0));
+  return zeros;
 }
 
 Tensor nothing(const Tensor& like) {
@@ -153,7 +172,7 @@ StepGradient gradient_of(const StepOptions& step,
     const T share = T(1) / static_cast<T>(step.rows);
     const Tensor grad_hidden = residual<T>(embeds, targets, mean, share);
     const double product = product_with_targets<T>(embeds, targets, hidden);
-    const Tensor loss = logsumexp.sum().sub_(product).mul_(share);
+    const Tensor loss = mean_loss<T>(logsumexp, product);
 
     const Tensor grad_parameters = parameters.new_empty(parameters.sizes());
     Tensor grad_items = nothing(items), grad_embeds = nothing(embeds);
@@ -162,7 +181,7 @@ StepGradient gradient_of(const StepOptions& step,
       const Tensor upstream = embeds.new_full({step.rows}, share);
       grad_items = std::get<1>(item_logsumexp_backward(upstream, hidden, items, logsumexp, remainder, mean,
                                                        probabilities, {false, true}));
-      grad_embeds = embeds.new_zeros(embeds.sizes());
+      grad_embeds = zeros_like<T>(embeds);
       in.call.grad_inputs = grad_embeds.mutable_data_ptr<T>();
       in.call.grad_input_stride = grad_embeds.stride(0);
     }
@@ -214,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> derivative_of(const StepOptions& step,
     in.call.grad_outputs_tangent = moved_grad_hidden.const_data_ptr<T>();
 
     const Tensor to_parameters = parameters.new_empty(parameters.sizes());
-    const Tensor to_embeds = embeds.new_zeros(embeds.sizes());
+    const Tensor to_embeds = zeros_like<T>(embeds);
     in.call.grad_inputs = to_embeds.mutable_data_ptr<T>();
     in.call.grad_input_stride = to_embeds.stride(0);
     pass.backward(step.encoder, to_parameters);

@@ -8,7 +8,9 @@
 #include <tuple>
 #include <vector>
 
+#include "adam_step.h"
 #include "inner_gradient.h"
+#include "panels.h"
 #include "registration.h"
 
 namespace td3_fast::cpu {
@@ -117,8 +119,11 @@ kept_inner_steps(at::TensorList first,
     const auto of_step = steps.rates_of(step);
     for (size_t part = 0; part < parts; ++part) {
       const Tensor& gradient = part == 0 ? made.parameters : made.items;
-      for (size_t i = 3 * part; i < 3 * part + 3; ++i) state[i] = state[i].clone();
-      adam_step_(state[3 * part], state[3 * part + 1], state[3 * part + 2], gradient, of_step, {});
+      const size_t i = 3 * part;
+      const std::array before{state[i], state[i + 1], state[i + 2]};
+      for (size_t j = i; j < i + 3; ++j) state[j] = fresh(gradient.sizes(), gradient.scalar_type());
+      adam_step_from({&before[0], &before[1], &before[2]}, {&state[i], &state[i + 1], &state[i + 2]}, gradient,
+                     of_step);
       gradients.push_back(gradient);
     }
     states.insert(states.end(), state.begin(), state.end());

@@ -54,7 +54,7 @@ struct Kept {
 constexpr int64_t kKeptChunks = 64, kSmallestKeptChunk = 256, kLargestKeptChunk = 1024;
 
 inline Chunks kept_chunks(int64_t items) {
-  const int64_t wanted = std::min(kKeptChunks, ceil_div(items, kSmallestKeptChunk));
+  const int64_t wanted = std::min(kKeptChunks, num_chunks(items, kSmallestKeptChunk));
   return {items, std::max(wanted, ceil_div(items, kLargestKeptChunk))};
 }
 

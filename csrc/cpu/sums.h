@@ -23,6 +23,13 @@ constexpr int64_t kSmallestChunk = 256;
 // Scratch of one pass.
 constexpr int64_t kScratchBytes = int64_t{16} << 20;
 
+// Chunks of so many items or a little fewer. Several are a multiple of four, so that two or four threads have
+// as many each.
+inline int64_t num_chunks(int64_t items, int64_t smallest) {
+  const int64_t count = ceil_div(items, smallest);
+  return count > 2 ? ceil_div(count, 4) * 4 : count;
+}
+
 // Items of a tile: `elements` of the wider table, within bounds.
 inline int64_t tile_items(int64_t columns, int64_t elements) {
   return std::clamp<int64_t>(elements / std::max<int64_t>(columns, 1), 32, elements / 64) / 16 * 16;
@@ -51,7 +58,7 @@ Plan make_plan(int64_t panels, int64_t items, int64_t columns, bool sums_rows) {
   const int64_t most =
       std::max<int64_t>(fitting_sums<T>(columns) / std::max<int64_t>(panels * kPanel<T>, 1), 1);
   const int64_t count =
-      std::min({ceil_div(tasks, std::max<int64_t>(ranges, 1)), most, ceil_div(items, kSmallestChunk)});
+      std::min({ceil_div(tasks, std::max<int64_t>(ranges, 1)), most, num_chunks(items, kSmallestChunk)});
   return {panels, panels_per_task, ranges, Chunks{items, std::max<int64_t>(count, 1)}};
 }
 
