@@ -1,6 +1,7 @@
 // Several inner steps in one call on the CPU, and the way back through them: a step of a small summary takes
 // less time than the Python between its operators.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/linalg_vector_norm.h>
 
 #include <array>
@@ -82,6 +83,7 @@ Tensor inner_steps_(at::TensorList state,
                     at::ArrayRef<double> step_sizes,
                     at::ArrayRef<double> rates,
                     at::IntArrayRef sizes) {
+  const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(state);
   const Tensor& table = parts > 1 ? state[3] : items;
   const Steps steps{source, table, users, targets, &seeds, step_sizes, rates, sizes, parts > 1};
@@ -108,6 +110,7 @@ kept_inner_steps(at::TensorList first,
                  at::ArrayRef<double> step_sizes,
                  at::ArrayRef<double> rates,
                  at::IntArrayRef sizes) {
+  const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(first);
   const Steps steps{source,     parts > 1 ? first[3] : items, users, targets, &seeds,
                     step_sizes, rates,                        sizes, parts > 1};
@@ -151,6 +154,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, bool> pull_back_inner_steps
     at::ArrayRef<double> rates,
     at::IntArrayRef sizes,
     std::optional<double> limit) {
+  const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(adjoint);
   const Steps steps{source,     parts > 1 ? adjoint[3] : items, users, targets, nullptr,
                     step_sizes, rates,                          sizes, parts > 1};
