@@ -27,14 +27,13 @@ struct Steps {
   int64_t count = step_sizes.size();
 
   void check() const {
-    TORCH_CHECK_VALUE(users.dim() == 2 && targets.dim() == 3 && users.scalar_type() == at::kLong &&
-                          users.size(0) == count && targets.size(0) == count &&
-                          targets.size(1) == users.size(1) &&
-                          (seeds == nullptr || (seeds->dim() == 2 && seeds->size(0) == count &&
-                                                seeds->size(1) <= 1 && seeds->scalar_type() == at::kLong)),
-                      "expected for each of ", count,
-                      " steps int64 users (b,), targets (b, k) and at most one seed, got ", users.sizes(),
-                      " and ", targets.sizes());
+    TORCH_CHECK_VALUE(
+        users.dim() == 2 && targets.dim() == 3 && users.scalar_type() == at::kLong &&
+            users.size(0) == count && targets.size(0) == count && targets.size(1) == users.size(1) &&
+            (seeds == nullptr || (seeds->dim() == 2 && seeds->size(0) == count && seeds->size(1) <= 1 &&
+                                  seeds->scalar_type() == at::kLong)),
+        "expected for each of ", count, " steps int64 users (b,), targets (b, k) and at most one seed, got ",
+        users.sizes(), " and ", targets.sizes());
     TORCH_CHECK_VALUE(rates.size() == 4, "expected rates (beta1, beta2, eps, weight_decay)");
     TORCH_CHECK_VALUE(items.dim() == 2 && source.dim() == 3 &&
                           source.size(2) == items.size(trained ? 0 : 1) &&
@@ -58,9 +57,10 @@ struct Steps {
 
 // Parameters and table of a state: the first of every three tensors.
 size_t parts_of(at::TensorList state) {
-  TORCH_CHECK_VALUE(state.size() == 3 || state.size() == 6,
-                    "expected a parameter and its two moments, or those of the encoder and of the table, got ",
-                    state.size(), " tensors");
+  TORCH_CHECK_VALUE(
+      state.size() == 3 || state.size() == 6,
+      "expected a parameter and its two moments, or those of the encoder and of the table, got ",
+      state.size(), " tensors");
   return state.size() / 3;
 }
 
@@ -112,8 +112,8 @@ kept_inner_steps(at::TensorList first,
                  at::IntArrayRef sizes) {
   const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(first);
-  const Steps steps{source,     parts > 1 ? first[3] : items, users, targets, &seeds,
-                    step_sizes, rates,                        sizes, parts > 1};
+  const Steps steps{source,   parts > 1 ? first[3] : items, users, targets, &seeds, step_sizes, rates, sizes,
+                    parts > 1};
   steps.check();
   const Tensor losses = first[0].new_empty({steps.count});
   std::vector<Tensor> states, gradients, to_embeds, saved, state = first.vec();
@@ -125,8 +125,8 @@ kept_inner_steps(at::TensorList first,
       const size_t i = 3 * part;
       const std::array before{state[i], state[i + 1], state[i + 2]};
       for (size_t j = i; j < i + 3; ++j) state[j] = fresh(gradient.sizes(), gradient.scalar_type());
-      adam_step_from({&before[0], &before[1], &before[2]}, {&state[i], &state[i + 1], &state[i + 2]}, gradient,
-                     of_step);
+      adam_step_from({&before[0], &before[1], &before[2]}, {&state[i], &state[i + 1], &state[i + 2]},
+                     gradient, of_step);
       gradients.push_back(gradient);
     }
     states.insert(states.end(), state.begin(), state.end());
@@ -156,8 +156,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, bool> pull_back_inner_steps
     std::optional<double> limit) {
   const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(adjoint);
-  const Steps steps{source,     parts > 1 ? adjoint[3] : items, users, targets, nullptr,
-                    step_sizes, rates,                          sizes, parts > 1};
+  const Steps steps{
+      source, parts > 1 ? adjoint[3] : items, users, targets, nullptr, step_sizes, rates, sizes, parts > 1};
   steps.check();
   const size_t count = steps.count, saves = saved_by_step(parts > 1);
   TORCH_CHECK_VALUE(states.size() == 3 * parts * count && gradients.size() == parts * count &&
@@ -170,8 +170,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, bool> pull_back_inner_steps
     std::vector<Tensor> to_gradients;
     for (size_t part = 0; part < parts; ++part) {
       const size_t i = 3 * part;
-      to_gradients.push_back(adam_adjoint_(state[i], state[i + 1], state[i + 2], gradients[parts * step + part],
-                                           adjoint[i], adjoint[i + 1], adjoint[i + 2], of_step, {}));
+      to_gradients.push_back(adam_adjoint_(state[i], state[i + 1], state[i + 2],
+                                           gradients[parts * step + part], adjoint[i], adjoint[i + 1],
+                                           adjoint[i + 2], of_step, {}));
     }
     const InnerStep inputs = steps.at(step);
     const auto [to_parameters, to_items, cotangent] = derivative_of_step(

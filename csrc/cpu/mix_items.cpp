@@ -3,10 +3,11 @@
 // The table, or the rows' cotangent, is packed into panels of kWide columns once; the probabilities are read
 // in place, once for every panel.
 
+#include "mix_items.h"
+
 #include <algorithm>
 #include <vector>
 
-#include "mix_items.h"
 #include "panels.h"
 #include "registration.h"
 
@@ -96,9 +97,9 @@ Tensor mix(const Tensor& probabilities, const Tensor& items) {
   return mixed;
 }
 
-// P^T cotangent, written to contiguous sums (n, d) or, once it is whole, added to them. Each task reads along the rows, several
-// side by side. Every item's sum runs over the rows in their order, so that chunks of items may depend on the
-// number of threads, and the bits do not.
+// P^T cotangent, written to contiguous sums (n, d) or, once it is whole, added to them. Each task reads along
+// the rows, several side by side. Every item's sum runs over the rows in their order, so that chunks of items
+// may depend on the number of threads, and the bits do not.
 template <typename T>
 void mix_transposed(const Tensor& probabilities,
                     const Tensor& cotangent,

@@ -170,7 +170,7 @@ class Weighing {
   const T* weight_;
   const std::vector<int64_t> columns_;
   const int64_t rows_, n_, depth_, rank_, padded_;
-  const bool asks_;  // for what is summed over rows
+  const bool asks_;      // for what is summed over rows
   const Chunks chunks_;  // of panels of items
   const Scratch<T> beside_, keys_;
   const Tensor by_keys_, of_rows_, of_items_;

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from td3_fast.ops.library import has_fused
+from td3_fast.ops.dropout import WORDS_PER_BLOCK
+from td3_fast.ops.library import has_fused, register_fake
 from td3_fast.ops.transformer_encoder import EncoderShape, packed_sizes
 
 
@@ -92,3 +93,84 @@ def pull_back_inner_steps_(
         adjoint, *kept, source, items, users, targets, step_sizes, rates, packed_sizes(shape), limit
     )
     return cotangents, tables, beyond
+
+
+def _words(sizes: list[int], batch: int, length: int, asked: int, width: int) -> int:
+    """The random words of a step, whole blocks of each site that drops."""
+    _, _, heads, layers, of_hidden, of_attention, _ = sizes
+    words = 0
+    for site in range(1 + 3 * layers):
+        attends = site % 3 == 1
+        rows = length if (site + 2) // 3 < layers else asked
+        count = batch * rows * (heads * length if attends else width)
+        if of_attention if attends else of_hidden:
+            words += count + -count % WORDS_PER_BLOCK
+    return words
+
+
+@register_fake("td3_fast::inner_steps_")
+def _(
+    state: Sequence[Tensor],
+    source: Tensor,
+    items: Tensor,
+    users: Tensor,
+    targets: Tensor,
+    seeds: Tensor,
+    step_sizes: Sequence[float],
+    rates: Sequence[float],
+    sizes: list[int],
+) -> Tensor:
+    return state[0].new_empty(len(step_sizes))
+
+
+@register_fake("td3_fast::kept_inner_steps")
+def _(
+    state: Sequence[Tensor],
+    source: Tensor,
+    items: Tensor,
+    users: Tensor,
+    targets: Tensor,
+    seeds: Tensor,
+    step_sizes: Sequence[float],
+    rates: Sequence[float],
+    sizes: list[int],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    count, trained = len(step_sizes), len(state) > 3
+    (batch, asked), width = targets.shape[1:], items.shape[1]
+    embeds = source.new_empty(batch, source.shape[1], width)
+    words = _words(sizes, batch, source.shape[1] - 1, asked, width) if seeds.numel() else 0
+    states, gradients, to_embeds, saved = [], [], [], []
+    for _step in range(count):
+        hidden = state[0].new_empty(batch * asked, width)
+        table = state[3] if trained else items
+        states += [torch.empty_like(tensor) for tensor in state]
+        gradients += [torch.empty_like(tensor) for tensor in state[::3]]
+        saved += [hidden, *torch.ops.td3_fast.item_logsumexp_forward(hidden, table, True, trained)]
+        saved.append(users.new_empty(words, dtype=torch.int16))
+        if trained:
+            to_embeds.append(torch.empty_like(embeds))
+            saved.append(torch.empty_like(embeds))
+    return state[0].new_empty(count), states, gradients, to_embeds, saved
+
+
+@register_fake("td3_fast::pull_back_inner_steps_")
+def _(
+    adjoint: Sequence[Tensor],
+    states: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    to_embeds: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    source: Tensor,
+    items: Tensor,
+    users: Tensor,
+    targets: Tensor,
+    step_sizes: Sequence[float],
+    rates: Sequence[float],
+    sizes: list[int],
+    limit: float | None = None,
+) -> tuple[list[Tensor], list[Tensor], bool]:
+    # as many as there are where no limit is passed, which a tensor without numbers does not say
+    count, trained = len(step_sizes), len(adjoint) > 3
+    shape = (users.shape[1], source.shape[1], items.shape[1])
+    cotangents = [source.new_empty(shape) for _ in range(count)]
+    return cotangents, [torch.empty_like(adjoint[3]) for _ in range(count if trained else 0)], False

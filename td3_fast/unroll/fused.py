@@ -3,6 +3,7 @@ the Python between the ops of one."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,7 +145,8 @@ class FusedLoop:
         trained = len(state.parameters) > 1
         source = mixture.probabilities if trained else mixture.whole
         shape = self._loop.flat_parameters.fused_shape(state.parameters[0])
-        assert source is not None and shape is not None, "a loop that may not be fused"
+        assert source is not None, "not a loop that may be fused"
+        assert shape is not None, "not a loop that may be fused"
         users, targets, seeds, sizes = self._loop.first_inputs(max(until, state.step + 1))
         assert isinstance(sizes, Tensor)
         steps = StepTensors(source, items, users, targets, seeds, sizes.tolist(), self._rates, shape)
@@ -195,4 +197,4 @@ def _parts(count: int, most: int, items: Tensor) -> list[tuple[int, int]]:
     most = max(min(most, MOST_ITEMS // max(len(items), 1)), 1)
     parts = -(-count // most)
     bounds = [count * i // parts for i in range(parts + 1)] if parts > 0 else [0]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
