@@ -77,12 +77,7 @@ void forward(const Tensor& queries,  // (rows, rank)
         t.probabilities(factor, 1, peak, nullptr);
         const T *part_sum = sums.at(chunk, panel), *part = weighted.at(chunk, panel);
         for (int64_t lane = 0; lane < P; ++lane) total[lane] += part_sum[lane] * factor[lane];
-        for (int64_t column = 0; column < width; ++column) {
-          for (int64_t lane = 0; lane < P; ++lane) {
-            const int64_t at = column * P + lane;
-            sum[at] = part[at] * factor[lane] + (chunk > 0 ? sum[at] : T(0));
-          }
-        }
+        t.add_scaled(part, width, factor, sum, chunk == 0);
       }
       const int64_t lanes = lanes_of<T>(rows, panel);
       for (int64_t lane = 0; lane < lanes; ++lane) {

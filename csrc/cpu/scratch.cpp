@@ -1,7 +1,7 @@
 // Blocks of scratch that a thread keeps from one pass to the next.
 #include <ATen/Context.h>
 
-#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "panels.h"
@@ -17,22 +17,23 @@ class Blocks {
   at::Tensor take(int64_t bytes) {
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block) {
-      const int64_t size = bytes_of(*block);
-      if (size >= bytes && (best == free_.end() || size < bytes_of(*best))) best = block;
+      if (block->bytes >= bytes && (best == free_.end() || block->bytes < best->bytes)) best = block;
     }
     if (best == free_.end()) {
       const int64_t rounded = ceil_div(bytes, kGrain) * kGrain;
       make_room(rounded);
       return fresh({rounded}, at::kByte);
     }
-    const at::Tensor found = *best;
+    const at::Tensor found = std::move(best->memory);
+    total_ -= best->bytes;
     free_.erase(best);
     return found;
   }
 
   void give(const at::Tensor& block) {
-    make_room(bytes_of(block));
-    free_.push_back(block);
+    make_room(block.numel());
+    free_.push_back({block.numel(), block});
+    total_ += block.numel();
   }
 
   static bool serves(int64_t bytes) { return bytes >= kSmallest && bytes <= kKept - kGrain; }
@@ -42,18 +43,20 @@ class Blocks {
   static constexpr int64_t kGrain = int64_t{64} << 10;
   static constexpr int64_t kKept = int64_t{8} << 20;
 
-  static int64_t bytes_of(const at::Tensor& block) { return block.numel(); }
+  struct Block {
+    int64_t bytes;
+    at::Tensor memory;
+  };
 
   // The oldest go first.
   void make_room(int64_t bytes) {
-    int64_t total = bytes;
-    for (const at::Tensor& block : free_) total += bytes_of(block);
     auto first = free_.begin();
-    for (; total > kKept && first != free_.end(); ++first) total -= bytes_of(*first);
+    for (; total_ + bytes > kKept && first != free_.end(); ++first) total_ -= first->bytes;
     free_.erase(free_.begin(), first);
   }
 
-  std::vector<at::Tensor> free_;
+  std::vector<Block> free_;
+  int64_t total_ = 0;  // bytes that are free
 };
 
 Blocks& blocks() {

@@ -102,6 +102,9 @@ struct Tile {
   // scaled = p factor, with zero where the factor is zero, whatever p holds.
   void (*scale)(const T* p, int64_t items, const T* factor, T* scaled);
 
+  // sum += p factor of each item, or = p factor where it is the first that is added.
+  void (*add_scaled)(const T* p, int64_t items, const T* factor, T* sum, bool first);
+
   // largest[lane] = the larger of itself and every p of that lane.
   void (*largest)(const T* p, int64_t items, T* largest);
 

@@ -121,6 +121,19 @@ void scale(const T* p, int64_t items, const T* factor, T* scaled) {
 }
 
 template <typename T>
+void add_scaled(const T* p, int64_t items, const T* factor, T* sum, bool first) {
+  constexpr int64_t P = kPanel<T>;
+  const Lanes<T> by(factor);
+  for (int64_t at = 0; at < items * P; at += P) {
+    Lanes<T> s(p + at);
+    const Lanes<T> before = first ? Lanes<T>{} : Lanes<T>(sum + at);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectorsPerPanel; ++i) s.v[i] = s.v[i] * by.v[i] + before.v[i];
+    s.store(sum + at);
+  }
+}
+
+template <typename T>
 void largest(const T* p, int64_t items, T* largest_of_lanes) {
   constexpr int64_t P = kPanel<T>;
   Lanes<T> peak(largest_of_lanes);
@@ -292,6 +305,7 @@ constexpr Tile<T> kTile = {TD3_FAST_STRING(TD3_FAST_INSTRUCTION_SET),
                            softmax<T>,
                            probabilities<T>,
                            scale<T>,
+                           add_scaled<T>,
                            largest<T>,
                            grad_scores<T>,
                            row_means<T>,
