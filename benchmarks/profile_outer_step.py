@@ -1,4 +1,4 @@
-"""Where the time of an outer step on a GPU goes: `python benchmarks/profile_outer_step.py ml-100k`.
+"""Where the time of an outer step goes: `python benchmarks/profile_outer_step.py ml-100k`, with `--device cpu` there.
 
 The sizes of a recipe, or as many items as a number says (width 64, frozen, of which only the whole is timed). 160 + 40
 inner steps. Prints medians of whole steps, of their parts with the host waiting after each, and the kernels that take
@@ -21,7 +21,7 @@ from test_large_items import make_distiller as make_distiller_of_many
 from td3_fast.data import generate_interactions, leave_one_out
 from td3_fast.distill import Distiller
 from td3_fast.recipes import recipe_named
-from td3_fast.unroll import called, initial_state
+from td3_fast.unroll import initial_state
 
 WINDOW = (160, 40)
 SIZES = {
@@ -81,12 +81,20 @@ def print_parts(distiller: Distiller, state: Any, device: torch.device, rounds: 
     times["outer gradient"], (_, _, cotangents) = timed(
         lambda: objective.gradient(follower.flat, learner.parameters, items), device, rounds
     )
-    times["window backwards"], _ = timed(lambda: loop.pull_back(window, cotangents, mixture), device, rounds)
+
+    def pull_back() -> Any:
+        # on the CPU a window is emptied on the way, and its cotangents are overwritten
+        kept = window if device.type == "cuda" else run_window()[1]
+        return loop.pull_back(kept, tuple(c.clone() for c in cotangents), mixture)
+
+    times["window backwards"], _ = timed(pull_back, device, rounds)
+    if device.type != "cuda":
+        times["window backwards"] -= times["window"]
     print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()) + " ms")
     if device.type == "cuda":
         for name, part in (
             ("window", run_window),
-            ("backwards", lambda: loop.pull_back(window, cotangents, mixture)),
+            ("backwards", pull_back),
         ):
             print_kernels(name, part)
 
@@ -114,8 +122,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     distiller = distiller_of(arguments.sizes, arguments.item_embedding, arguments.trajectories, device)
-    if device.type != "cuda":
-        distiller.follower.recorder = lambda: called  # the same steps, called
     state = spread_state(distiller)
     first, _ = timed(lambda: distiller.meta_gradient(state, window=WINDOW), device, 1)
     whole, _ = timed(lambda: distiller.meta_gradient(state, window=WINDOW), device, arguments.rounds)

@@ -169,6 +169,7 @@ class Distiller:
             learner_config=pretrained.learner_config,
             pool=len(pretrained.pool),
             dtype=pretrained.dtype,
+            device=self.items.device,
         ).limits
 
     def _bytes_of_lane(self) -> int:

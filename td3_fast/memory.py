@@ -24,7 +24,7 @@ from td3_fast.learner_classes import OtherClass, PretrainedClass
 from td3_fast.learners import build_learner
 from td3_fast.live_bytes import LiveBytes
 from td3_fast.objective import OuterObjective, TeacherFeatures
-from td3_fast.ops import EXAMPLES_AT_ONCE, SMALL_TABLE, has_next_item_gradient, kept_score_bytes
+from td3_fast.ops import EXAMPLES_AT_ONCE, SMALL_TABLE, has_fused, has_next_item_gradient, kept_score_bytes
 from td3_fast.training import RANKED_AT_ONCE
 from td3_fast.unroll import (
     NOTED_LIMIT,
@@ -45,6 +45,7 @@ TWIN_EXAMPLES = (32, 96)  # passes over so many tell what an example takes
 LARGEST_BLOCK_OF_HEAP = 32 * MIB
 LOST_IN_HEAP = 0.25
 LOST_BESIDE_TABLES = 0.32  # where tables are among what comes and goes
+LOST_IN_ONE_CALL = 0.12  # where they do so within a kernel's call
 SCRATCH = 16 * MIB  # of a kernel, at most
 LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
 OF_AUTOGRAD = 32 * MIB  # of these, what autograd imports when it is first given a cotangent
@@ -146,8 +147,9 @@ def plan_memory(
     learner_config: dict[str, Any],  # num_items among it
     pool: int,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> MemoryPlan:
-    """The memory of a distillation from `pool` checkpoints, made to fit `config.memory_limit` where that is set,
+    """The memory of a distillation from `pool` checkpoints on a device, made to fit `config.memory_limit` where that is set,
     and to use it; without one, within the limits of `Limits`.
 
     Of the ways that fit, the fastest: smaller passes over real examples, then states that are recomputed, then
@@ -163,7 +165,10 @@ def plan_memory(
     if len(split.train) == 0:
         raise ValueError("there is no training example: no user has two items to train on")
     twin = _measure(split, config, learner_name, learner_config, dtype)
-    planned = functools.partial(_plan, split, config, twin, learner_config["num_items"], pool, dtype)
+    in_place = torch.device(device).type == "cpu" and has_fused("cpu")
+    planned = functools.partial(
+        _plan, split, config, twin, learner_config["num_items"], pool, dtype, in_place
+    )
     if config.memory_limit is None:
         plan = planned(Limits(micro_batch=config.micro_batch))
         all_kept = planned(_nothing_recomputed(config))
@@ -203,6 +208,7 @@ def _plan(
     num_items: int,
     pool: int,
     dtype: torch.dtype,
+    in_place: bool,  # whether kernels make probabilities, and sum what pairs weigh, with nothing as large beside
     limits: Limits,
 ) -> MemoryPlan:
     trained, size = config.item_embedding == "trained", dtype.itemsize
@@ -232,6 +238,12 @@ def _plan(
     graph = twin.step - TENSORS_PER_STEP * theta + scores
     noted = 2 * window * table if cached else 0
     waiting = min(noted, NOTED_LIMIT + table)
+    # those of a set of users side by side: with the kernels the cotangents alone
+    of_pair = soft * users // config.users
+    beside = waiting // math.ceil(config.users / users)
+    if in_place:
+        beside = beside * of_pair // (of_pair + table)
+    made = probabilities if in_place else 2 * probabilities
 
     micro = min(limits.micro_batch, config.batch_size, len(split.train))
     histories = min(config.batch_size, len(split.train)) * (twin.length + 2) * 8
@@ -265,7 +277,7 @@ def _plan(
         # built with a table of its own before it takes the pretrained one, and before the kernels have any scratch; its
         # steps have been measured by then
         "where the learner is built": {TEACHER: max(table - SCRATCH, 0)},
-        "where the probabilities are made": {PROBABILITIES: 2 * probabilities if cached else 0},
+        "where the probabilities are made": {PROBABILITIES: made if cached else 0},
         "in the window": {**standing, LEARNER: state, **held, **step},
         "in the outer loss": {
             **standing,
@@ -281,14 +293,14 @@ def _plan(
             NOTED: waiting if checkpoints else 0,
         },
         "where cotangents meet the probabilities": {
-            PROBABILITIES: probabilities + 2 * of_step,
+            PROBABILITIES: probabilities + (0 if in_place else 2 * of_step),
             LEARNER: 3 * moving,
-            NOTED: waiting + waiting // math.ceil(config.users / users),
+            NOTED: waiting + beside,
         }
         if cached
         else {},
         "in validation": {
-            **({PROBABILITIES: 2 * probabilities} if cached else {}),
+            **({PROBABILITIES: made} if cached else {}),
             LEARNER: moving + theta + state,
             VALIDATION: twin.adjoint + moving + embedded,
         },
@@ -306,9 +318,13 @@ def _plan(
         moments[moment][OTHER] = real_scores  # their memory waits for the next real batch
     blocks = dict.fromkeys((STATES, NOTED, ADJOINT, LEARNER, BATCH), moving)
     blocks |= {PROBABILITIES: probabilities, TEACHER: table}
+    lost = LOST_IN_HEAP
+    if trained:
+        in_one_call = in_place and cached and not twin.by_autograd and not config.semantics.separate_passes
+        lost = LOST_IN_ONE_CALL if in_one_call else LOST_BESIDE_TABLES
     for parts in moments.values():
         small = sum(n for name, n in parts.items() if blocks.get(name, 0) < LARGEST_BLOCK_OF_HEAP)
-        parts[HEAP] = int((LOST_BESIDE_TABLES if trained else LOST_IN_HEAP) * small)
+        parts[HEAP] = int(lost * small)
     totals = {moment: sum(always.values()) + sum(parts.values()) for moment, parts in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     parts = {

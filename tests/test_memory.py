@@ -61,6 +61,8 @@ def test_tensors_are_followed_from_birth_to_death() -> None:
     [
         # tables of 38 MB, of which every third adjoint state is kept
         "--items 150000 --hidden 64 --size 4x5 --users-per-step 2 --batch-size 256 --window 9 --warm-up 0 --users 50",
+        # probabilities that are kept
+        "--items 20000 --size 50x50 --users-per-step 25 --batch-size 256 --window 6 --warm-up 2 --users 50",
         "--items 250000 --hidden 64 --size 4x5 --users-per-step 2 --batch-size 128 --window 3 --warm-up 0 --users 50 "
         "--item-embedding frozen --pool 3",
         # what a window keeps, with what kernels need for a moment in between
@@ -68,7 +70,7 @@ def test_tensors_are_followed_from_birth_to_death() -> None:
         "--item-embedding frozen --other-learners BERT4Rec,GRU4Rec,NARM --items 150000 --hidden 64 --size 10x20 "
         "--users-per-step 5 --batch-size 256 --window 10 --warm-up 0 --users 50 --steps 4",
     ],
-    ids=["trained", "frozen", "a long window", "four classes"],
+    ids=["trained", "probabilities", "frozen", "a long window", "four classes"],
 )
 def test_the_plan_is_within_15_percent_of_the_peak(case: str) -> None:
     figures = measured(case)
