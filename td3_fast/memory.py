@@ -45,7 +45,7 @@ TWIN_EXAMPLES = (32, 96)  # passes over so many tell what an example takes
 LARGEST_BLOCK_OF_HEAP = 32 * MIB
 LOST_IN_HEAP = 0.25
 LOST_BESIDE_TABLES = 0.32  # where tables are among what comes and goes
-LOST_IN_ONE_CALL = 0.12  # where they do so within a kernel's call
+LOST_IN_ONE_CALL = 0.05  # where they do so within a kernel's call
 SCRATCH = 16 * MIB  # of a kernel, at most
 LIBRARIES = 52 * MIB  # code and buffers that come into memory with the first steps, as measured
 OF_AUTOGRAD = 32 * MIB  # of these, what autograd imports when it is first given a cotangent
@@ -149,8 +149,8 @@ def plan_memory(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> MemoryPlan:
-    """The memory of a distillation from `pool` checkpoints on a device, made to fit `config.memory_limit` where that is set,
-    and to use it; without one, within the limits of `Limits`.
+    """The memory of a distillation from `pool` checkpoints on a device, made to fit `config.memory_limit` where that
+    is set, and to use it; without one, within the limits of `Limits`.
 
     Of the ways that fit, the fastest: smaller passes over real examples, then states that are recomputed, then
     probabilities that are. Takes a fraction of a second, and no memory to speak of.
