@@ -12,7 +12,8 @@
 namespace td3_fast::cpu {
 namespace {
 
-// Elements by which tensors are cut, and how many of these are worth a thread.
+// Elements by which tensors are cut, whole vectors, so that where they are cut changes no bits; and how many
+// of these parts are worth a thread.
 constexpr int64_t kElements = 2048, kWorthAThread = 8;
 
 // run(zero, rates, first, count) for ranges of elements.

@@ -247,7 +247,7 @@ Tensor rows_of(const InnerStep& step) {
   return embeds_of(step.source, step.users).contiguous().view({-1, step.source.size(2)});
 }
 
-// P (n, d) of a step's users, (b, ζ, d).
+// P E of a step's users, (b, ζ, d).
 Tensor mixed(const InnerStep& step, const Tensor& items) {
   return mix_items(rows_of(step), items).view({step.users.size(0), step.source.size(1), items.size(1)});
 }
@@ -337,8 +337,8 @@ std::tuple<Tensor, Tensor, Tensor> derivative_of_step(const InnerStep& step,
                                                       const Tensor& tangent_parameters,
                                                       const OptionalTensor& tangent_items,
                                                       at::TensorList saved) {
-  const Tensor &words = saved[kSaved],
-               embeds = step.mixes ? saved[kSaved + 1] : embeds_of(step.source, step.users);
+  const Tensor& words = saved[kSaved];
+  const Tensor embeds = step.mixes ? saved[kSaved + 1] : embeds_of(step.source, step.users);
   const StepOptions options(parameters, embeds, step.targets, {}, step.sizes);
   OptionalTensor tangent_embeds;
   if (tangent_items) tangent_embeds = mixed(step, *tangent_items);

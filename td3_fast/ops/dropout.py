@@ -58,7 +58,7 @@ class DropoutStream:
 
     def __call__(self, inputs: Tensor, rate: float) -> Tensor:
         """`inputs` with elements zeroed at `rate` and the rest scaled up; the same shape and dtype."""
-        if rate == 0.0:
+        if dropped_of(rate) == 0:  # as the kernels have it, which are told no more
             return inputs
         return inputs * self.mask(inputs.shape, rate, dtype=inputs.dtype, device=inputs.device)
 

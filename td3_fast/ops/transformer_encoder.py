@@ -187,7 +187,8 @@ def _dropout_sites(
         rows = asked if layer == shape.layers - 1 else length
         sites.append((batch * shape.heads * rows * length, attention))
         sites += [(batch * rows * shape.width, hidden)] * 2
-    return tuple(rate != 0.0 for _, rate in sites), tuple(count for count, rate in sites if rate != 0.0)
+    drops = tuple(dropped_of(rate) > 0 for _, rate in sites)
+    return drops, tuple(count for (count, _), here in zip(sites, drops, strict=True) if here)
 
 
 def packed_sizes(shape: EncoderShape) -> list[int]:

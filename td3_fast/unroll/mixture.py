@@ -151,7 +151,8 @@ class FixedEmbeddings(_Constants):
 
 
 class CachedMixture(_Constants):
-    """X = softmax(C Vᵀ) E with the probabilities (μ, ζ, n) kept, and on a GPU as much again for the gradient.
+    """X = softmax(C Vᵀ) E with the probabilities (μ, ζ, n) kept, and without the CPU's kernels as much again for a
+    moment, when the gradient is asked for.
 
     The gradient is that of the queries C (μ, ζ, r), like that of the classes below, or, with `learned_keys`, that of
     `flat_pair(C, V)`. Cotangents wait in low rank, each with a table, until then or until they fill `NOTED_LIMIT`

@@ -37,9 +37,11 @@ def test_rate_and_expectation(rate: float) -> None:
     assert float(outputs.max()) == pytest.approx(1 / (1 - rate), rel=1e-4)
 
 
-def test_rate_zero_leaves_the_inputs_alone() -> None:
-    inputs = torch.randn(4)
-    assert DropoutStream(1)(inputs, 0.0) is inputs
+@pytest.mark.parametrize("rate", [0.0, 1e-6])
+def test_a_rate_that_rounds_to_zero_leaves_the_inputs_alone_and_takes_no_site(rate: float) -> None:
+    inputs, stream = torch.ones(40), DropoutStream(1)
+    assert stream(inputs, rate) is inputs
+    assert torch.equal(stream(inputs, 0.5), DropoutStream(1)(inputs, 0.5))
 
 
 @pytest.mark.parametrize("rate", [1.0, -0.1])
