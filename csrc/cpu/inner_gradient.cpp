@@ -126,15 +126,8 @@ Tensor mean_loss(const Tensor& logsumexp, double product) {
   return loss;
 }
 
-// embeds (μ, ζ, d) of the users: a view where they follow one another.
 Tensor embeds_of(const Tensor& embeds, const OptionalTensor& users) {
-  if (!users) return embeds;
-  const Tensor chosen = users->contiguous();
-  const int64_t count = chosen.numel();
-  const int64_t* user = chosen.const_data_ptr<int64_t>();
-  bool following = chosen.dim() == 1 && count > 0 && user[0] >= 0 && user[0] <= embeds.size(0) - count;
-  for (int64_t i = 1; following && i < count; ++i) following = user[i] == user[0] + i;
-  return following ? embeds.narrow(0, user[0], count) : embeds.index_select(0, chosen);
+  return users ? rows_of_users(embeds, *users) : embeds;
 }
 
 template <typename T>
@@ -242,14 +235,9 @@ std::tuple<Tensor, Tensor, Tensor> derivative_of(const StepOptions& step,
   });
 }
 
-// The probabilities (b ζ, n) of a step's users.
-Tensor rows_of(const InnerStep& step) {
-  return embeds_of(step.source, step.users).contiguous().view({-1, step.source.size(2)});
-}
-
-// P E of a step's users, (b, ζ, d).
+// P E (b, ζ, d) of a step.
 Tensor mixed(const InnerStep& step, const Tensor& items) {
-  return mix_items(rows_of(step), items).view({step.users.size(0), step.source.size(1), items.size(1)});
+  return mix_items(step.source.flatten(0, 1), items).unflatten(0, step.source.sizes().slice(0, 2));
 }
 
 // The elements of a step's dropout sites, none where nothing is dropped.
@@ -282,6 +270,15 @@ std::vector<Tensor> split_words(const EncoderOptions& encoder, const Tensor& wor
 }
 
 }  // namespace
+
+Tensor rows_of_users(const Tensor& all, const Tensor& users) {
+  const Tensor chosen = users.contiguous();
+  const int64_t count = chosen.numel();
+  const int64_t* user = chosen.const_data_ptr<int64_t>();
+  bool following = chosen.dim() == 1 && count > 0 && user[0] >= 0 && user[0] <= all.size(0) - count;
+  for (int64_t i = 1; following && i < count; ++i) following = user[i] == user[0] + i;
+  return following ? all.narrow(0, user[0], count) : all.index_select(0, chosen);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> inner_gradient(const Tensor& parameters,
                                                                                const Tensor& embeds_in,
@@ -318,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> inner_gradient_tangent(const Tensor& tangent_
 
 // Saved are what inner_gradient saves, the random words and, where they are made here, the embeds.
 StepGradient gradient_of_step(const InnerStep& step, const Tensor& parameters, const Tensor& items) {
-  const Tensor embeds = step.mixes ? mixed(step, items) : embeds_of(step.source, step.users);
+  const Tensor embeds = step.mixes ? mixed(step, items) : step.source;
   const StepOptions options(parameters, embeds, step.targets, {}, step.sizes);
   const Tensor words = draw_words(options.encoder, step.seed);
   StepGradient made = gradient_of(options, parameters, embeds, step.targets, items,
@@ -338,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> derivative_of_step(const InnerStep& step,
                                                       const OptionalTensor& tangent_items,
                                                       at::TensorList saved) {
   const Tensor& words = saved[kSaved];
-  const Tensor embeds = step.mixes ? saved[kSaved + 1] : embeds_of(step.source, step.users);
+  const Tensor embeds = step.mixes ? saved[kSaved + 1] : step.source;
   const StepOptions options(parameters, embeds, step.targets, {}, step.sizes);
   OptionalTensor tangent_embeds;
   if (tangent_items) tangent_embeds = mixed(step, *tangent_items);
@@ -351,7 +348,7 @@ int64_t saved_by_step(bool mixes) {
 }
 
 void add_to_items(const InnerStep& step, const Tensor& sums, const Tensor& to_embeds) {
-  add_items_transposed(sums, rows_of(step), to_embeds.view({-1, to_embeds.size(2)}));
+  add_items_transposed(sums, step.source.flatten(0, 1), to_embeds.flatten(0, 1));
 }
 
 }  // namespace td3_fast::cpu

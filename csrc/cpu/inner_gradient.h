@@ -10,13 +10,15 @@
 
 namespace td3_fast::cpu {
 
+// Of all synthetic users' (mu, positions, ...) those of users (b,): a view where they follow one another.
+at::Tensor rows_of_users(const at::Tensor& all, const at::Tensor& users);
+
 // What a step takes beside parameters and items.
 struct InnerStep {
-  // Of all synthetic users: probabilities (mu, positions, n), whose products with the items, which are
-  // trained, are the soft embeddings, or these (mu, positions, d).
+  // Of its users: probabilities (b, positions, n), whose products with the items, which are trained, are the
+  // soft embeddings, or these (b, positions, d).
   at::Tensor source;
   bool mixes;
-  at::Tensor users;    // (b,)
   at::Tensor targets;  // (b, k)
   at::Tensor seed;     // of the dropout, one number or none
   at::IntArrayRef sizes;

@@ -42,12 +42,8 @@ struct Steps {
                       ") beside items (n, d), got ", source.sizes(), " and ", items.sizes());
   }
   InnerStep at(int64_t step) const {
-    return {source,
-            trained,
-            users.select(0, step),
-            targets.select(0, step),
-            seeds == nullptr ? Tensor() : seeds->select(0, step),
-            sizes};
+    return {rows_of_users(source, users.select(0, step)), trained, targets.select(0, step),
+            seeds == nullptr ? Tensor() : seeds->select(0, step), sizes};
   }
   // As adam_step_ takes them.
   std::array<double, 5> rates_of(int64_t step) const {
@@ -112,8 +108,8 @@ kept_inner_steps(at::TensorList first,
                  at::IntArrayRef sizes) {
   const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(first);
-  const Steps steps{source,   parts > 1 ? first[3] : items, users, targets, &seeds, step_sizes, rates, sizes,
-                    parts > 1};
+  const Tensor& table = parts > 1 ? first[3] : items;
+  const Steps steps{source, table, users, targets, &seeds, step_sizes, rates, sizes, parts > 1};
   steps.check();
   const Tensor losses = first[0].new_empty({steps.count});
   std::vector<Tensor> states, gradients, to_embeds, saved, state = first.vec();
@@ -156,8 +152,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, bool> pull_back_inner_steps
     std::optional<double> limit) {
   const at::AutoDispatchBelowADInplaceOrView below;  // no operator in here has a history to write
   const size_t parts = parts_of(adjoint);
-  const Steps steps{
-      source, parts > 1 ? adjoint[3] : items, users, targets, nullptr, step_sizes, rates, sizes, parts > 1};
+  const Tensor& table = parts > 1 ? adjoint[3] : items;  // alike in shape, which is what is checked
+  const Steps steps{source, table, users, targets, nullptr, step_sizes, rates, sizes, parts > 1};
   steps.check();
   const size_t count = steps.count, saves = saved_by_step(parts > 1);
   TORCH_CHECK_VALUE(states.size() == 3 * parts * count && gradients.size() == parts * count &&

@@ -198,7 +198,7 @@ Tensor mix_items(const Tensor& probabilities, const Tensor& items) {
 
 Tensor mix_items_transposed(const Tensor& probabilities, const Tensor& cotangent) {
   check_probabilities(probabilities, cotangent, 0);
-  const Tensor sums = cotangent.new_empty({probabilities.size(1), cotangent.size(1)});
+  const Tensor sums = fresh({probabilities.size(1), cotangent.size(1)}, cotangent.scalar_type());
   mix_transposed_into(sums, probabilities, cotangent, false);
   return sums;
 }

@@ -39,9 +39,7 @@ class StepTensors(NamedTuple):
 class KeptSteps(NamedTuple):
     """Of steps that were taken what the way back needs, one step after the other."""
 
-    states: list[
-        Tensor
-    ]  # before each step: a parameter and its moments, or the encoder's and then the table's
+    states: list[Tensor]  # before each: a parameter and its moments, or the encoder's and then the table's
     gradients: list[Tensor]  # of the parameters of each
     to_embeds: list[Tensor]  # (b, ζ, d), the gradient of the soft embeddings, where the table is trained
     saved: list[Tensor]

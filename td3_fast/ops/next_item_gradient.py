@@ -13,7 +13,7 @@ from td3_fast.ops.transformer_encoder import EncoderShape, dropout_words, packed
 
 # Of the item table, in bytes: every few hundred examples meet all of it.
 SMALL_TABLE = 2**21
-EXAMPLES_AT_ONCE = 512  # at most, as in csrc/cpu/next_item_gradient.cpp
+EXAMPLES_AT_ONCE = 256  # at most, as in csrc/cpu/next_item_gradient.cpp
 
 
 class NextItemGradient(NamedTuple):
