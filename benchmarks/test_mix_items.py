@@ -24,10 +24,8 @@ PARAMETERS = {
 # Of scores: largest beside smallest of a row as in a summary of ml-1m after 150 outer steps, about e^60.
 SPREAD = {"flat": 0.1, "sharp": 15.0}
 COTANGENT = 1e-6  # of the size that real ones have
-PAIRS, RANK = (
-    8,
-    16,
-)  # of a cotangent and a table, of those that are weighed, and of the keys they are summed by
+PAIRS = 8  # of a cotangent and a table, of those that are weighed
+RANK = 16  # of the keys that they are summed by
 
 
 def make_run(variant, product, scores, size, device):
